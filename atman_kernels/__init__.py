@@ -1,0 +1,51 @@
+"""Fused suppressed attention and exact, fast AtMan explanations for Hugging Face models.
+
+Importing the package pulls in torch only; transformers and the rest come with the names that need them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "suppressed_attention": "ops",
+    "packed_suppressed_attention": "ops",
+    "VariantPack": "pack",
+    "suppress": "hf.suppression",
+    "Explainer": "explain.explainer",
+    "Explanation": "explain.explanation",
+    "InputError": "errors",
+    "UnsupportedModelError": "errors",
+    "BackendUnavailableError": "errors",
+}
+__all__ = [
+    "BackendUnavailableError",
+    "Explainer",
+    "Explanation",
+    "InputError",
+    "UnsupportedModelError",
+    "VariantPack",
+    "__version__",
+    "packed_suppressed_attention",
+    "suppress",
+    "suppressed_attention",
+]
+
+if TYPE_CHECKING:
+    from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
+    from atman_kernels.explain.explainer import Explainer
+    from atman_kernels.explain.explanation import Explanation
+    from atman_kernels.hf.suppression import suppress
+    from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
+    from atman_kernels.pack import VariantPack
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

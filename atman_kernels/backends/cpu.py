@@ -1,0 +1,285 @@
+"""CPU backend: blocked suppressed attention made of torch's matrix products and its fused CPU attention.
+
+Both ops cut their work into tiles of query rows against one range of keys, small enough that a tile's scores stay
+in cache, and hand every tile to `_attend`. Nothing of size variants x queries x keys is ever held.
+
+- Packed: consecutive variants with few rows share a tile, so that the prefix costs one matrix product per key
+  head; a variant with many rows is tiled alone, and its causal half is not computed.
+- What is additive (log-additive suppression, masks, biases) runs through torch's fused attention in float32 and
+  float64. The other modes, softcap and 16-bit types run as two matrix products around a softmax: in bfloat16 those
+  products are several times faster than torch's fused kernel.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from atman_kernels.formula import ScoreOptions, suppress_scores, window_visible
+
+# Scores of one tile over all heads: about the 1 MB of L2 that a core has, in the 2 bytes of the unfused path.
+TILE_SCORES = 1 << 20
+# Short variants are gathered up to this many rows: enough to fill a matrix product once the heads of a group are
+# folded in, few enough that the rows x rows part, of which only the diagonal blocks count, stays small.
+GATHERED_ROWS = 64
+MINIMUM_ROWS = 16
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    return None if device_type == "cpu" else "it computes on the CPU only"
+
+
+def suppressed_attention(
+    query: Tensor,  # (B, Hq, Lq, D)
+    key: Tensor,  # (1|B, Hkv, Lk, D)
+    value: Tensor,  # (1|B, Hkv, Lk, Dv)
+    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
+    key_mask: Tensor | None,  # (B, Lk) bool
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
+    options: ScoreOptions,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    output, lse = _outputs(query, value, options)
+    for b in range(batch):
+        k, v = (x[b if x.shape[0] > 1 else 0] for x in (key, value))
+        for rows in _row_blocks(queries, heads * keys):
+            position = torch.arange(rows.start, rows.stop) + (keys - queries)
+            seen = _key_range(int(position[0]), int(position[-1]), keys, options)
+            visible = window_visible(
+                position, torch.arange(seen.start, seen.stop), options.is_causal, options.sliding_window
+            )
+            bias = None
+            if key_mask is not None:
+                visible = visible & key_mask[b, seen]
+            if position_bias is not None:
+                bias = position_bias[b if position_bias.shape[0] > 1 else 0]  # [1|Hq, 1|Lq, 1|Lk]
+                bias = bias.expand(-1, queries, keys)[:, rows, seen]
+            row_factor = None
+            if factor is not None:
+                row_factor = factor[b, ..., seen].reshape(-1, 1, seen.stop - seen.start)  # [1|Hq, 1, N]
+            _attend(
+                query[b, :, rows],
+                k[:, seen],
+                v[:, seen],
+                visible,
+                row_factor,
+                bias,
+                sinks,
+                options,
+                output[b, :, rows],
+                lse[b, :, rows] if options.return_lse else None,
+            )
+    return output, lse
+
+
+def packed_suppressed_attention(
+    query: Tensor,  # (Hq, T, D)
+    key: Tensor,  # (Hkv, T, D)
+    value: Tensor,  # (Hkv, T, Dv)
+    base_key: Tensor,  # (Hkv, S, D)
+    base_value: Tensor,  # (Hkv, S, Dv)
+    suffix_starts: Tensor,  # (V + 1,)
+    prefix_lengths: Tensor,  # (V,)
+    base_starts: Tensor,  # (V,)
+    row_variant: Tensor,  # (T,)
+    row_position: Tensor,  # (T,)
+    factor: Tensor | None,  # (V, K) or (V, Hq, K)
+    sinks: Tensor | None,  # (Hq,)
+    options: ScoreOptions,
+) -> tuple[Tensor, Tensor]:
+    output, lse = _outputs(query, value, options)
+    starts, prefixes, bases = suffix_starts.tolist(), prefix_lengths.tolist(), base_starts.tolist()
+    for group in _groups(starts, prefixes, bases):
+        # the keys of the group: the part of the base that any of its rows can see, then its own rows
+        low = _first_visible(group.first_position, options)
+        base = slice(group.base_start + low, group.base_start + max(low, group.prefix))
+        own = slice(group.first_row, group.last_row)
+        keys = torch.cat([base_key[:, base], key[:, own]], dim=1)  # [Hkv, N, D]
+        values = torch.cat([base_value[:, base], value[:, own]], dim=1)
+        prefix_position = torch.arange(low, max(low, group.prefix))
+        key_position = torch.cat([prefix_position, row_position[own]])
+        in_prefix = len(prefix_position)
+        for block in _row_blocks(group.last_row - group.first_row, query.shape[0] * len(key_position)):
+            rows = slice(own.start + block.start, own.start + block.stop)
+            seen = in_prefix + (block.stop if options.is_causal else own.stop - own.start)
+            variant = row_variant[rows].long()
+            visible = window_visible(row_position[rows], key_position[:seen], options.is_causal, options.sliding_window)
+            if group.variants > 1:
+                own_variant = row_variant[own][: seen - in_prefix]
+                visible[:, :in_prefix] &= prefix_position < prefix_lengths[variant][:, None]
+                visible[:, in_prefix:] &= own_variant == variant[:, None]
+            _attend(
+                query[:, rows],
+                keys[:, :seen],
+                values[:, :seen],
+                visible,
+                _row_factors(factor, variant, key_position[:seen], group.variants),
+                None,
+                sinks,
+                options,
+                output[:, rows],
+                lse[:, rows] if options.return_lse else None,
+            )
+    return output, lse
+
+
+def _row_factors(factor: Tensor | None, variant: Tensor, position: Tensor, variants: int) -> Tensor | None:
+    """Factors of a tile's rows at its keys, (1|Hq, 1|M, N); None where they are all 1."""
+    if factor is None:
+        return None
+    per_variant = factor[variant[:1] if variants == 1 else variant.unique_consecutive()][..., position]
+    if bool((per_variant == 1).all()):
+        return None
+    if variants > 1:
+        per_variant = factor[variant][..., position]
+    if factor.ndim == 2:
+        return per_variant[None]
+    return per_variant.transpose(0, 1)
+
+
+def _attend(
+    query: Tensor,  # (Hq, M, D)
+    key: Tensor,  # (Hkv, N, D)
+    value: Tensor,  # (Hkv, N, Dv)
+    visible: Tensor,  # (M, N) bool
+    factor: Tensor | None,  # (1|Hq, 1|M, N)
+    bias: Tensor | None,  # (1|Hq, M, N)
+    sinks: Tensor | None,
+    options: ScoreOptions,
+    output: Tensor,  # (Hq, M, Dv), written
+    lse_output: Tensor | None,  # (Hq, M), written
+) -> None:
+    """One tile."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if factor is not None:
+        factor = None if bool((factor == 1).all()) else factor.to(wide)
+    additive = factor is None or options.mode == "log_additive"
+
+    # what is added to the scores, -inf where a key is hidden: [1|Hq, M, N]
+    added = torch.zeros(1, *visible.shape, dtype=wide) if bias is None else bias.to(wide)
+    if factor is not None and additive:
+        added = added + factor.log()
+    added = added.masked_fill(~visible, -torch.inf)
+    blind = (added == -torch.inf).all(dim=-1)  # [1|Hq, M], rows that see nothing
+    with_lse = lse_output is not None or sinks is not None
+
+    if additive and options.softcap is None and query.dtype == wide and key.shape[-1] == value.shape[-1]:
+        result, lse = _fused(query, key, value, added, options, with_lse)
+    else:
+        scores = _scores(query, key, options)
+        if factor is None or additive:
+            scores = scores.add_(added.to(scores.dtype))
+        else:
+            scores = _suppressed(scores, factor, added, options)
+        lse = scores.to(wide).logsumexp(dim=-1) if with_lse else added.new_zeros(scores.shape[:-1])
+        result = _weighted(scores.softmax(dim=-1).to(query.dtype), value)
+    if blind.any():
+        result, lse = result.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+    if sinks is not None:
+        with_sink = torch.logaddexp(lse, sinks.to(wide)[:, None])
+        result, lse = result * (lse - with_sink).exp().unsqueeze(-1), with_sink
+    output.copy_(result)
+    if lse_output is not None:
+        lse_output.copy_(lse)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, added: Tensor, options: ScoreOptions, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """torch's fused CPU attention; key heads become the batch, so that a group's query heads share them."""
+    heads, rows, dim = query.shape
+    kv_heads = key.shape[0]
+    group = heads // kv_heads
+    q = query.reshape(kv_heads, group, rows, dim)
+    k, v = (x[:, None].expand(-1, group, -1, -1) for x in (key, value))
+    mask = added[None] if added.shape[0] == 1 else added.reshape(kv_heads, group, *added.shape[1:])
+    if not with_lse:
+        result = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
+        return result.reshape(heads, rows, -1), added.new_zeros(heads, rows)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the line above calls, with its lse
+    result, lse = fused(q, k, v, 0.0, False, attn_mask=mask, scale=options.scale)
+    return result.reshape(heads, rows, -1), lse.reshape(heads, rows)
+
+
+def _scores(query: Tensor, key: Tensor, options: ScoreOptions) -> Tensor:
+    """(Hq, M, N) scaled and capped, in the query's dtype; a group's query heads are rows of one product."""
+    heads, rows, dim = query.shape
+    kv_heads, keys, _ = key.shape
+    folded = (query * options.scale).reshape(kv_heads, heads // kv_heads * rows, dim)
+    scores = torch.bmm(folded, key.transpose(1, 2)).reshape(heads, rows, keys)
+    if options.softcap is not None:
+        scores = scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    return scores
+
+
+def _suppressed(scores: Tensor, factor: Tensor, added: Tensor, options: ScoreOptions) -> Tensor:
+    """Bias, suppression, mask; `added` holds bias and mask."""
+    hidden = added == -torch.inf
+    biased = scores.to(added.dtype) + added.masked_fill(hidden, 0.0)
+    return suppress_scores(biased, factor, options.mode, ~hidden).masked_fill_(hidden, -torch.inf)
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """(Hq, M, Dv) from weights (Hq, M, N)."""
+    heads, rows, keys = weights.shape
+    return torch.bmm(weights.reshape(value.shape[0], -1, keys), value).reshape(heads, rows, -1)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Consecutive variants that share tiles."""
+
+    first_row: int
+    last_row: int
+    variants: int
+    base_start: int
+    prefix: int  # the longest
+    first_position: int  # of any row
+
+
+def _groups(starts: list[int], prefixes: list[int], bases: list[int]) -> Iterator[_Group]:
+    v = 0
+    while v < len(prefixes):
+        first = v
+        v += 1
+        while v < len(prefixes) and bases[v] == bases[first] and starts[v + 1] - starts[first] <= GATHERED_ROWS:
+            v += 1
+        if starts[v] > starts[first]:
+            yield _Group(
+                starts[first],
+                starts[v],
+                v - first,
+                bases[first],
+                max(prefixes[first:v]),
+                min(prefixes[first:v]),
+            )
+
+
+def _row_blocks(rows: int, scores_per_row: int) -> Iterator[slice]:
+    """Equal blocks of at most the rows that keep a tile's scores within `TILE_SCORES`."""
+    limit = max(MINIMUM_ROWS, TILE_SCORES // max(1, scores_per_row))
+    blocks = -(-rows // limit)
+    for i in range(blocks):
+        yield slice(rows * i // blocks, rows * (i + 1) // blocks)
+
+
+def _first_visible(position: int, options: ScoreOptions) -> int:
+    """First key that a query at `position`, or any after it, can see."""
+    if options.sliding_window is None:
+        return 0
+    return max(0, position - options.sliding_window + 1)
+
+
+def _key_range(first_position: int, last_position: int, keys: int, options: ScoreOptions) -> slice:
+    stop = keys if not options.is_causal else max(0, min(keys, last_position + 1))
+    return slice(min(_first_visible(first_position, options), stop), stop)
+
+
+def _outputs(query: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=dtype)

@@ -1,0 +1,391 @@
+"""The two public ops: what they accept, how they are registered with torch, and who computes them.
+
+`suppressed_attention` takes a batch of sequences, `packed_suppressed_attention` suffixes of many variants over one
+shared base. Both exist as torch ops (``torch.ops.atman_kernels.*``) with schemas, fakes and a backward, so they
+pass through ``torch.compile(fullgraph=True)``.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atman_kernels import backends
+from atman_kernels.backends import reference
+from atman_kernels.errors import InputError
+from atman_kernels.formula import MODES, ScoreOptions
+from atman_kernels.pack import VariantPack
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def suppressed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factor: Tensor | None = None,
+    *,
+    mode: str = "log_additive",
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which each key's score is scaled by a factor before the softmax.
+
+    Equivalent, in the default mode and for equal numbers of heads, to::
+
+        scores = scale * query @ key.mT + factor.log()[:, None, None, :]
+        output = scores.softmax(-1) @ value
+
+    Args:
+        query: (B, Hq, Lq, D).
+        key: (1|B, Hkv, Lk, D); Hq must be a multiple of Hkv, query heads h*Hq/Hkv … share key head h.
+        value: (1|B, Hkv, Lk, Dv).
+        factor: (B, Lk) or (B, Hq, Lk), finite and >= 0. 1 leaves a key alone, 0 turns it down as far as the mode
+            goes (in "log_additive" the key is gone), > 1 amplifies. None: plain attention.
+        mode: "log_additive": s + ln c. "multiplicative": c * s (AtMan, Eq. 4). "shifted": m + c * (s - m), m the
+            smallest visible score of the row (AtMan's released code).
+        is_causal: aligned at the end: the last query sees every key, the one before it all but the last, …
+        key_mask: (B, Lk) bool, True = visible.
+        scale: default 1 / sqrt(D).
+        sliding_window: causal: query at position p sees keys in (p - window, p]; else keys with |p - k| < window.
+            The last query stands at the position of the last key.
+        softcap: scores become softcap * tanh(score / softcap), before bias and suppression.
+        sinks: (Hq,), one extra unsuppressed score per head that takes part in the softmax and carries no value.
+        position_bias: broadcastable to (B, Hq, Lq, Lk), added before suppression; -inf hides the key.
+        return_lse: also return the natural log of the softmax denominator, (B, Hq, Lq), sinks included.
+        backend: "reference" | "cpu" | "triton" | "cuda"; None takes the fastest for the device.
+
+    Returns:
+        (B, Hq, Lq, Dv) in the query's dtype; with `return_lse` also the lse in float32 (float64 for float64).
+        Rows that see nothing give 0 and lse = -inf.
+
+    Raises:
+        InputError: an argument does not fit; the message names it.
+        BackendUnavailableError: the requested backend cannot run here.
+
+    Example:
+        >>> q = k = v = torch.eye(2).reshape(1, 1, 2, 2)
+        >>> suppressed_attention(q, k, v, torch.tensor([[1.0, 0.0]]))[0, 0, 1]
+        tensor([1., 0.])
+    """
+    _check_rank("query", query, 4, "(B, Hq, Lq, D)")
+    _check_rank("key", key, 4, "(1|B, Hkv, Lk, D)")
+    _check_rank("value", value, 4, "(1|B, Hkv, Lk, Dv)")
+    _check_alike("query", query, key=key, value=value)
+    batch, q_heads, _, head_dim = query.shape
+    kv_batch, kv_heads, length, _ = key.shape
+    _check_shape("key", key, (kv_batch, kv_heads, length, head_dim), "last dimension as in query")
+    _check_shape("value", value, (kv_batch, kv_heads, length, value.shape[3]), "batch, heads and length as in key")
+    if kv_batch not in (1, batch):
+        raise InputError(f"key must have batch 1 or the query's {batch}, got {kv_batch}")
+    _check_heads(q_heads, kv_heads)
+    if factor is not None:
+        _check_factor(factor, query, batch, q_heads, length, exact=True)
+    if key_mask is not None:
+        _check_device("key_mask", key_mask, query)
+        _check_shape("key_mask", key_mask, (batch, length), "(B, Lk)")
+        if key_mask.dtype != torch.bool:
+            raise InputError(f"key_mask must be bool (True = visible), got {key_mask.dtype}")
+    if position_bias is not None:
+        position_bias = _checked_bias(position_bias, query, (batch, q_heads, query.shape[2], length))
+    options = _checked_options(query, mode, is_causal, scale, sliding_window, softcap, sinks, return_lse)
+    _check_backend(backend, query)
+    output, lse = torch.ops.atman_kernels.suppressed_attention(
+        query, key, value, factor, key_mask, sinks, position_bias, *_unpacked(options), backend
+    )
+    return (output, lse) if return_lse else output
+
+
+def packed_suppressed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    base_key: Tensor,
+    base_value: Tensor,
+    pack: VariantPack,
+    factor: Tensor | None = None,
+    *,
+    mode: str = "log_additive",
+    is_causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Suppressed attention of many variants' suffixes, packed along one axis, over one shared base.
+
+    Equivalent, for every variant v with p = pack.prefix_lengths[v], b = pack.base_starts[v] and its rows r, to::
+
+        k = torch.cat([base_key[:, b : b + p], key[:, r]], dim=1)
+        v = torch.cat([base_value[:, b : b + p], value[:, r]], dim=1)
+        output[:, r] = suppressed_attention(query[None, :, r], k[None], v[None], factor[v, None, : p + len(r)],
+                                            is_causal=is_causal)[0]
+
+    Args:
+        query: (Hq, T, D), T = pack.num_rows.
+        key, value: (Hkv, T, D) and (Hkv, T, Dv), the rows' own keys and values.
+        base_key, base_value: (Hkv, S, D) and (Hkv, S, Dv), S >= pack.base_end.
+        pack: which rows belong to which variant, see `VariantPack`.
+        factor: (V, K) or (V, Hq, K) over absolute positions, K >= pack.longest, finite and >= 0; None: plain.
+        is_causal: whether a row sees only the rows of its variant up to itself; False: all of them.
+        mode, scale, sliding_window, softcap, sinks, return_lse, backend: as in `suppressed_attention`; windows go
+            by absolute position.
+
+    Returns:
+        (Hq, T, Dv); with `return_lse` also the lse, (Hq, T).
+
+    Raises:
+        InputError, BackendUnavailableError: as in `suppressed_attention`.
+
+    Example:
+        >>> pack = VariantPack.build(suffix_lengths=[1, 1], prefix_lengths=[2, 2])
+        >>> q, own = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
+        >>> base = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+        >>> packed_suppressed_attention(q, own, own, base, base, pack, torch.tensor([[1., 1, 1], [1, 0, 1]]))
+        tensor([[[0.6667, 0.6667],
+                 [1.0000, 0.0000]]])
+    """
+    if not isinstance(pack, VariantPack):
+        raise InputError(f"pack must be a VariantPack, got {type(pack).__name__}")
+    _check_rank("query", query, 3, "(Hq, T, D)")
+    for name, tensor in (("key", key), ("base_key", base_key)):
+        _check_rank(name, tensor, 3, "(Hkv, T|S, D)")
+    for name, tensor in (("value", value), ("base_value", base_value)):
+        _check_rank(name, tensor, 3, "(Hkv, T|S, Dv)")
+    _check_alike("query", query, key=key, value=value, base_key=base_key, base_value=base_value)
+    _check_device("pack", pack.prefix_lengths, query)
+    q_heads, rows, head_dim = query.shape
+    kv_heads, value_dim, base_length = key.shape[0], value.shape[2], base_key.shape[1]
+    if rows != pack.num_rows:
+        raise InputError(f"query has {rows} rows, but the pack has {pack.num_rows}")
+    _check_shape("key", key, (kv_heads, rows, head_dim), "(Hkv, T, D)")
+    _check_shape("value", value, (kv_heads, rows, value_dim), "(Hkv, T, Dv)")
+    _check_shape("base_key", base_key, (kv_heads, base_length, head_dim), "(Hkv, S, D)")
+    _check_shape("base_value", base_value, (kv_heads, base_length, value_dim), "(Hkv, S, Dv)")
+    if base_length < pack.base_end:
+        raise InputError(f"base_key holds {base_length} keys, but the pack reaches to key {pack.base_end}")
+    _check_heads(q_heads, kv_heads)
+    if factor is not None:
+        _check_factor(factor, query, pack.num_variants, q_heads, pack.longest, exact=False)
+    options = _checked_options(query, mode, is_causal, scale, sliding_window, softcap, sinks, return_lse)
+    _check_backend(backend, query)
+    layout = (pack.suffix_starts, pack.prefix_lengths, pack.base_starts, pack.row_variant, pack.row_position)
+    output, lse = torch.ops.atman_kernels.packed_suppressed_attention(
+        query, key, value, base_key, base_value, *layout, factor, sinks, *_unpacked(options), backend
+    )
+    return (output, lse) if return_lse else output
+
+
+# --- validation: one clear error that names the argument, what came and what was expected ---
+
+
+def _check_rank(name: str, tensor: Tensor, rank: int, shape: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}")
+    if tensor.ndim != rank:
+        raise InputError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], what: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise InputError(f"{name} must have shape {tuple(expected)} ({what}), got {tuple(tensor.shape)}")
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise InputError(f"{name} must be on {like.device} as query is, got {tensor.device}")
+
+
+def _check_alike(first: str, tensor: Tensor, **others: Tensor) -> None:
+    if tensor.dtype not in _FLOATS:
+        raise InputError(f"{first} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    for name, other in others.items():
+        if other.dtype != tensor.dtype:
+            raise InputError(f"{name} must have {first}'s dtype {tensor.dtype}, got {other.dtype}")
+        _check_device(name, other, tensor)
+
+
+def _check_heads(q_heads: int, kv_heads: int) -> None:
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise InputError(f"query's heads must be a multiple of key's heads, got {q_heads} and {kv_heads}")
+
+
+def _check_factor(factor: Tensor, query: Tensor, rows: int, heads: int, length: int, exact: bool) -> None:
+    expected = f"({rows}, {length}) or ({rows}, {heads}, {length})" + ("" if exact else ", or longer in the last")
+    _check_device("factor", factor, query)
+    if factor.dtype not in _FLOATS:
+        raise InputError(f"factor must be a floating point tensor {expected}, got {factor.dtype}")
+    fits = factor.ndim in (2, 3) and factor.shape[0] == rows and (factor.ndim == 2 or factor.shape[1] == heads)
+    if not fits or (factor.shape[-1] != length if exact else factor.shape[-1] < length):
+        raise InputError(f"factor must have shape {expected}, got {tuple(factor.shape)}")
+
+
+def _checked_bias(bias: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
+    _check_device("position_bias", bias, query)
+    if bias.dtype not in _FLOATS:
+        raise InputError(f"position_bias must be a floating point tensor, got {bias.dtype}")
+    shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    if len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
+        raise InputError(f"position_bias must broadcast to (B, Hq, Lq, Lk) = {full}, got {tuple(bias.shape)}")
+    return bias.reshape(shape)
+
+
+def _checked_options(
+    query: Tensor,
+    mode: str,
+    is_causal: bool,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> ScoreOptions:
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    elif not math.isfinite(scale):
+        raise InputError(f"scale must be finite, got {scale}")
+    if sliding_window is not None and sliding_window < 1:
+        raise InputError(f"sliding_window must be >= 1 or None, got {sliding_window}")
+    if softcap is not None and not (0 < softcap < math.inf):
+        raise InputError(f"softcap must be positive and finite or None, got {softcap}")
+    if sinks is not None:
+        _check_device("sinks", sinks, query)
+        heads = query.shape[-3]
+        _check_shape("sinks", sinks, (heads,), "one per query head")
+        if sinks.dtype not in _FLOATS:
+            raise InputError(f"sinks must be a floating point tensor, got {sinks.dtype}")
+    return ScoreOptions(mode, bool(is_causal), float(scale), sliding_window, softcap, return_lse)
+
+
+def _check_backend(backend: str | None, query: Tensor) -> None:
+    if backend is not None and not torch.compiler.is_compiling():
+        backends.load(backend, query.device.type)
+
+
+def _check_factor_values(factor: Tensor | None) -> None:
+    """Reads values, so only where that costs no device synchronisation."""
+    if factor is None or factor.device.type != "cpu" or factor.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(factor.detach())  # NaN propagates and fails both comparisons
+    if not (lowest >= 0 and highest < math.inf):
+        bad = (factor.isnan().any() and "NaN") or (f"{lowest:g}" if lowest < 0 else "inf")
+        raise InputError(f"factor must be finite and >= 0 everywhere, got {bad}")
+
+
+# --- torch ops: schema, implementation, fake, backward ---
+
+_OPTIONS = "str mode, bool is_causal, float scale, SymInt? sliding_window, float? softcap, bool return_lse"
+_library = torch.library.Library("atman_kernels", "DEF")
+_library.define(
+    "suppressed_attention(Tensor query, Tensor key, Tensor value, Tensor? factor, Tensor? key_mask, Tensor? sinks, "
+    f"Tensor? position_bias, {_OPTIONS}, str? backend) -> (Tensor, Tensor)"
+)
+_library.define(
+    "packed_suppressed_attention(Tensor query, Tensor key, Tensor value, Tensor base_key, Tensor base_value, "
+    "Tensor suffix_starts, Tensor prefix_lengths, Tensor base_starts, Tensor row_variant, Tensor row_position, "
+    f"Tensor? factor, Tensor? sinks, {_OPTIONS}, str? backend) -> (Tensor, Tensor)"
+)
+_DENSE_TENSORS = 7  # tensors before the options in the schemas above
+_PACKED_TENSORS = 12
+
+
+def _unpacked(options: ScoreOptions) -> tuple[Any, ...]:
+    return (
+        options.mode,
+        options.is_causal,
+        options.scale,
+        options.sliding_window,
+        options.softcap,
+        options.return_lse,
+    )
+
+
+def _run_dense(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, mode, is_causal, scale, window, softcap, return_lse, backend = arguments
+    _check_factor_values(tensors[3])
+    module = backends.load(backend, tensors[0].device.type)
+    options = ScoreOptions(mode, is_causal, scale, window, softcap, return_lse)
+    return module.suppressed_attention(*tensors, options)
+
+
+def _run_packed(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, mode, is_causal, scale, window, softcap, return_lse, backend = arguments
+    _check_factor_values(tensors[10])
+    module = backends.load(backend, tensors[0].device.type)
+    options = ScoreOptions(mode, is_causal, scale, window, softcap, return_lse)
+    return module.packed_suppressed_attention(*tensors, options)
+
+
+def _fake(query: Tensor, value: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty(query.shape[:-1] if return_lse else (0,), dtype=lse_dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+
+
+def _backward(
+    definition: Callable[..., tuple[Tensor, Tensor]],
+    num_tensors: int,
+    ctx: Any,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients by recomputing with the definition: exact, but it holds all scores of the call."""
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.arguments, strict=True)]
+    *options, _backend = inputs[num_tensors:]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    with torch.enable_grad():
+        for i in wanted:
+            inputs[i] = inputs[i].detach().requires_grad_()
+        output, lse = definition(*inputs[:num_tensors], ScoreOptions(*options))
+        pairs = [(output, grad_output)] + ([(lse, grad_lse)] if lse.numel() else [])
+        gradients = torch.autograd.grad(
+            [x for x, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+        )
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, gradients, strict=True):
+        result[i] = gradient
+    return tuple(result)
+
+
+def _register() -> None:
+    for name, run, definition, num_tensors in (
+        ("suppressed_attention", _run_dense, reference.suppressed_attention, _DENSE_TENSORS),
+        ("packed_suppressed_attention", _run_packed, reference.packed_suppressed_attention, _PACKED_TENSORS),
+    ):
+        _library.impl(name, run, "CompositeExplicitAutograd")
+
+        def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+            return _fake(arguments[0], arguments[2], arguments[-2])
+
+        torch.library.register_fake(f"atman_kernels::{name}", fake, lib=_library)
+        torch.library.register_autograd(
+            f"atman_kernels::{name}",
+            partial(_backward, definition, num_tensors),
+            setup_context=_setup_context,
+            lib=_library,
+        )
+
+
+_register()
