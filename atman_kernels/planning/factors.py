@@ -1,0 +1,141 @@
+"""Factor rows: how much of every key's score each variant keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from atman_kernels.errors import InputError
+from atman_kernels.planning.units import Unit
+
+
+def factor_rows(
+    units: Sequence[Unit],
+    length: int,
+    factor: float,
+    *,
+    embeddings: torch.Tensor | None = None,
+    similarity_threshold: float | None = None,
+) -> torch.Tensor:
+    """One row of factors per unit: `factor` at the unit's own tokens, 1 everywhere else.
+
+    With a similarity threshold κ the tokens that mean the same are suppressed along with the unit (AtMan,
+    arXiv 2301.08110, section 3.3): a key k whose input embedding has cosine s ≥ κ with the mean embedding of
+    the unit's tokens gets 1 − (1 − factor)·s. The unit's own tokens keep exactly `factor`.
+
+    Args:
+        units: n_units units; their token indices are positions in the sequence.
+        length: number of tokens in the sequence.
+        factor: finite, >= 0.
+        embeddings: (length, width) input embeddings; needed with a similarity threshold only. Cosines are
+            computed in float32, in float64 for float64 embeddings. A zero embedding is similar to nothing.
+        similarity_threshold: κ in (0, 1], or None for no neighbours.
+
+    Returns:
+        (n_units, length) float32; on the embeddings' device if neighbours are asked for, else on the CPU.
+
+    Raises:
+        InputError: no units, a unit without tokens or with tokens outside the sequence, a factor or threshold
+            outside its range, embeddings missing, of another shape or not finite.
+
+    >>> units = [Unit("to", 0, 2, (0,)), Unit("be or", 3, 8, (1, 2)), Unit("to", 9, 11, (3,))]
+    >>> factor_rows(units, 4, 0.5)
+    tensor([[0.5000, 1.0000, 1.0000, 1.0000],
+            [1.0000, 0.5000, 0.5000, 1.0000],
+            [1.0000, 1.0000, 1.0000, 0.5000]])
+    >>> embeddings = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [4.0, 3.0]])
+    >>> factor_rows(units, 4, 0.5, embeddings=embeddings, similarity_threshold=0.7)
+    tensor([[0.5000, 1.0000, 1.0000, 0.6000],
+            [1.0000, 0.5000, 0.5000, 1.0000],
+            [0.6000, 1.0000, 1.0000, 0.5000]])
+    """
+    _check_units(units, length)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+        raise InputError(f"factor: got {factor!r}, expected a finite number >= 0")
+    if similarity_threshold is None:
+        rows = torch.ones(len(units), length, dtype=torch.float32)
+    else:
+        keys = _checked_embeddings(embeddings, similarity_threshold, length)
+        rows = _neighbour_rows(units, factor, keys, similarity_threshold)
+    for row, unit in zip(rows, units, strict=True):
+        row[list(unit.token_indices)] = factor
+    return rows
+
+
+def first_suppressed(factors: torch.Tensor) -> torch.Tensor:
+    """First position of every row whose factor is not 1; the row's length where there is none.
+
+    Args:
+        factors: (n_units, length).
+
+    Returns:
+        (n_units,) int64, on the device of the factors.
+
+    Raises:
+        InputError: factors that are no matrix.
+
+    >>> first_suppressed(torch.tensor([[1.0, 0.1, 1.0, 0.1], [1.0, 1.0, 1.0, 1.0]]))
+    tensor([1, 4])
+    """
+    if not isinstance(factors, torch.Tensor) or factors.dim() != 2:
+        came = tuple(factors.shape) if isinstance(factors, torch.Tensor) else type(factors).__name__
+        raise InputError(f"factors: got {came}, expected a tensor of shape (n_units, length)")
+    n_units, length = factors.shape
+    if length == 0:
+        return torch.zeros(n_units, dtype=torch.int64, device=factors.device)
+    touched = factors != 1  # [n_units, length]
+    first = touched.byte().argmax(dim=1)  # argmax gives the first of equal maxima
+    return first.masked_fill_(~touched.any(dim=1), length)
+
+
+def _neighbour_rows(units: Sequence[Unit], factor: float, embeddings: torch.Tensor, threshold: float) -> torch.Tensor:
+    """1 − (1 − factor)·cos where cos ≥ threshold, else 1: [n_units, length]; the only matrix of that size."""
+    precision = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    keys = embeddings.detach().to(precision)
+    means = torch.stack([keys[list(unit.token_indices)].mean(dim=0) for unit in units])  # [n_units, width]
+    rows = _directions(means) @ _directions(keys).T
+    # The few roundings of a cosine must not decide whether a token matches its own twin at κ = 1.
+    matches = rows >= threshold - 8 * torch.finfo(precision).eps
+    rows.clamp_(max=1).mul_(factor - 1).add_(1)
+    return rows.masked_fill_(~matches, 1).to(torch.float32)
+
+
+def _directions(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors scaled to norm 1; zero vectors stay zero."""
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    scaled = vectors / largest.masked_fill(largest == 0, 1)  # squares of tiny or huge entries leave the range
+    return scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=1)  # below 1 for zero vectors only
+
+
+def _check_units(units: Sequence[Unit], length: int) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise InputError(f"length: got {length!r}, expected an integer >= 1")
+    if not units:
+        raise InputError("units: got none, expected at least one")
+    for index, unit in enumerate(units):
+        tokens = unit.token_indices
+        if not tokens:
+            raise InputError(f"units[{index}]: got {unit.text!r} without tokens, expected at least one token")
+        if min(tokens) < 0 or max(tokens) >= length:
+            raise InputError(
+                f"units[{index}]: got token positions {min(tokens)} to {max(tokens)}, "
+                f"expected positions from 0 to {length - 1}"
+            )
+
+
+def _checked_embeddings(embeddings: torch.Tensor | None, threshold: float, length: int) -> torch.Tensor:
+    """The embeddings, once they and the threshold are fit for cosines."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        raise InputError(f"similarity_threshold: got {threshold!r}, expected None or a number in (0, 1]")
+    if embeddings is None:
+        raise InputError("embeddings: got None, expected the ones that similarity_threshold compares")
+    if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
+        came = embeddings.dtype if isinstance(embeddings, torch.Tensor) else type(embeddings).__name__
+        raise InputError(f"embeddings: got {came}, expected a floating-point tensor")
+    if embeddings.dim() != 2 or embeddings.shape[0] != length:
+        raise InputError(f"embeddings: got shape {tuple(embeddings.shape)}, expected ({length}, width)")
+    if not embeddings.isfinite().all():
+        raise InputError("embeddings: got values that are not finite, expected finite ones")
+    return embeddings
