@@ -1,0 +1,242 @@
+"""Forwards of an unmodified model that an explanation is made of: the base run, packed suffixes, full rows.
+
+All return log-probabilities of given tokens at given rows, in float32 (float64 for float64 models), and none holds
+logits for more than a few rows at once.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atman_kernels import ops
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of
+from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
+from atman_kernels.pack import VariantPack
+
+LOGITS_BYTES = 32 << 20  # float32 logits of one chunk of rows
+
+
+class PackingUnsupportedError(RuntimeError):
+    """A layer asked for something that a packed forward cannot give it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """K/V of unperturbed runs, layer by layer.
+
+    Attributes:
+        keys, values: by attention module, (Hkv, S, D|Dv); S runs over all prompts, one after the other.
+        starts: where each prompt begins in S.
+    """
+
+    keys: dict[nn.Module, Tensor]
+    values: dict[nn.Module, Tensor]
+    starts: tuple[int, ...]
+
+    @classmethod
+    def join(cls, bases: "list[Base]") -> "Base":
+        if len(bases) == 1:
+            return bases[0]
+        lengths = [next(iter(base.keys.values())).shape[1] for base in bases]
+        starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+        modules = list(bases[0].keys)
+        keys = {m: torch.cat([base.keys.pop(m) for base in bases], dim=1) for m in modules}
+        values = {m: torch.cat([base.values.pop(m) for base in bases], dim=1) for m in modules}
+        return cls(keys, values, starts)
+
+
+class _CaptureRun:
+    """The model's own attention, recomputed by our op, with every layer's K/V kept."""
+
+    def __init__(self) -> None:
+        self.keys: dict[nn.Module, Tensor] = {}
+        self.values: dict[nn.Module, Tensor] = {}
+
+    def mask(self, **kwargs: Any) -> Tensor | None:
+        return compact_mask(**kwargs)
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        if module in self.keys:
+            raise PackingUnsupportedError(f"{type(module).__name__} attends more than once per forward")
+        self.keys[module] = call.key[0].contiguous()
+        self.values[module] = call.value[0].contiguous()
+        return call.attend(None, "log_additive")
+
+
+class _PackedRun:
+    """Each layer's rows attend to that layer's base K/V and to their own variant."""
+
+    def __init__(self, base: Base, pack: VariantPack, factor: Tensor, mode: str, layers: Iterable[int] | None) -> None:
+        self.base, self.pack, self.factor, self.mode = base, pack, factor, mode
+        self.layers = LayerSelection(layers)
+
+    def mask(self, **kwargs: Any) -> None:
+        return None  # the pack says who sees whom
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        if module not in self.base.keys:
+            raise PackingUnsupportedError(f"{type(module).__name__} was not called in the base run")
+        if call.position_bias is not None or not call.is_causal:
+            raise PackingUnsupportedError(f"{type(module).__name__} attends with a position bias or both ways")
+        output = ops.packed_suppressed_attention(
+            call.query[0],
+            call.key[0],
+            call.value[0],
+            self.base.keys[module],
+            self.base.values[module],
+            self.pack,
+            self.factor if module in self.layers else None,
+            mode=self.mode,
+            scale=call.scale,
+            sliding_window=call.sliding_window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+        return output.transpose(0, 1)[None]  # type: ignore[union-attr]
+
+
+def own_logprobs(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """Log-probs with the attention that the model came with; arguments as in `base_run`."""
+    return _logprobs(model, {"input_ids": ids[None]}, rows, targets[None])[0]
+
+
+def base_run(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor) -> tuple[Base, Tensor]:
+    """The unperturbed run over one sequence.
+
+    Args:
+        ids: (L,) token ids.
+        rows: (R,) rows whose next token is scored.
+        targets: (R,) those tokens.
+
+    Returns:
+        its K/V, and the (R,) log-probs of the targets.
+
+    Raises:
+        UnsupportedModelError: not every layer of the model reaches the attention function.
+    """
+    run = _CaptureRun()
+    with activate(model, run):
+        logprobs = _logprobs(model, {"input_ids": ids[None]}, rows, targets[None])[0]
+    layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
+    if not run.keys:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be explained: a forward of it never called the attention function"
+        )
+    if layers is not None and len(run.keys) < layers:
+        raise PackingUnsupportedError(
+            f"only {len(run.keys)} of {layers} layers of {type(model).__name__} are attention layers"
+        )
+    return Base(run.keys, run.values, (0,)), logprobs
+
+
+def packed_logprobs(
+    model: PreTrainedModel,
+    base: Base,
+    pack: VariantPack,
+    ids: Tensor,
+    factor: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    mode: str,
+    layers: Iterable[int] | None = None,
+) -> Tensor:
+    """One forward over the suffixes of many variants.
+
+    Args:
+        ids: (T,) the suffixes' token ids, in the pack's order.
+        factor: (V, K) over absolute positions.
+        rows: (R,) rows of the pack whose next token is scored.
+        targets: (R,) those tokens.
+
+    Returns:
+        (R,) log-probs.
+
+    Raises:
+        PackingUnsupportedError: a layer needs what a packed forward does not have.
+    """
+    inputs = {"input_ids": ids[None], "position_ids": pack.row_position[None]}
+    with activate(model, _PackedRun(base, pack, factor, mode, layers)):
+        return _logprobs(model, inputs, rows, targets[None])[0]
+
+
+def full_row_logprobs(
+    model: PreTrainedModel,
+    ids: Tensor,
+    factor: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    mode: str,
+    layers: Iterable[int] | None = None,
+) -> Tensor:
+    """Every variant as a whole row of a batch: what packing replaces, and what serves where packing cannot.
+
+    Args:
+        ids: (L,) token ids, the same for all variants.
+        factor: (V, L).
+        rows, targets: (R,), the same for all variants.
+
+    Returns:
+        (V, R) log-probs.
+    """
+    variants = factor.shape[0]
+    run = SuppressedRun(factor, mode=mode, layers=layers)
+    with activate(model, run):
+        return _logprobs(model, {"input_ids": ids.expand(variants, -1)}, rows, targets.expand(variants, -1))
+
+
+def _logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
+    """(B, R) log-probs of `targets` (B, R) at `rows` (R,) of every sequence in the batch.
+
+    The model's own head makes the logits, a few rows at a time over one run of its layers.
+    """
+    vocabulary = int(getattr(decoder_of(model).config, "vocab_size", 1 << 16))
+    step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    if not keeps:
+        step = max(1, len(rows))
+    pieces = []
+    with torch.inference_mode(), _layers_run_once(model):
+        for first in range(0, len(rows), step):
+            chunk = rows[first : first + step]
+            keep = {"logits_to_keep": chunk} if keeps else {}
+            logits = model(**inputs, use_cache=False, **keep).logits
+            logits = logits if keeps else logits[:, chunk]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            wanted = targets[:, first : first + step, None]
+            pieces.append(logits.gather(-1, wanted).squeeze(-1) - logits.logsumexp(dim=-1))
+    return torch.cat(pieces, dim=1)
+
+
+@contextmanager
+def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
+    """Calls of `model` inside compute its layers once; later ones differ in their head's rows only."""
+    body = model.base_model
+    if body is model:
+        yield
+        return
+    own_forward = body.__dict__.get("forward")
+    forward, output = body.forward, None
+
+    def run_once(*args: Any, **kwargs: Any) -> Any:
+        nonlocal output
+        if output is None:
+            output = forward(*args, **kwargs)
+        return output
+
+    body.forward = run_once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own_forward is None:
+            del body.forward
+        else:
+            body.forward = own_forward  # type: ignore[method-assign]
