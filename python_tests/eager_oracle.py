@@ -1,0 +1,70 @@
+"""Suppression written independently of the package: an eager attention function that holds all scores.
+
+The masks are those that transformers makes for its own eager attention. Every variant is one full forward.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+_setting: dict = {}
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    group = query.shape[1] // key.shape[1]
+    key, value = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (key, value))
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    hidden = attention_mask < -1e9 if attention_mask is not None else torch.zeros_like(scores, dtype=torch.bool)
+    layers = _setting["layers"]
+    calls = _setting["calls"]
+    calls.setdefault(id(module), len(calls))
+    if layers is None or calls[id(module)] in layers:
+        c = _setting["factor"][:, None, None, : key.shape[2]].to(scores.dtype)
+        if _setting["mode"] == "log_additive":
+            scores = scores + torch.log(c)
+        elif _setting["mode"] == "multiplicative":
+            scores = scores * c
+        else:
+            lowest = torch.where(hidden, math.inf, scores).min(dim=-1, keepdim=True).values
+            scores = lowest + (scores - lowest) * c
+    scores = torch.where(hidden, -math.inf, scores)
+    if s_aux is not None:
+        sink = s_aux.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, sink.to(scores.dtype)], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)  # nothing to see
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value).contiguous(), None
+
+
+AttentionInterface.register("test_oracle", _attention)
+AttentionMaskInterface.register("test_oracle", eager_mask)
+
+
+@contextmanager
+def _oracle(model: PreTrainedModel, factor: torch.Tensor, mode: str, layers):
+    before = model.config._attn_implementation
+    model.set_attn_implementation("test_oracle")
+    _setting.update(factor=factor, mode=mode, layers=layers, calls={})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def target_logprobs(model, ids: torch.Tensor, n: int, factor: torch.Tensor, mode: str, layers=None) -> torch.Tensor:
+    """(m,) log-probs of ids[n:] under one factor row (L,), by one full forward."""
+    with _oracle(model, factor[None], mode, layers), torch.no_grad():
+        logits = model(ids[None, :-1], use_cache=False).logits[0, n - 1 :].double()
+    return logits.log_softmax(-1).gather(1, ids[n:, None])[:, 0]
+
+
+def leave_one_out(model, ids: torch.Tensor, n: int, rows: torch.Tensor, mode: str, layers=None) -> torch.Tensor:
+    """(n_units, m): rise of the loss of every target token, for every row of factors (L,)."""
+    base = target_logprobs(model, ids, n, torch.ones(len(ids)), mode, layers)
+    return torch.stack([base - target_logprobs(model, ids, n, row, mode, layers) for row in rows])
