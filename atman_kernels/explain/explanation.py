@@ -1,0 +1,288 @@
+"""The result of an explanation: a score per unit and target token, and all it takes to show and keep them."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from atman_kernels.errors import InputError
+from atman_kernels.planning.units import Unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+FORMAT = "atman-explanation"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Which units of a prompt an answer rests on.
+
+    A score is how much the loss of a target token rises, in nats, when the attention to a unit is suppressed:
+    positive means that the unit speaks for the token, negative that it speaks against it.
+
+    Attributes:
+        prompt: the exact text that was tokenized.
+        target: the text whose loss was measured.
+        units: what has a score; they may overlap, and need not cover the prompt.
+        scores: (n_units, n_target_tokens) float32 on the CPU, finite.
+        target_tokens: the text to show for each target token.
+        base_logprobs: (n_target_tokens,) float32 on the CPU: natural log of each target token's probability
+            with nothing suppressed.
+        settings: how it was computed; JSON types only (a copy is kept, tuples become lists).
+        stats: what it cost; JSON types only, likewise.
+
+    Raises:
+        InputError: a field has the wrong type, shape, dtype or device or is not finite, or a unit lies
+            outside its text.
+
+    Example:
+        >>> explanation = Explanation(
+        ...     prompt="The sky is", target=" blue",
+        ...     units=(Unit("The", 0, 3, (0,)), Unit(" sky", 3, 7, (1,)), Unit(" is", 7, 10, (2,))),
+        ...     scores=torch.tensor([[0.0], [2.5], [-0.5]]), target_tokens=(" blue",),
+        ...     base_logprobs=torch.tensor([-0.25]), settings={"mode": "log_additive"}, stats={})
+        >>> explanation.top(1)
+        [(Unit(text=' sky', start=3, end=7, token_indices=(1,), source='prompt'), 2.5)]
+    """
+
+    prompt: str
+    target: str
+    units: tuple[Unit, ...]
+    scores: torch.Tensor
+    target_tokens: tuple[str, ...]
+    base_logprobs: torch.Tensor
+    settings: dict[str, Any]
+    stats: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a str, got {type(getattr(self, name)).__name__}")
+        _check_units(self.units, {"prompt": self.prompt, "target": self.target})
+        _check_target_tokens(self.target_tokens)
+        _check_tensor("scores", self.scores, (len(self.units), len(self.target_tokens)))
+        _check_tensor("base_logprobs", self.base_logprobs, (len(self.target_tokens),))
+        for name in ("settings", "stats"):
+            object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
+
+    @property
+    def total(self) -> torch.Tensor:
+        """(n_units,) float32: each unit's scores summed over the target tokens, in nats."""
+        return self.scores.sum(dim=1)
+
+    def top(self, k: int = 10) -> list[tuple[Unit, float]]:
+        """The k units with the highest total (all if there are fewer), highest first, ties in reading order.
+
+        Raises:
+            InputError: k is not a positive integer.
+        """
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise InputError(f"k must be a positive integer, got {k!r}")
+        total = self.total
+        order = torch.argsort(total, descending=True, stable=True)[:k].tolist()
+        return [(self.units[i], float(total[i])) for i in order]
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A complete HTML page with the heatmap, self-contained: no network, no other files.
+
+        Args:
+            path: where to write the page as well (UTF-8); the file appears whole or not at all.
+
+        Raises:
+            InputError: path is a folder or lies in a folder that does not exist.
+        """
+        from atman_kernels.render.html import page
+
+        text = page(self)
+        if path is not None:
+            _write_whole(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        from atman_kernels.render.html import fragment
+
+        return fragment(self)
+
+    def show(self, top: int = 8, console: Console | None = None) -> None:
+        """Prints the heatmap and the strongest units; without colours where the terminal has none."""
+        from atman_kernels.render.terminal import print_explanation
+
+        print_explanation(self, console=console, top=top)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from atman_kernels.render.terminal import renderables
+
+        yield from renderables(self, console)
+
+    def plot(self, kind: str = "bar", **options: Any) -> Axes:
+        """Draws with matplotlib: "bar" shows the strongest units, "heat" units × target tokens.
+
+        Args:
+            kind: "bar" or "heat".
+            options: passed on to `atman_kernels.plots.bar` or `atman_kernels.plots.heat`: `top`, `ax`.
+
+        Raises:
+            InputError: unknown kind.
+            ImportError: matplotlib is not installed; the message says how to get it.
+        """
+        from atman_kernels import plots
+
+        kinds = {"bar": plots.bar, "heat": plots.heat}
+        if kind not in kinds:
+            raise InputError(f'kind must be "bar" or "heat", got {kind!r}')
+        return kinds[kind](self, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON that `load` reads back exactly; the file appears whole or not at all.
+
+        Raises:
+            InputError: path is a folder or lies in a folder that does not exist.
+        """
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+        content |= {field.name: getattr(self, field.name) for field in fields(self)}
+        content["units"] = [asdict(unit) for unit in self.units]
+        # float32 → float64 → shortest decimal is lossless in both directions.
+        content["scores"] = self.scores.tolist()
+        content["base_logprobs"] = self.base_logprobs.tolist()
+        _write_whole(path, json.dumps(content, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: the file is not JSON, no explanation, of another version, incomplete or inconsistent.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{os.fspath(path)} is not a JSON file: {error}") from error
+        try:
+            return _from_json(content)
+        except InputError as error:
+            raise InputError(f"{os.fspath(path)}: {error}") from error
+
+    def __repr__(self) -> str:
+        n_units, n_tokens = self.scores.shape
+        strongest = ", ".join(f"{_shortened(unit.text)} {score:+.2f}" for unit, score in self.top(3))
+        return (
+            f"Explanation({n_units} units × {n_tokens} target tokens, target={_shortened(self.target)}, "
+            f"log p = {float(self.base_logprobs.sum()):.2f}, top: {strongest})"
+        )
+
+
+def _shortened(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+def _check_units(units: object, texts: dict[str, str]) -> None:
+    if not isinstance(units, tuple) or not units or not all(isinstance(unit, Unit) for unit in units):
+        raise InputError(f"units must be a tuple of at least one Unit, got {_shortened(repr(units), 80)}")
+    for i, unit in enumerate(units):
+        if unit.source not in texts:
+            raise InputError(f'units[{i}].source must be "prompt" or "target", got {unit.source!r}')
+        length = len(texts[unit.source])
+        if not all(map(_is_index, (unit.start, unit.end))) or not 0 <= unit.start <= unit.end <= length:
+            raise InputError(
+                f"units[{i}] spans characters {unit.start}..{unit.end}, expected integers with "
+                f"0 <= start <= end <= {length} (the length of the {unit.source})"
+            )
+        if not isinstance(unit.text, str):
+            raise InputError(f"units[{i}].text must be a str, got {type(unit.text).__name__}")
+        if not isinstance(unit.token_indices, tuple) or not all(map(_is_index, unit.token_indices)):
+            indices = _shortened(repr(unit.token_indices), 80)
+            raise InputError(f"units[{i}].token_indices must be a tuple of integers >= 0, got {indices}")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_target_tokens(tokens: object) -> None:
+    if not isinstance(tokens, tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise InputError(f"target_tokens must be a tuple of at least one str, got {_shortened(repr(tokens))}")
+
+
+def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise InputError(f"{name} must be float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if not torch.isfinite(tensor).all():
+        where = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+        raise InputError(f"{name} must be finite, got {tensor[tuple(where)].item()} at {where}")
+
+
+def _json_copy(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{name} must be a dict, got {type(value).__name__}")
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must hold JSON types only: {error}") from error
+
+
+def _from_json(content: Any) -> Explanation:
+    """An Explanation from parsed JSON of any origin; whatever is wrong with it becomes an InputError."""
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise InputError(f'not an explanation: expected "format": "{FORMAT}", found {found!r}')
+    if content.get("version") != VERSION:
+        raise InputError(f"version {content.get('version')!r} cannot be read, only version {VERSION}")
+    missing = [field.name for field in fields(Explanation) if field.name not in content]
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}")
+    values = {field.name: content[field.name] for field in fields(Explanation)}
+    try:
+        values["units"] = tuple(map(_unit_from_json, _list("units", values["units"])))
+        values["target_tokens"] = tuple(_list("target_tokens", values["target_tokens"]))
+        for name in ("scores", "base_logprobs"):
+            values[name] = torch.tensor(_list(name, values[name]), dtype=torch.float32)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"a field has the wrong form: {error}") from error
+    return Explanation(**values)
+
+
+def _unit_from_json(unit: dict[str, Any]) -> Unit:
+    values = {field.name: unit[field.name] for field in fields(Unit)}
+    return Unit(**values | {"token_indices": tuple(_list("token_indices", values["token_indices"]))})
+
+
+def _list(name: str, value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(f"{name} must be a list, got {type(value).__name__}")
+    return value
+
+
+def _write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Writes text so that nobody ever finds a part of it: beside the file, then moved into its place."""
+    file = Path(os.path.realpath(path))  # a link keeps pointing at the file
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(f"path must be a file in an existing folder, got {os.fspath(path)!r}")
+    data = text.encode("utf-8")
+    if file.exists() and not file.is_file():  # /dev/null, a pipe: nothing to move into place
+        file.write_bytes(data)
+        return
+    unfinished = file.with_name(f".{uuid.uuid4().hex}.tmp")  # created by open, so with the usual permissions
+    try:
+        with open(unfinished, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,111 @@
+"""Explanations as HTML: a fragment for notebooks and a page of its own, both without any outside resource."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from atman_kernels.render.labels import label, percent, printable, signed
+from atman_kernels.render.segments import ranked, segments, strongest
+
+if TYPE_CHECKING:
+    from atman_kernels.explain.explanation import Explanation
+
+TOP = 8  # rows in the list of what speaks for the answer
+
+
+def fragment(explanation: Explanation) -> str:
+    """The heatmap as one `<section>` with its own style and script, for any page, any number of times."""
+    return _environment().get_template("fragment.html").render(_content(explanation))
+
+
+def page(explanation: Explanation) -> str:
+    """The heatmap as a complete page, whose security policy lets it load nothing and run only our script."""
+    digest = base64.b64encode(hashlib.sha256(_file("explanation.js").encode()).digest()).decode()
+    template = _environment().get_template("page.html")
+    return template.render(_content(explanation), script_hash=f"sha256-{digest}")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(_file),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"label": label, "printable": printable, "signed": signed}
+    return environment
+
+
+@cache
+def _file(name: str) -> str:
+    return (resources.files("atman_kernels.render") / name).read_text(encoding="utf-8")
+
+
+def _content(explanation: Explanation) -> dict[str, Any]:
+    """What the templates show; the script takes over from `data` when a target token is selected."""
+    total: list[float] = explanation.total.tolist()
+    scale = max(map(abs, total)) or 1.0
+    speaks_for, speaks_against = ranked(total, TOP)
+    logprob = float(explanation.base_logprobs.sum())
+
+    def painted(text: str, source: str) -> list[dict[str, Any]]:
+        pieces = []
+        for piece in segments(text, explanation.units, source):
+            unit = strongest(piece.units, total)
+            pieces.append({"piece": piece, "unit": unit, "score": 0.0 if unit is None else total[unit]})
+        return pieces
+
+    return {
+        "explanation": explanation,
+        "logprob": logprob,
+        "probability": percent(logprob),
+        "token_logprobs": explanation.base_logprobs.tolist(),
+        "total": total,
+        "scale": scale,
+        "texts": [painted(explanation.prompt, "prompt"), painted(explanation.target, "target")],
+        "lists": [("Speaks for", speaks_for), ("Speaks against", speaks_against)],
+        "summary": _summary(explanation),
+        "details": [("Settings", _shown(explanation.settings)), ("Cost", _shown(explanation.stats))],
+        "style": _file("explanation.css"),
+        "script": _file("explanation.js"),
+        "data": {
+            "labels": [label(unit.text, 60) for unit in explanation.units],
+            "tokens": [label(token, 24) for token in explanation.target_tokens],
+            "total": [float(f"{score:.4g}") for score in total],
+            "scores": [[float(f"{score:.4g}") for score in row] for row in explanation.scores.tolist()],
+            "top": TOP,
+        },
+    }
+
+
+def _summary(explanation: Explanation) -> str:
+    settings = explanation.settings
+    parts = [str(settings[key]) for key in ("model", "mode") if settings.get(key)]
+    if settings.get("factor") is not None:
+        parts.append(f"factor {settings['factor']}")
+    kind = settings.get("units")
+    parts.append(f"{len(explanation.units)} {f'{kind} ' if isinstance(kind, str) else ''}units")
+    return " · ".join(parts)
+
+
+def _shown(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, _in_words(value)) for key, value in values.items()]
+
+
+def _in_words(value: Any) -> str:
+    """A JSON value without its punctuation."""
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_in_words(member)}" for key, member in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    return str(value)

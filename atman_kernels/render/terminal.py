@@ -1,0 +1,159 @@
+"""Explanations in a terminal: a heatmap where there are colours, numbered brackets where there are none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len, set_cell_size
+from rich.color import Color
+from rich.color_triplet import ColorTriplet
+from rich.console import Console, RenderableType
+from rich.style import Style
+from rich.text import Text
+
+from atman_kernels.render import NEGATIVE, POSITIVE
+from atman_kernels.render.labels import label, percent, printable, signed
+from atman_kernels.render.segments import Segment, ranked, segments, strongest
+
+if TYPE_CHECKING:
+    from atman_kernels.explain.explanation import Explanation
+
+BAR_WIDTH = 24  # characters
+FAINTEST = 0.06  # share of the largest score below which a unit stays uncoloured
+
+
+def print_explanation(explanation: Explanation, console: Console | None = None, top: int = 8) -> None:
+    """Prints the answer with its log-probabilities, the text as a heatmap, and the strongest units.
+
+    Without colours (piped output, NO_COLOR, fewer than 256 colours) the strongest units stand in brackets,
+    with their number in the list.
+
+    Args:
+        explanation: what to print.
+        console: where to; standard output by default.
+        top: how many units that speak for the answer to list, and at most half as many that speak against it.
+    """
+    console = console or Console()
+    for part in renderables(explanation, console, top):
+        console.print(part)
+
+
+def renderables(explanation: Explanation, console: Console, top: int = 8) -> Iterator[RenderableType]:
+    """The parts that `print_explanation` prints, for a rich layout of one's own."""
+    canvas = _Canvas(explanation, console, top)
+    yield canvas.answer()
+    yield canvas.heading("Prompt")
+    yield canvas.text("prompt", explanation.prompt)
+    if any(unit.source == "target" for unit in explanation.units):
+        yield canvas.heading("Answer as input")
+        yield canvas.text("target", explanation.target)
+    yield canvas.heading("Strongest units: rise of the answer's loss when suppressed, in nats")
+    yield canvas.ranking()
+
+
+class _Canvas:
+    """What the parts of one printout share: scores, scale, ranks, and what the console can show."""
+
+    def __init__(self, explanation: Explanation, console: Console, top: int) -> None:
+        self.explanation = explanation
+        self.total: list[float] = explanation.total.tolist()
+        self.scale = max(map(abs, self.total)) or 1.0
+        speaks_for, speaks_against = ranked(self.total, top)
+        self.listed = speaks_for + speaks_against
+        self.ascii = console.options.ascii_only
+        self.colour = console.color_system in ("256", "truecolor") and not console.no_color
+        self.dark = _dark_background()
+
+    def safe(self, text: str) -> str:
+        text = printable(text)
+        return text.encode("ascii", "backslashreplace").decode() if self.ascii else text
+
+    def number(self, value: float) -> str:
+        return self.safe(signed(value).replace("−", "-") if self.ascii else signed(value))
+
+    def heading(self, text: str) -> Text:
+        return Text("\n" + text, style="bold")
+
+    def answer(self) -> Text:
+        logprobs: list[float] = self.explanation.base_logprobs.tolist()
+        whole = f"log p {self.number(sum(logprobs))}, {self.safe(percent(sum(logprobs)))}"
+        line = Text.assemble(("Answer", "bold"), (f"  {whole}", "dim"), "\n")
+        for token, logprob in zip(self.explanation.target_tokens, logprobs, strict=True):
+            line.append(self.safe(label(token, 24)), "bold")
+            line.append(f" {self.number(logprob)}   ", "dim")
+        line.rstrip()
+        return line
+
+    def text(self, source: str, text: str) -> RenderableType:
+        """The text painted, or with the listed units in brackets."""
+        pieces = segments(text, self.explanation.units, source)
+        return self.painted(pieces) if self.colour else self.bracketed(pieces)
+
+    def painted(self, pieces: list[Segment]) -> Text:
+        painted = Text(overflow="fold")
+        for piece in pieces:
+            unit = strongest(piece.units, self.total)
+            shown = piece.text or self.chip(piece)
+            if piece.text.isspace() and "\n" in piece.text and unit is not None:
+                shown = piece.text.replace("\n", "↵\n")
+            painted.append(self.safe(shown), self.style(unit))
+        return painted
+
+    def bracketed(self, pieces: list[Segment]) -> Text:
+        """Listed units as [rank:text]; of units that overlap, the strongest gets the brackets."""
+        bracketed = Text(overflow="fold")
+        for unit, group in groupby(pieces, key=lambda piece: strongest(piece.units, self.total)):
+            members = list(group)
+            text = "".join(piece.text for piece in members) or self.chip(members[0])
+            if unit in self.listed:
+                inner = text.strip() or label(text)
+                before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+                if text.isspace():
+                    before, after = "", "\n" * text.count("\n")
+                text = f"{before}[{self.listed.index(unit) + 1}:{inner}]{after}"
+            bracketed.append(self.safe(text))
+        return bracketed
+
+    def chip(self, piece: Segment) -> str:
+        """What stands for a unit without characters."""
+        return f"<{label(self.explanation.units[piece.units[0]].text, 24).strip('<>')}>"
+
+    def style(self, unit: int | None) -> Style:
+        """Background for a unit, with a text colour that is readable on it whatever the terminal's own."""
+        strength = 0.0 if unit is None else self.total[unit] / self.scale
+        if abs(strength) < FAINTEST:
+            return Style.null()
+        hue = ColorTriplet(*bytes.fromhex((POSITIVE if strength > 0 else NEGATIVE)[1:]))
+        ground, ink = ((24, 24, 24), "#ffffff") if self.dark else ((255, 255, 255), "#000000")
+        # In the dark the full hue would be too bright for white text.
+        full = tuple(round(0.72 * part) for part in hue) if self.dark else hue
+        mixed = (round(g + abs(strength) * (h - g)) for g, h in zip(ground, full, strict=True))
+        return Style(color=ink, bgcolor=Color.from_triplet(ColorTriplet(*mixed)))
+
+    def ranking(self) -> Text:
+        labels = [self.safe(label(self.explanation.units[unit].text)) for unit in self.listed]
+        width = max(map(cell_len, labels), default=0)
+        lines = Text(no_wrap=True, overflow="ellipsis")
+        for rank, (unit, shown) in enumerate(zip(self.listed, labels, strict=True), 1):
+            score = self.total[unit]
+            lines.append(f"{rank:3}  ", "dim")
+            lines.append(f"{set_cell_size(shown, width)}  {self.number(score):>7}  ")
+            hue = POSITIVE if score > 0 else NEGATIVE
+            lines.append(self.bar(score) + "\n", hue if self.colour else None)
+        lines.rstrip()
+        return lines if self.listed else Text("  no unit changes it")
+
+    def bar(self, score: float) -> str:
+        length = max(1, round(BAR_WIDTH * abs(score) / self.scale))
+        if self.colour:
+            return "━" * length
+        return ("#-" if self.ascii else "█░")[score < 0] * length
+
+
+def _dark_background() -> bool:
+    """What the terminal says of its background (COLORFGBG ends in its colour's number); most are dark."""
+    ground = os.environ.get("COLORFGBG", "").rpartition(";")[2]
+    return ground not in ("7", "15")
