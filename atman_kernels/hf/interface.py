@@ -249,6 +249,11 @@ def activate(model: nn.Module, run: Run) -> Iterator[None]:
             _everywhere.remove(active)
 
 
+def is_active(run: Run) -> bool:
+    """Whether the calling thread or task is inside the run's context."""
+    return any(a.run is run for a in _active.get())
+
+
 @dataclass
 class _Switch:
     holders: int

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
-from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of
+from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of, is_active
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def suppress(
     decoder = decoder_of(model)
 
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
-        if not run.reached:
+        if is_active(run) and not run.reached:  # not another thread's forward
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be suppressed: a forward of it never called the attention function"
             )
