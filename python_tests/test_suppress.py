@@ -284,7 +284,7 @@ def test_nested_suppression_mode_layers_and_model_are_checked():
         pass
     with pytest.raises(ak.InputError, match="mode must be one of"), ak.suppress(model, None, mode="loud"):
         pass
-    with pytest.raises(ak.InputError, match="layers must be indices"), ak.suppress(model, None, layers=[-1]):
+    with pytest.raises(ak.InputError, match="layers must be indices in"), ak.suppress(model, None, layers=[-1]):
         pass
     with pytest.raises(ak.InputError, match="model must be a transformers"), ak.suppress(torch.nn.Linear(1, 1), None):
         pass

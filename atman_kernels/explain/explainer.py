@@ -20,7 +20,7 @@ from atman_kernels.formula import MODES
 from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
-from atman_kernels.hf.suppression import LayerSelection
+from atman_kernels.hf.suppression import checked_layers
 from atman_kernels.planning.factors import factor_rows, first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 
@@ -85,8 +85,7 @@ class Explainer:
         self.similarity_threshold = similarity_threshold
         self.token_budget = token_budget
         self.progress = progress
-        self._perturbation = Perturbation(mode, None if layers is None else tuple(layers))
-        LayerSelection(self._perturbation.layers)  # refuses what is no index
+        self._perturbation = Perturbation(mode, checked_layers(model, layers))
         self._tolerance: float | None = None
         self._unpackable: str | None = None  # the reason, once it is known
 

@@ -1,5 +1,6 @@
 """`suppress`: any forward of an unmodified model, `generate` included, with some keys turned down."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,8 +47,8 @@ def suppress(
         >>> with suppress(model, torch.tensor([[1.0, 0.0, 1.0]])):
         ...     without_token_1 = model(ids).logits[0, -1]
     """
-    run = SuppressedRun(factor, mode=mode, layers=layers, backend=backend)
     decoder = decoder_of(model)
+    run = SuppressedRun(factor, mode=mode, layers=checked_layers(model, layers), backend=backend)
 
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
         if is_active(run) and not run.reached:  # not another thread's forward
@@ -115,15 +116,26 @@ class LayerSelection:
 
     def __init__(self, layers: Iterable[int] | None) -> None:
         self._wanted = None if layers is None else frozenset(layers)
-        if self._wanted is not None:
-            bad = [x for x in self._wanted if not isinstance(x, int) or x < 0]
-            if bad or not self._wanted:
-                raise InputError(f"layers must be indices >= 0 or None, got {sorted(self._wanted, key=str)}")
         self._index: dict[int, int] = {}
 
     def __contains__(self, module: nn.Module) -> bool:
         index = self._index.setdefault(id(module), len(self._index))
         return self._wanted is None or index in self._wanted
+
+
+def checked_layers(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...] | None:
+    """The layers as a tuple.
+
+    Raises:
+        InputError: there are none, or one of them is no index of a layer of the model.
+    """
+    if layers is None:
+        return None
+    wanted = tuple(layers)
+    count = int(getattr(decoder_of(model).config, "num_hidden_layers", sys.maxsize))
+    if not wanted or not all(isinstance(x, int) and 0 <= x < count for x in wanted):
+        raise InputError(f"layers must be indices in [0, {count}), got {list(wanted)}")
+    return wanted
 
 
 def checked_factor(factor: Tensor) -> Tensor:
