@@ -61,9 +61,12 @@ def suppress_scores(scores: Tensor, factor: Tensor, mode: str, visible: Tensor) 
         return scores + factor.log()
     if mode == "multiplicative":
         return scores * factor
+    if scores.shape[-1] == 0:
+        return scores
     row_minimum = scores.masked_fill(~visible, math.inf).amin(dim=-1, keepdim=True)
-    # m + 1 * (s - m) is not s in floating point
-    return torch.where(factor == 1, scores, row_minimum + factor * (scores - row_minimum))
+    row_minimum = row_minimum.masked_fill(row_minimum == math.inf, 0.0)  # a row that sees nothing
+    # m + c * (s - m), written so that c = 1 gives s bit for bit and still has a derivative
+    return scores + (factor - 1) * (scores - row_minimum)
 
 
 def window_visible(query_position: Tensor, key_position: Tensor, is_causal: bool, sliding_window: int | None) -> Tensor:

@@ -204,6 +204,8 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], what: str
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != like.device:
         raise InputError(f"{name} must be on {like.device} as query is, got {tensor.device}")
 
@@ -223,12 +225,13 @@ def _check_heads(q_heads: int, kv_heads: int) -> None:
 
 
 def _check_factor(factor: Tensor, query: Tensor, rows: int, heads: int, length: int, exact: bool) -> None:
-    expected = f"({rows}, {length}) or ({rows}, {heads}, {length})" + ("" if exact else ", or longer in the last")
     _check_device("factor", factor, query)
     if factor.dtype not in _FLOATS:
-        raise InputError(f"factor must be a floating point tensor {expected}, got {factor.dtype}")
+        raise InputError(f"factor must be a floating point tensor, got {factor.dtype}")
     fits = factor.ndim in (2, 3) and factor.shape[0] == rows and (factor.ndim == 2 or factor.shape[1] == heads)
     if not fits or (factor.shape[-1] != length if exact else factor.shape[-1] < length):
+        longer = "" if exact else ", or longer in the last"  # here, since dynamo cannot format symbolic sizes
+        expected = f"({rows}, {length}) or ({rows}, {heads}, {length}){longer}"
         raise InputError(f"factor must have shape {expected}, got {tuple(factor.shape)}")
 
 
@@ -256,12 +259,12 @@ def _checked_options(
         raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not math.isfinite(scale):
-        raise InputError(f"scale must be finite, got {scale}")
-    if sliding_window is not None and sliding_window < 1:
-        raise InputError(f"sliding_window must be >= 1 or None, got {sliding_window}")
-    if softcap is not None and not (0 < softcap < math.inf):
-        raise InputError(f"softcap must be positive and finite or None, got {softcap}")
+    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InputError(f"scale must be a finite number, got {scale!r}")
+    if sliding_window is not None and not (isinstance(sliding_window, int) and sliding_window >= 1):
+        raise InputError(f"sliding_window must be an integer >= 1 or None, got {sliding_window!r}")
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
+        raise InputError(f"softcap must be positive and finite or None, got {softcap!r}")
     if sinks is not None:
         _check_device("sinks", sinks, query)
         heads = query.shape[-3]
@@ -290,15 +293,21 @@ def _check_factor_values(factor: Tensor | None) -> None:
 
 _OPTIONS = "str mode, bool is_causal, float scale, SymInt? sliding_window, float? softcap, bool return_lse"
 _library = torch.library.Library("atman_kernels", "DEF")
-_library.define(
-    "suppressed_attention(Tensor query, Tensor key, Tensor value, Tensor? factor, Tensor? key_mask, Tensor? sinks, "
-    f"Tensor? position_bias, {_OPTIONS}, str? backend) -> (Tensor, Tensor)"
-)
-_library.define(
-    "packed_suppressed_attention(Tensor query, Tensor key, Tensor value, Tensor base_key, Tensor base_value, "
-    "Tensor suffix_starts, Tensor prefix_lengths, Tensor base_starts, Tensor row_variant, Tensor row_position, "
-    f"Tensor? factor, Tensor? sinks, {_OPTIONS}, str? backend) -> (Tensor, Tensor)"
-)
+_TENSORS = {
+    "suppressed_attention": (
+        "Tensor query, Tensor key, Tensor value, Tensor? factor, Tensor? key_mask, Tensor? sinks, Tensor? position_bias"
+    ),
+    "packed_suppressed_attention": (
+        "Tensor query, Tensor key, Tensor value, Tensor base_key, Tensor base_value, Tensor suffix_starts, "
+        "Tensor prefix_lengths, Tensor base_starts, Tensor row_variant, Tensor row_position, Tensor? factor, "
+        "Tensor? sinks"
+    ),
+}
+for _name, _tensors in _TENSORS.items():
+    _library.define(f"{_name}({_tensors}, {_OPTIONS}, str? backend) -> (Tensor, Tensor)")
+    _library.define(
+        f"{_name}_backward({_tensors}, {_OPTIONS}, bool[] wanted, Tensor grad_output, Tensor grad_lse) -> Tensor[]"
+    )
 _DENSE_TENSORS = 7  # tensors before the options in the schemas above
 _PACKED_TENSORS = 12
 
@@ -343,30 +352,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
 
 
-def _backward(
-    definition: Callable[..., tuple[Tensor, Tensor]],
-    num_tensors: int,
-    ctx: Any,
-    grad_output: Tensor,
-    grad_lse: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients by recomputing with the definition: exact, but it holds all scores of the call."""
+def _backward(gradients: Any, num_tensors: int, ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.arguments, strict=True)]
-    *options, _backend = inputs[num_tensors:]
-    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    wanted = list(ctx.needs_input_grad[:num_tensors])
+    found = iter(gradients(*inputs[:-1], wanted, grad_output, grad_lse))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+def _run_backward(definition: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> list[Tensor]:
+    """Gradients by recomputing with the definition: exact, but it holds all scores of the call.
+
+    An op of its own, since the packed definition reads the pack's integers, which no compiler can trace.
+    """
+    *inputs, wanted, grad_output, grad_lse = arguments
+    tensors, options = inputs[: len(wanted)], ScoreOptions(*inputs[len(wanted) :])
     with torch.enable_grad():
-        for i in wanted:
-            inputs[i] = inputs[i].detach().requires_grad_()
-        output, lse = definition(*inputs[:num_tensors], ScoreOptions(*options))
-        pairs = [(output, grad_output)] + ([(lse, grad_lse)] if lse.numel() else [])
-        gradients = torch.autograd.grad(
-            [x for x, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
-        )
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(wanted, gradients, strict=True):
-        result[i] = gradient
-    return tuple(result)
+        leaves = [x.detach().requires_grad_() if need else x for x, need in zip(tensors, wanted, strict=True)]
+        output, lse = definition(*leaves, options)
+        results, grads = ([output, lse], [grad_output, grad_lse]) if lse.numel() else ([output], [grad_output])
+        asked = [x for x, need in zip(leaves, wanted, strict=True) if need]
+        found = torch.autograd.grad(results, asked, grads, allow_unused=True, materialize_grads=True)
+    return [x.contiguous() for x in found]
 
 
 def _register() -> None:
@@ -375,14 +382,19 @@ def _register() -> None:
         ("packed_suppressed_attention", _run_packed, reference.packed_suppressed_attention, _PACKED_TENSORS),
     ):
         _library.impl(name, run, "CompositeExplicitAutograd")
+        _library.impl(f"{name}_backward", partial(_run_backward, definition), "CompositeExplicitAutograd")
 
         def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
             return _fake(arguments[0], arguments[2], arguments[-2])
 
+        def fake_backward(*arguments: Any) -> list[Tensor]:
+            return [x.new_empty(x.shape) for x, need in zip(arguments, arguments[-3], strict=False) if need]
+
         torch.library.register_fake(f"atman_kernels::{name}", fake, lib=_library)
+        torch.library.register_fake(f"atman_kernels::{name}_backward", fake_backward, lib=_library)
         torch.library.register_autograd(
             f"atman_kernels::{name}",
-            partial(_backward, definition, num_tensors),
+            partial(_backward, getattr(torch.ops.atman_kernels, f"{name}_backward"), num_tensors),
             setup_context=_setup_context,
             lib=_library,
         )

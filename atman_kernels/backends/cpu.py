@@ -60,7 +60,8 @@ def suppressed_attention(
                 bias = bias.expand(-1, queries, keys)[:, rows, seen]
             row_factor = None
             if factor is not None:
-                row_factor = factor[b, ..., seen].reshape(-1, 1, seen.stop - seen.start)  # [1|Hq, 1, N]
+                row_factor = factor[b, ..., seen].unsqueeze(-2)  # [1, N] or [Hq, 1, N]
+                row_factor = row_factor if factor.ndim == 3 else row_factor[None]
             _attend(
                 query[b, :, rows],
                 k[:, seen],
@@ -154,6 +155,11 @@ def _attend(
     lse_output: Tensor | None,  # (Hq, M), written
 ) -> None:
     """One tile."""
+    if key.shape[1] == 0:  # torch's fused attention divides by the number of keys: the process would die
+        output.zero_()
+        if lse_output is not None:
+            lse_output.copy_(lse_output.new_full((), -torch.inf) if sinks is None else sinks[:, None])
+        return
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if factor is not None:
         factor = None if bool((factor == 1).all()) else factor.to(wide)
@@ -194,6 +200,8 @@ def _fused(
     heads, rows, dim = query.shape
     kv_heads = key.shape[0]
     group = heads // kv_heads
+    # the fused kernel reads the last dimension as if it had stride 1
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     q = query.reshape(kv_heads, group, rows, dim)
     k, v = (x[:, None].expand(-1, group, -1, -1) for x in (key, value))
     mask = added[None] if added.shape[0] == 1 else added.reshape(kv_heads, group, *added.shape[1:])

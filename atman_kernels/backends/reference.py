@@ -40,17 +40,19 @@ def suppressed_attention(
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if position_bias is not None:
-        scores = scores + position_bias
         visible = visible & (position_bias > -math.inf)
+        scores = scores + position_bias.to(q.dtype).masked_fill(position_bias == -math.inf, 0.0)
     if factor is not None:
         per_head = factor if factor.ndim == 3 else factor[:, None]
         scores = suppress_scores(scores, per_head[:, :, None].to(q.dtype), options.mode, visible)
     scores = scores.masked_fill(~visible, -math.inf)
 
-    lse = scores.logsumexp(dim=-1) if keys else scores.new_full(scores.shape[:-1], -math.inf)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(q.dtype)[None, :, None])
-    weights = (scores - lse.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)).exp()
+        scores = torch.cat([scores, sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    live = (scores > -math.inf).any(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~live, 0.0)  # a row of -inf has NaN gradients
+    weights = scores.softmax(dim=-1).masked_fill(~live, 0.0)[..., :keys]
+    lse = scores.logsumexp(dim=-1).masked_fill(~live.squeeze(-1), -math.inf)
     output = (weights @ v).to(query.dtype)
     return output, lse if options.return_lse else lse.new_empty(0)
 
