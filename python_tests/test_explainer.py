@@ -50,8 +50,8 @@ def test_fields(explainer):
     assert explanation.scores.dtype == torch.float32
     assert explanation.settings["path"] == "packed"
     assert explanation.settings["dtype"] == "float32"
-    # two whole runs, two probes, and every suffix once
-    assert explanation.stats["tokens_through_model"] == 2 * 14 + (8 + 3) + sum(14 - i for i in range(12))
+    # two whole runs, two probes, and every suffix once, padded from 102 to 104 rows
+    assert explanation.stats["tokens_through_model"] == 2 * 14 + (8 + 3) + 104
 
 
 def test_base_logprobs_are_the_models_own(explainer, model):

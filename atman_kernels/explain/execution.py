@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, full_row_logprobs, packed_logprobs
 from atman_kernels.hf.memory import is_out_of_memory
-from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors
+from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,13 @@ def run_packed(
 ) -> Iterator[tuple[Variant, Tensor]]:
     """Yields each variant with the log-probs of its question's last answer tokens, as many as its suffix predicts."""
     queue = VariantQueue(variants, budget)
-    width = max(len(q.inputs) for q in questions)
     for taken in queue:
         # variants of one question stand together, in the order of their prefixes, so that kernels can share tiles
         taken.sort(key=lambda v: (v.question, v.prefix))
-        pack = lay_out(taken, base.starts, model.device)
-        ids = torch.cat([questions[v.question].inputs[v.prefix :] for v in taken])
+        extra = padding(sum(v.suffix for v in taken))
+        pack = lay_out(taken, base.starts, model.device, extra)
+        suffixes = [questions[v.question].inputs[v.prefix :] for v in taken]
+        ids = torch.cat([*suffixes, suffixes[0].new_zeros(extra)])
         scored = [_scored(questions[v.question], v) for v in taken]
         starts = pack.suffix_starts.tolist()
         rows = torch.cat([s + start for (s, _), start in zip(scored, starts, strict=False)])
@@ -78,7 +79,7 @@ def run_packed(
                 base,
                 pack,
                 ids,
-                pack_factors(taken, factors, width).to(model.device),
+                pack_factors(taken, factors, pack.num_variants, pack.longest).to(model.device),
                 rows,
                 torch.cat([targets for _, targets in scored]),
                 mode=perturbation.mode,
@@ -88,7 +89,7 @@ def run_packed(
             _shrink_or_raise(error, queue, taken)
             continue
         work.add(pack.num_rows, len(taken))
-        work.advance(pack.num_rows)
+        work.advance(pack.num_rows - extra)
         work.token_budget = queue.token_budget
         pieces = logprobs.split([len(s) for s, _ in scored])
         yield from zip(taken, pieces, strict=True)
@@ -108,7 +109,7 @@ def run_full_rows(
         own = [Variant(v.question, v.unit, 0, v.length) for v in variants if v.question == index]
         queue = VariantQueue(own, max(budget, len(question.inputs)))
         for taken in queue:
-            rows = pack_factors(taken, factors, len(question.inputs)).to(model.device)
+            rows = pack_factors(taken, factors, len(taken), len(question.inputs)).to(model.device)
             try:
                 logprobs = full_row_logprobs(
                     model,

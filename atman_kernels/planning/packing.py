@@ -1,6 +1,6 @@
 """Which variants go into one pack, and how many tokens a pack may have."""
 
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -33,28 +33,29 @@ class Variant:
 
 
 class VariantQueue:
-    """Variants waiting for a pack, longest suffix first, with a token budget that can shrink.
+    """Variants waiting for a pack, with a token budget that can shrink.
 
-    Similar suffixes end up in one pack, whichever question they belong to. A variant longer than the budget gets
-    a pack of its own.
+    A pack takes the longest variant that waits, then whatever fits best into what is left of the budget, whichever
+    question it belongs to: packs of nearly one size, so that memory freed by one fits the next. A variant longer
+    than the budget gets a pack of its own.
 
     Example:
-        >>> queue = VariantQueue([Variant(0, u, prefix=u, length=8) for u in range(8)], token_budget=15)
+        >>> queue = VariantQueue([Variant(0, u, prefix=u, length=8) for u in range(8)], token_budget=12)
         >>> [[v.suffix for v in pack] for pack in queue]
-        [[8, 7], [6, 5, 4], [3, 2, 1]]
+        [[8, 4], [7, 5], [6, 3, 2, 1]]
     """
 
     def __init__(self, variants: Iterable[Variant], token_budget: int) -> None:
-        self._waiting = deque(sorted(variants, key=lambda v: -v.suffix))
+        self._waiting = sorted(variants, key=_suffix)
         self.token_budget = token_budget
 
     def __iter__(self) -> Iterator[list[Variant]]:
         while self._waiting:
-            taken = [self._waiting.popleft()]
-            tokens = taken[0].suffix
-            while self._waiting and tokens + self._waiting[0].suffix <= self.token_budget:
-                taken.append(self._waiting.popleft())
-                tokens += taken[-1].suffix
+            taken = [self._waiting.pop()]
+            left = self.token_budget - taken[0].suffix
+            while (fitting := bisect_right(self._waiting, left, key=_suffix)) > 0:
+                taken.append(self._waiting.pop(fitting - 1))
+                left -= taken[-1].suffix
             yield taken
 
     def put_back(self, variants: list[Variant]) -> bool:
@@ -63,41 +64,65 @@ class VariantQueue:
         Returns:
             False if there is nothing left to halve: the pack was a single variant.
         """
-        self._waiting.extendleft(reversed(variants))
+        self._waiting = sorted([*self._waiting, *variants], key=_suffix)
         self.token_budget = max(1, sum(v.suffix for v in variants) // 2)
         return len(variants) > 1
 
 
-def lay_out(variants: list[Variant], base_starts: tuple[int, ...], device: torch.device) -> VariantPack:
+def _suffix(variant: Variant) -> int:
+    return variant.suffix
+
+
+def padding(tokens: int) -> int:
+    """How many tokens to add to a pack so that packs come in few sizes: at most 6 %, none to small ones.
+
+    Allocators and kernel caches keep what they made for a size they have seen; a new size for every pack would
+    let memory grow with the number of packs.
+
+    Example:
+        >>> padding(1000), padding(1024), padding(30)
+        (24, 0, 0)
+    """
+    step = min(256, max(1, (1 << (tokens - 1).bit_length()) // 32))
+    return -tokens % step
+
+
+def lay_out(
+    variants: list[Variant], base_starts: tuple[int, ...], device: torch.device, padding: int = 0
+) -> VariantPack:
     """The pack of some variants; `base_starts` says where each question's base begins.
+
+    With padding there is one more variant at the end, of so many rows that see nothing but each other.
 
     Example:
         >>> pack = lay_out([Variant(1, 0, prefix=2, length=5)], base_starts=(0, 9), device=torch.device("cpu"))
         >>> pack.row_position.tolist(), pack.base_starts.tolist()
         ([2, 3, 4], [9])
     """
+    tail = [0] if padding else []
     return VariantPack.build(
-        [v.suffix for v in variants],
-        [v.prefix for v in variants],
-        [base_starts[v.question] for v in variants],
+        [v.suffix for v in variants] + [padding for _ in tail],
+        [v.prefix for v in variants] + tail,
+        [base_starts[v.question] for v in variants] + tail,
         device=device,
     )
 
 
-def pack_factors(variants: list[Variant], factors: list[Tensor], width: int) -> Tensor:
-    """Factor rows of some variants over absolute positions, (len(variants), width); 1 where nothing is said.
+def pack_factors(variants: list[Variant], factors: list[Tensor], rows: int, width: int) -> Tensor:
+    """Factor rows of some variants over absolute positions, (rows, width); 1 where nothing is said.
 
     Args:
         variants: the rows' variants.
         factors: per question, (n_units, length).
+        rows: rows of the result, at least len(variants).
         width: columns of the result, at least the longest question's length.
     """
-    rows = torch.ones(len(variants), width)
-    for row, variant in zip(rows, variants, strict=True):
+    result = torch.ones(rows, width)
+    for row, variant in zip(result, variants, strict=False):
         if variant.unit is not None:
             own = factors[variant.question][variant.unit]
             row[: own.shape[0]] = own
-    return rows
+    return result
 
 
 # Past these many tokens a pack's matrix products are as fast as they get, and on a CPU its activations leave
