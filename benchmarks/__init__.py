@@ -1,0 +1,1 @@
+"""Benchmarks: ours against the alternatives, on real weights and real text. See README.md beside this file."""

@@ -1,0 +1,248 @@
+"""The two ops against PyTorch's own attention, shape by shape: `pytest benchmarks --benchmark-only`.
+
+Every contender is held against the reference backend on the very tensors it is timed on. What the others need is
+prepared for them before the clock starts: the bias or block mask, base and own keys side by side, KV heads repeated.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import atman_kernels as ak
+
+LAYOUTS = {"smollm2": (9, 3, 64), "llama": (32, 8, 128)}  # query heads, KV heads, head dim
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+FACTOR = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Suffix and prefix lengths of a pack's variants; the first key of each suffix, or of the base, is suppressed."""
+
+    suffixes: tuple[int, ...]
+    prefixes: tuple[int, ...]
+
+    @property
+    def shared(self) -> bool:
+        return len(set(self.prefixes)) == 1
+
+
+def _exact(length: int, step: int) -> Shape:
+    """Every `step`-th token of a sequence suppressed: the suffix begins there."""
+    starts = tuple(range(step // 2, length, step))
+    return Shape(tuple(length - start for start in starts), starts)
+
+
+PACKS = {
+    "exact_260": _exact(260, 32),  # 8 variants, about 1000 rows
+    "exact_516": _exact(516, 256),  # 2 long suffixes
+    "shared_512": Shape((4,) * 64, (512,) * 64),  # 64 variants of 4 rows over one prefix
+}
+DENSE = {"dense_256": (4, 256)}  # batch, length
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCase:
+    """Everything that a packed contender may use; keys and values (Hkv, S + T, ·) hold base and own side by side."""
+
+    query: Tensor  # (Hq, T, D)
+    key: Tensor
+    value: Tensor
+    base: int  # S
+    pack: ak.VariantPack
+    factor: Tensor  # (V, K)
+
+    def ours(self, backend: str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        query, key, value = (tensor.to(dtype) for tensor in (self.query, self.key, self.value))
+        own, base = slice(self.base, None), slice(0, self.base)
+        return ak.packed_suppressed_attention(  # type: ignore[return-value]
+            query, key[:, own], value[:, own], key[:, base], value[:, base], self.pack, self.factor, backend=backend
+        )
+
+    def bias(self) -> Tensor:
+        """(T, S + T): ln c where a row sees a key, -inf elsewhere."""
+        rows, positions = self.pack.row_variant.long(), self.pack.row_position
+        columns = torch.arange(self.base)
+        prefix = columns < self.pack.prefix_lengths[rows, None]  # (T, S)
+        own = (rows[:, None] == rows) & (positions[:, None] >= positions)  # (T, T)
+        log_factor = self.factor.log()[rows]  # (T, K)
+        values = torch.cat([log_factor[:, : self.base], log_factor[:, positions]], dim=1)
+        return values.masked_fill(~torch.cat([prefix, own], dim=1), -math.inf).to(self.query.dtype)
+
+    @property
+    def flops(self) -> int:
+        visible = int((self.pack.row_position + 1).sum())
+        return 4 * self.query.shape[0] * self.query.shape[2] * visible
+
+
+def _packed_case(shape: Shape, layout: str, dtype: torch.dtype) -> PackedCase:
+    q_heads, kv_heads, head_dim = LAYOUTS[layout]
+    pack = ak.VariantPack.build(shape.suffixes, shape.prefixes)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    keys = max(shape.prefixes) + pack.num_rows
+    factor = torch.ones(pack.num_variants, pack.longest)
+    variants = torch.arange(pack.num_variants)
+    factor[variants, variants if shape.shared else torch.tensor(shape.prefixes)] = FACTOR
+    return PackedCase(
+        noise(q_heads, pack.num_rows, head_dim),
+        noise(kv_heads, keys, head_dim),
+        noise(kv_heads, keys, head_dim),
+        max(shape.prefixes),
+        pack,
+        factor,
+    )
+
+
+# Contenders: case -> a function that computes (Hq, T, D) ---------------------------------------------------------
+
+
+def _ours(case: PackedCase) -> Callable[[], Tensor]:
+    own, base = slice(case.base, None), slice(0, case.base)
+    key, value = case.key[:, own].contiguous(), case.value[:, own].contiguous()
+    base_key, base_value = case.key[:, base].contiguous(), case.value[:, base].contiguous()
+    return lambda: ak.packed_suppressed_attention(  # type: ignore[return-value]
+        case.query, key, value, base_key, base_value, case.pack, case.factor
+    )
+
+
+def _repeated(case: PackedCase) -> tuple[Tensor, Tensor]:
+    groups = case.query.shape[0] // case.key.shape[0]
+    return case.key.repeat_interleave(groups, dim=0), case.value.repeat_interleave(groups, dim=0)
+
+
+def _sdpa_bias(case: PackedCase) -> Callable[[], Tensor]:
+    """One call over all rows and all keys."""
+    (key, value), bias = _repeated(case), case.bias()
+    return lambda: scaled_dot_product_attention(case.query[None], key[None], value[None], attn_mask=bias)[0]
+
+
+def _sdpa_each(case: PackedCase) -> Callable[[], Tensor]:
+    """One call per variant, over its own prefix and suffix."""
+    (key, value), bias = _repeated(case), case.bias()
+    calls = []
+    for variant in range(case.pack.num_variants):
+        first, last = case.pack.suffix_starts[variant : variant + 2].tolist()
+        prefix = int(case.pack.prefix_lengths[variant])
+        columns = torch.cat([torch.arange(prefix), torch.arange(case.base + first, case.base + last)])
+        query = case.query[None, :, first:last]
+        calls.append((query, key[None, :, columns], value[None, :, columns], bias[first:last, columns].contiguous()))
+    return lambda: torch.cat([scaled_dot_product_attention(q, k, v, attn_mask=b)[0] for q, k, v, b in calls], dim=1)
+
+
+def _eager(case: PackedCase) -> Callable[[], Tensor]:
+    (key, value), bias = _repeated(case), case.bias()
+    scale = case.query.shape[-1] ** -0.5
+
+    def attend() -> Tensor:
+        scores = case.query @ key.mT * scale + bias
+        return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+    return attend
+
+
+def _flex(case: PackedCase) -> Callable[[], Tensor]:
+    """FlexAttention with the factors captured by its score function, the pack's visibility as a block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows, positions, base = case.pack.row_variant.long(), case.pack.row_position, case.base
+    prefixes, log_factor = case.pack.prefix_lengths, case.factor.log()
+    key_variant = torch.cat([torch.full((base,), -1), rows])
+    key_position = torch.cat([torch.arange(base), positions])
+
+    def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = (key_variant[k] == rows[q]) & (key_position[k] <= positions[q])
+        return own | ((k < base) & (key_position[k] < prefixes[rows[q]]))
+
+    def suppressed(score: Tensor, _b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + log_factor[rows[q], key_position[k]]
+
+    mask = create_block_mask(sees, None, None, len(rows), len(key_position), device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(
+        case.query[None], case.key[None], case.value[None], score_mod=suppressed, block_mask=mask, enable_gqa=True
+    )[0]
+
+
+PACKED = {"ours": _ours, "sdpa_bias": _sdpa_bias, "sdpa_each": _sdpa_each, "eager": _eager}
+
+
+# Benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def _run(benchmark: Any, group: str, contender: Callable[[], Tensor], reference: Tensor, flops: int) -> None:
+    with torch.inference_mode():
+        output = contender()
+        tolerance = TOLERANCE[output.dtype]
+        torch.testing.assert_close(output.double(), reference, atol=tolerance, rtol=tolerance)
+        benchmark.group = group
+        benchmark(contender)
+    benchmark.extra_info["gflops_per_second"] = flops / benchmark.stats.stats.median / 1e9 if benchmark.stats else None
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.extra_info["torch"] = torch.__version__
+
+
+@pytest.mark.parametrize("contender", PACKED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", PACKS)
+def test_packed(benchmark: Any, shape: str, layout: str, dtype: str, contender: str) -> None:
+    case = _packed_case(PACKS[shape], layout, DTYPES[dtype])
+    reference = case.ours("reference", torch.float64)
+    _run(benchmark, f"{shape} {layout} {dtype}", PACKED[contender](case), reference, case.flops)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling FlexAttention for the CPU needs g++")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_flex(benchmark: Any, layout: str) -> None:
+    """Shared prefix in float32 alone: each shape compiles for many seconds."""
+    case = _packed_case(PACKS["shared_512"], layout, torch.float32)
+    reference = case.ours("reference", torch.float64)
+    with torch.inference_mode():
+        contender = _flex(case)
+    _run(benchmark, f"shared_512 {layout} float32", contender, reference, case.flops)
+
+
+@pytest.mark.parametrize("contender", ["ours", "sdpa_bias", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", DENSE)
+def test_dense(benchmark: Any, shape: str, layout: str, dtype: str, contender: str) -> None:
+    (batch, length), (q_heads, kv_heads, head_dim) = DENSE[shape], LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(batch, heads, length, head_dim, generator=generator).to(DTYPES[dtype])
+        for heads in (q_heads, kv_heads, kv_heads)
+    )
+    factor = torch.ones(batch, length)
+    factor[torch.arange(batch), torch.arange(batch) * length // batch] = FACTOR
+    reference = ak.suppressed_attention(
+        query.double(), key.double(), value.double(), factor, is_causal=True, backend="reference"
+    )
+    wide_key, wide_value = (tensor.repeat_interleave(q_heads // kv_heads, dim=1) for tensor in (key, value))
+    causal = torch.full((length, length), -math.inf).triu(1)
+    bias = (causal + factor.log()[:, None, None, :]).to(query.dtype)  # (B, 1, L, L)
+
+    def eager() -> Tensor:
+        scores = query @ wide_key.mT * head_dim**-0.5 + bias
+        return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ wide_value
+
+    attend: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ak.suppressed_attention(query, key, value, factor, is_causal=True),
+        "sdpa_bias": lambda: scaled_dot_product_attention(query, wide_key, wide_value, attn_mask=bias),
+        "eager": eager,
+    }
+    flops = 4 * batch * q_heads * head_dim * length * (length + 1) // 2
+    assert isinstance(reference, Tensor)
+    _run(benchmark, f"{shape} {layout} {dtype}", attend[contender], reference, flops)
