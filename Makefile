@@ -30,6 +30,9 @@ help:
 demo: $(STAMPS)/demo
 	@$(BIN)/atman demo
 
+# Threads that spin while they wait starve each other when anything else runs beside the tests.
+test test-all: export OMP_WAIT_POLICY := PASSIVE
+
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10
 

@@ -47,9 +47,7 @@ def rows_by_loops(units, length, factor, embeddings, threshold):
 def test_without_neighbours_only_the_units_tokens_are_touched():
     rows = factor_rows([unit(0), unit(2, 3), unit(3, 1)], 5, 0.1)
     assert rows.dtype == torch.float32
-    assert (
-        rows.tolist() == torch.tensor([[0.1, 1, 1, 1, 1], [1, 1, 0.1, 0.1, 1], [1, 0.1, 1, 0.1, 1]]).tolist()
-    )
+    assert rows.tolist() == torch.tensor([[0.1, 1, 1, 1, 1], [1, 1, 0.1, 0.1, 1], [1, 0.1, 1, 0.1, 1]]).tolist()
 
 
 def test_embeddings_alone_ask_for_no_neighbours():
@@ -119,9 +117,7 @@ def test_a_factor_of_zero_never_becomes_negative():
 
 def test_zero_embeddings_match_nothing():
     embeddings = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]])
-    rows = factor_rows(
-        [unit(0), unit(1), unit(1, 3)], 4, 0.1, embeddings=embeddings, similarity_threshold=1e-9
-    )
+    rows = factor_rows([unit(0), unit(1), unit(1, 3)], 4, 0.1, embeddings=embeddings, similarity_threshold=1e-9)
     assert (rows != 1).tolist() == [
         [True, False, False, False],
         [False, True, False, False],

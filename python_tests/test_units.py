@@ -187,9 +187,7 @@ def test_text_of_white_space_alone_is_one_unit(granularity):
 
 # Special tokens
 
-CHAT = (
-    "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWho? When?<|im_end|>\n<|im_start|>assistant\n"
-)
+CHAT = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nWho? When?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_sentences_of_a_chat_template():

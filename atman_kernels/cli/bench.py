@@ -1,0 +1,176 @@
+"""`atman bench`: the benchmarks of a checkout, and one quick measurement that needs nothing but the package."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import atman_kernels
+from atman_kernels.cli.model import say
+from atman_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+LENGTHS = (128, 256, 512)
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # of SmolLM2-135M
+VARIANTS = 64  # spread over the prompt, so that the suffixes' mean length is that of all of them
+ROWS_PER_PACK = 4096
+ROUNDS = 3
+
+
+@click.group("bench", invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """Measure. Without a command: all benchmarks of the checkout (`make bench` installs what they need)."""
+    if ctx.invoked_subcommand is not None:
+        return
+    checkout = Path(atman_kernels.__file__).resolve().parent.parent
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise InputError("the benchmarks are in the repository, not in the package; atman bench ops runs anywhere")
+    say(f"Results go to {checkout / 'benchmarks' / 'results'}")
+    ctx.exit(subprocess.run([sys.executable, "-m", "benchmarks"], cwd=checkout, check=False).returncode)
+
+
+@command.command("ops")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--length", "lengths", type=click.IntRange(min=2), multiple=True, help="Prompt length; repeatable.")
+@click.option("--device", help="cpu, cuda, …  [default: a GPU if there is one]")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+def ops(as_json: bool, lengths: tuple[int, ...], device: str | None, dtype: str) -> None:
+    """Time packed suppressed attention against scaled_dot_product_attention with a float bias.
+
+    One attention layer of SmolLM2-135M's shape; one variant for each of 64 positions of a prompt.
+    """
+    from atman_kernels.hf.loading import resolve_device, resolve_dtype
+
+    target = resolve_device(device)
+    rows = [measure(length, target, resolve_dtype(dtype, target)) for length in lengths or LENGTHS]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        _print(rows, f"{dtype} on {target}, {HEADS} heads of {HEAD_DIM} over {KV_HEADS} key-value heads")
+
+
+def measure(length: int, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
+    """Milliseconds per variant at one prompt length, once both ways have given the same result."""
+    import torch
+
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (
+        torch.randn(heads, length, HEAD_DIM, generator=generator).to(device, dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    positions = torch.linspace(0, length - 1, min(VARIANTS, length)).long()
+    factors = torch.ones(len(positions), length)  # (V, K)
+    factors[torch.arange(len(positions)), positions] = 0.1
+    factors = factors.to(device)
+
+    packed = _packed(query, key, value, factors, positions.tolist())
+    dense = _dense(query, key, value, factors)
+    difference = _largest_difference(packed(), dense(), positions.tolist())
+    limit = 1e-5 if dtype == torch.float32 else 5e-2
+    if not difference <= limit:
+        raise RuntimeError(f"the two ways differ by {difference:.2g} at length {length}, more than {limit:g}")
+    ours, theirs = (_milliseconds(run, device) / len(positions) for run in (packed, dense))
+    return {
+        "length": length,
+        "packed_ms_per_variant": ours,
+        "dense_bias_ms_per_variant": theirs,
+        "ratio": theirs / ours,
+        "largest_difference": difference,
+    }
+
+
+def _packed(
+    query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", factors: "torch.Tensor", positions: list[int]
+) -> "Callable[[], list[torch.Tensor]]":
+    """Every variant from its suppressed position on, in packs; q (Hq, L, D), k and v (Hkv, L, D)."""
+    import torch
+
+    from atman_kernels import VariantPack, packed_suppressed_attention
+
+    length = query.shape[1]
+    packs: list[list[int]] = [[]]
+    for variant, position in enumerate(positions):
+        if packs[-1] and sum(length - positions[v] for v in packs[-1]) + length - position > ROWS_PER_PACK:
+            packs.append([])
+        packs[-1].append(variant)
+    work = []
+    for variants in packs:
+        starts = [positions[v] for v in variants]
+        pack = VariantPack.build([length - start for start in starts], starts, device=query.device)
+        q, k, v = (torch.cat([tensor[:, start:] for start in starts], dim=1) for tensor in (query, key, value))
+        work.append(partial(packed_suppressed_attention, q, k, v, key, value, pack, factors[variants]))
+
+    def run() -> list[Any]:
+        return [attend() for attend in work]
+
+    return run
+
+
+def _dense(
+    query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor", factors: "torch.Tensor", batch: int = 8
+) -> "Callable[[], list[torch.Tensor]]":
+    """Every variant in full, in batches, with its factors in a float bias, as one does without this package."""
+    import torch
+
+    length = query.shape[1]
+    causal = torch.full((length, length), float("-inf"), device=query.device).triu(1)
+
+    def run() -> list[torch.Tensor]:
+        outputs = []
+        for part in factors.split(batch):
+            bias = (causal + part.log()[:, None, None, :]).to(query.dtype)  # (batch, 1, L, L)
+            q, k, v = (tensor[None].expand(len(part), -1, -1, -1) for tensor in (query, key, value))
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True))
+        return outputs
+
+    return run
+
+
+def _largest_difference(packs: "list[torch.Tensor]", batches: "list[torch.Tensor]", positions: list[int]) -> float:
+    import torch
+
+    suffixes = torch.cat(packs, dim=1).float()  # (Hq, rows, D)
+    whole = torch.cat(batches).float()  # (V, Hq, L, D)
+    expected = torch.cat([whole[v, :, start:] for v, start in enumerate(positions)], dim=1)
+    return float((suffixes - expected).abs().max())
+
+
+def _milliseconds(run: Callable[[], object], device: "torch.device") -> float:
+    """Median of a few rounds."""
+    import torch
+
+    times = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - started))
+    return sorted(times)[ROUNDS // 2]
+
+
+def _print(rows: list[dict[str, Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for heading in ("tokens", "packed, ms/variant", "dense bias, ms/variant", "ratio", "max difference"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["length"]),
+            f"{row['packed_ms_per_variant']:.2f}",
+            f"{row['dense_bias_ms_per_variant']:.2f}",
+            f"{row['ratio']:.1f}",
+            f"{row['largest_difference']:.1e}",
+        )
+    Console().print(table)

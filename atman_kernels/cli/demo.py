@@ -1,0 +1,39 @@
+"""`atman demo`: a question over a paragraph that travels with the package, answered and explained on this machine."""
+
+import json
+import sys
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atman_kernels.cli.explain import report
+from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.cli.prompts import Question
+
+if TYPE_CHECKING:
+    from atman_kernels import Explanation
+
+
+@click.command("demo")
+@click.option("--html", metavar="FILE", default="atman-demo.html", show_default=True, help="Where the page goes.")
+@device_options
+def command(html: str, device: str | None, dtype: str) -> None:
+    """Explain what SmolLM2-135M answers about a paragraph it has never seen."""
+    with warnings_as_messages():
+        explanation = explain_demo(*load("smollm2", device=device, dtype=dtype), progress=sys.stderr.isatty())
+    report(explanation, html=html, json_file=None, top=8, quiet=False)
+    say(
+        "How to read it: the stronger a word's colour or score, the less likely the answer becomes when the model "
+        "cannot attend to that word; the page shows it for each part of the answer."
+    )
+
+
+def explain_demo(model: Any, tokenizer: Any, progress: bool = False) -> "Explanation":
+    """The demo's paragraph and question, explained word by word; the model finds the answer by itself."""
+    from atman_kernels import Explainer
+
+    content = json.loads(files("atman_kernels").joinpath("assets", "demo.json").read_text(encoding="utf-8"))
+    question = Question(content["paragraph"], content["question"], answer=None)
+    explainer = Explainer(model, tokenizer, progress=progress)
+    return explainer.explain(question.prompt(chat=True), units="word", chat=True)

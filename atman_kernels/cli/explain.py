@@ -1,0 +1,159 @@
+"""`atman explain`: a prompt in, a heatmap out."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.cli.prompts import read_prompt, squad_question
+from atman_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from atman_kernels.explain.explanation import Explanation
+
+# Those of atman_kernels.formula and atman_kernels.planning.units, which take torch to import; a test compares them.
+MODES = ("log_additive", "multiplicative", "shifted")
+UNITS = ("token", "word", "sentence", "paragraph")
+
+
+def _layers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> list[int] | None:
+    """ "0-5,8" as [0, 1, 2, 3, 4, 5, 8]."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()) or part.strip().endswith("-"):
+            raise click.BadParameter(f"expected layer numbers like 0-5,8, got {text!r}")
+        layers |= set(range(int(first), int(last or first) + 1))
+    return sorted(layers)
+
+
+@click.command("explain")
+@click.argument("prompt", required=False)
+@click.option("--model", metavar="ID|FOLDER|smollm2", help="Hub id, local folder, or smollm2 (what the demo uses).")
+@click.option("--gguf", metavar="FILE", help="GGUF file to take the model from.")
+@click.option("--trust-remote-code", is_flag=True, help="Let code that comes with the model run.")
+@click.option("--file", metavar="FILE", help="Read the prompt from a file.")
+@click.option("--squad", metavar="FILE", help="Ask a question of a file in SQuAD format.")
+@click.option("--item", type=int, metavar="N", help="Which question of it, from 0.")
+@click.option("--target", help="The answer to explain; usually starts with a space.  [default: the model's own]")
+@click.option("--units", type=click.Choice(UNITS), default="token", show_default=True, help="What gets a score.")
+@click.option("--mode", type=click.Choice(MODES), default="log_additive", show_default=True, help="How to suppress.")
+@click.option("--factor", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Attention that is kept.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Suppress tokens of at least this cosine similarity along with each unit.",
+)
+@click.option("--layers", callback=_layers, metavar="0-5,8", help="Suppress in these layers only.")
+@click.option("--chat/--no-chat", default=False, help="Put the prompt into the model's chat template.")
+@click.option("--include-target", is_flag=True, help="Earlier answer tokens explain the later ones, too.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of its own answer.")
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Strongest units to list.")
+@click.option("--html", metavar="FILE", help="Write a page with the heatmap.")
+@click.option("--json", "json_file", metavar="FILE|-", help="Write the result as JSON; - instead of the heatmap.")
+@device_options
+@click.option("--quiet", "-q", is_flag=True, help="No messages, no progress bar.")
+def command(
+    prompt: str | None,
+    model: str | None,
+    gguf: str | None,
+    trust_remote_code: bool,
+    file: str | None,
+    squad: str | None,
+    item: int | None,
+    target: str | None,
+    units: str,
+    mode: str,
+    factor: float,
+    threshold: float | None,
+    layers: list[int] | None,
+    chat: bool,
+    include_target: bool,
+    max_new_tokens: int,
+    top: int,
+    html: str | None,
+    json_file: str | None,
+    device: str | None,
+    dtype: str,
+    quiet: bool,
+) -> None:
+    """Show which parts of PROMPT a model's answer rests on. PROMPT is a text, or - for standard input.
+
+    \b
+    atman explain --model smollm2 "The capital of France is"
+    atman explain --model smollm2 --squad dev-v1.1.json --item 7 --units word --html why.html
+    """
+    if model is None and gguf is None:
+        raise InputError("--model or --gguf is missing; --model smollm2 takes the demo's")
+    text, answer = _question(prompt, file, squad, item, target, chat)
+    for option, path in (("--html", html), ("--json", None if json_file == "-" else json_file)):
+        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise InputError(f"{option} must be a file in an existing folder, got {path!r}")
+
+    with warnings_as_messages(quiet):
+        loaded, tokenizer = load(
+            model, device=device, dtype=dtype, quiet=quiet, gguf_file=gguf, trust_remote_code=trust_remote_code
+        )
+        from atman_kernels.explain.explainer import Explainer
+
+        explainer = Explainer(
+            loaded,
+            tokenizer,
+            mode=mode,
+            factor=factor,
+            similarity_threshold=threshold,
+            layers=layers,
+            progress=not quiet and sys.stderr.isatty(),
+        )
+        explanation = explainer.explain(
+            text, answer, units, include_target=include_target, chat=chat, max_new_tokens=max_new_tokens
+        )
+    report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
+
+
+def _question(
+    prompt: str | None, file: str | None, squad: str | None, item: int | None, target: str | None, chat: bool
+) -> tuple[str, str | None]:
+    """(prompt, target or None) from whichever source was given."""
+    if squad is None:
+        if item is not None:
+            raise InputError("--item needs --squad")
+        text = read_prompt(prompt, file)
+        if target and not chat and not text[-1].isspace() and target[0].isalnum():
+            say(f"Note: the target continues the prompt without a space: …{text[-12:] + target[:12]!r}")
+        return text, target
+    if prompt is not None or file is not None:
+        raise InputError("--squad brings its own prompt; leave out the other one")
+    if item is None:
+        raise InputError("--squad needs --item N, the number of the question from 0")
+    question = squad_question(squad, item)
+    return question.prompt(chat), question.target(chat) if target is None else target
+
+
+def report(explanation: "Explanation", *, html: str | None, json_file: str | None, top: int, quiet: bool) -> None:
+    """Write the files that were asked for, then the heatmap or the JSON to standard output."""
+    if html is not None:
+        explanation.to_html(html)
+    if json_file == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            explanation.save(Path(folder) / "explanation.json")
+            click.echo((Path(folder) / "explanation.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        if json_file is not None:
+            explanation.save(json_file)
+        explanation.show(top=top)
+    if quiet:
+        return
+    stats, settings = explanation.stats, explanation.settings
+    say(
+        f"\n{len(explanation.units)} units explained in {stats['seconds']:.1f} s, {settings['dtype']}, "
+        f"{stats['tokens_through_model']:,} tokens through the model ({settings['path']})"
+    )
+    for path in (html, json_file):
+        if path not in (None, "-"):
+            say(f"Wrote {path}")

@@ -1,0 +1,85 @@
+"""Where a prompt comes from: an argument, a file, standard input, or a question of a SQuAD-format file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from atman_kernels.errors import InputError
+
+
+class Question(NamedTuple):
+    """A question over a passage, with the answer that people gave (None where there is none)."""
+
+    context: str
+    text: str
+    answer: str | None
+
+    def prompt(self, chat: bool) -> str:
+        """The prompt as people ask it: as a message to a chat model, or as a text to be continued."""
+        return f"{self.context}\n\n{self.text}" if chat else f"{self.context}\n\nQuestion: {self.text}\nAnswer:"
+
+    def target(self, chat: bool) -> str | None:
+        """The answer as it continues that prompt."""
+        return self.answer if chat or self.answer is None else f" {self.answer}"
+
+
+def read_prompt(text: str | None, file: str | None) -> str:
+    """The one prompt that was given; "-" as the text or the file is standard input.
+
+    Line ends at the very end are left out: editors and `echo` add them, and they would be part of the question.
+    """
+    if (text is None) == (file is None):
+        raise InputError("prompt: give exactly one of a text, '-' for standard input, --file and --squad")
+    if "-" in (text, file):
+        prompt = _decoded(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
+    elif file is not None:
+        prompt = _decoded(_bytes(file), file).rstrip("\r\n")
+    else:
+        prompt = text or ""
+    if not prompt.strip():
+        raise InputError("prompt is empty")
+    return prompt
+
+
+def squad_question(file: str, item: int) -> Question:
+    """Question number `item` (from 0, in the order of the file) of a file in the format of SQuAD 1.1 or 2.0.
+
+    Raises:
+        InputError: the file cannot be read or has another format, or it has fewer questions.
+    """
+    try:
+        content = json.loads(_decoded(_bytes(file), file))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--squad: {file} is not JSON: {error}") from error
+    try:
+        questions = [
+            Question(paragraph["context"], entry["question"], _answer(entry))
+            for article in content["data"]
+            for paragraph in article["paragraphs"]
+            for entry in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"--squad: {file} is not in SQuAD format ({type(error).__name__}: {error})") from error
+    if not 0 <= item < len(questions):
+        raise InputError(f"--item must be in 0..{len(questions) - 1} for {file}, got {item}")
+    return questions[item]
+
+
+def _answer(entry: dict[str, Any]) -> str | None:
+    answers = entry.get("answers") or [{"text": None}]
+    return answers[0]["text"]
+
+
+def _bytes(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text: {error}") from error
