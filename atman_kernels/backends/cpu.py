@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from atman_kernels.formula import ScoreOptions, suppress_scores, window_visible
 
@@ -25,6 +25,7 @@ TILE_SCORES = 1 << 20
 # folded in, few enough that the rows x rows part, of which only the diagonal blocks count, stays small.
 GATHERED_ROWS = 64
 MINIMUM_ROWS = 16
+ROW_STEP, KEY_STEP = 32, 64  # sizes of 16-bit tiles, see `_padded`
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -176,13 +177,16 @@ def _attend(
     if additive and options.softcap is None and query.dtype == wide and key.shape[-1] == value.shape[-1]:
         result, lse = _fused(query, key, value, added, options, with_lse)
     else:
+        rows = query.shape[1]
+        if query.dtype in (torch.bfloat16, torch.float16):
+            query, key, value, added, factor = _padded(query, key, value, added, factor)
         scores = _scores(query, key, options)
         if factor is None or additive:
             scores = scores.add_(added.to(scores.dtype))
         else:
             scores = _suppressed(scores, factor, added, options)
-        lse = scores.to(wide).logsumexp(dim=-1) if with_lse else added.new_zeros(scores.shape[:-1])
-        result = _weighted(scores.softmax(dim=-1).to(query.dtype), value)
+        lse = scores[:, :rows].to(wide).logsumexp(dim=-1) if with_lse else added.new_zeros(query.shape[0], rows)
+        result = _weighted(scores.softmax(dim=-1).to(query.dtype), value)[:, :rows]
     if blind.any():
         result, lse = result.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
     if sinks is not None:
@@ -211,6 +215,26 @@ def _fused(
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the line above calls, with its lse
     result, lse = fused(q, k, v, 0.0, False, attn_mask=mask, scale=options.scale)
     return result.reshape(heads, rows, -1), lse.reshape(heads, rows)
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, added: Tensor, factor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """A tile grown to one of few sizes by rows and hidden keys; the result has those rows at its end.
+
+    oneDNN, which multiplies 16-bit matrices, compiles and keeps a kernel for every shape that it meets. The suffixes
+    of a pack come in all lengths: tens of megabytes within a few packs, and a millisecond per new shape.
+    """
+    rows, keys = -query.shape[1] % ROW_STEP, -key.shape[1] % KEY_STEP
+    if factor is not None:
+        factor = pad(factor, (0, keys, 0, rows if factor.shape[1] > 1 else 0), value=1.0)
+    return (
+        pad(query, (0, 0, 0, rows)),
+        pad(key, (0, 0, 0, keys)),
+        pad(value, (0, 0, 0, keys)),
+        pad(added, (0, keys, 0, rows), value=-torch.inf),
+        factor,
+    )
 
 
 def _scores(query: Tensor, key: Tensor, options: ScoreOptions) -> Tensor:

@@ -20,7 +20,7 @@ from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, de
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
 
-LOGITS_BYTES = 32 << 20  # float32 logits of one chunk of rows
+LOGITS_BYTES = 16 << 20  # float32 logits of one chunk of rows
 
 
 class PackingUnsupportedError(RuntimeError):
@@ -52,21 +52,37 @@ class Base:
         return cls(keys, values, starts)
 
 
+class _LayerStore:
+    """One tensor per layer, all in one allocation: between a forward's temporaries they would leave holes."""
+
+    def __init__(self, layers: int | None) -> None:
+        self.tensors: dict[nn.Module, Tensor] = {}
+        self._layers = layers or 1
+        self._block: Tensor | None = None
+
+    def add(self, module: nn.Module, tensor: Tensor) -> None:
+        if self._block is None:
+            self._block = tensor.new_empty(self._layers, *tensor.shape)
+        index = len(self.tensors)
+        fits = index < self._layers and tensor.shape == self._block.shape[1:] and tensor.device == self._block.device
+        self.tensors[module] = self._block[index].copy_(tensor) if fits else tensor.contiguous()
+
+
 class _CaptureRun:
     """The model's own attention, recomputed by our op, with every layer's K/V kept."""
 
-    def __init__(self) -> None:
-        self.keys: dict[nn.Module, Tensor] = {}
-        self.values: dict[nn.Module, Tensor] = {}
+    def __init__(self, layers: int | None) -> None:
+        self.keys = _LayerStore(layers)
+        self.values = _LayerStore(layers)
 
     def mask(self, **kwargs: Any) -> Tensor | None:
         return compact_mask(**kwargs)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        if module in self.keys:
+        if module in self.keys.tensors:
             raise PackingUnsupportedError(f"{type(module).__name__} attends more than once per forward")
-        self.keys[module] = call.key[0].contiguous()
-        self.values[module] = call.value[0].contiguous()
+        self.keys.add(module, call.key[0])
+        self.values.add(module, call.value[0])
         return call.attend(None, "log_additive")
 
 
@@ -121,19 +137,20 @@ def base_run(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor)
     Raises:
         UnsupportedModelError: not every layer of the model reaches the attention function.
     """
-    run = _CaptureRun()
+    layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
+    run = _CaptureRun(layers)
     with activate(model, run):
         logprobs = _logprobs(model, {"input_ids": ids[None]}, rows, targets[None])[0]
-    layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
-    if not run.keys:
+    captured = len(run.keys.tensors)
+    if not captured:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be explained: a forward of it never called the attention function"
         )
-    if layers is not None and len(run.keys) < layers:
+    if layers is not None and captured < layers:
         raise PackingUnsupportedError(
-            f"only {len(run.keys)} of {layers} layers of {type(model).__name__} are attention layers"
+            f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"
         )
-    return Base(run.keys, run.values, (0,)), logprobs
+    return Base(run.keys.tensors, run.values.tensors, (0,)), logprobs
 
 
 def packed_logprobs(
