@@ -81,8 +81,7 @@ def window_visible(query_position: Tensor, key_position: Tensor, is_causal: bool
     Returns:
         bool (..., queries, keys).
     """
-    distance = query_position.unsqueeze(-1) - key_position.unsqueeze(-2)
-    visible = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
-    if sliding_window is not None:
-        visible = visible & (distance.abs() < sliding_window)
-    return visible
+    query, key = query_position.unsqueeze(-1), key_position.unsqueeze(-2)
+    if sliding_window is None:
+        return key <= query if is_causal else torch.ones_like(key <= query)
+    return (key > query - sliding_window) & (key <= query if is_causal else key < query + sliding_window)

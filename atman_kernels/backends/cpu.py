@@ -25,6 +25,8 @@ TILE_SCORES = 1 << 20
 # folded in, few enough that the rows x rows part, of which only the diagonal blocks count, stays small.
 GATHERED_ROWS = 64
 MINIMUM_ROWS = 16
+# Half of the causal square of a tile's rows is computed in vain, so tiles are not taller than products need.
+MOST_ROWS = 128
 ROW_STEP, KEY_STEP = 32, 64  # sizes of 16-bit tiles, see `_padded`
 
 
@@ -167,11 +169,12 @@ def _attend(
     additive = factor is None or options.mode == "log_additive"
 
     # what is added to the scores, -inf where a key is hidden: [1|Hq, M, N]
-    added = torch.zeros(1, *visible.shape, dtype=wide) if bias is None else bias.to(wide)
+    offset = torch.zeros(1, 1, 1, dtype=wide) if bias is None else bias.to(wide)
     if factor is not None and additive:
-        added = added + factor.log()
-    added = added.masked_fill(~visible, -torch.inf)
-    blind = (added == -torch.inf).all(dim=-1)  # [1|Hq, M], rows that see nothing
+        offset = offset + factor.log()
+    added = torch.where(visible, offset, -torch.inf)
+    seeing = visible if bias is None and (factor is None or not additive) else added > -torch.inf
+    blind = ~seeing.any(dim=-1)  # [M] or [1|Hq, M], rows that see nothing
     with_lse = lse_output is not None or sinks is not None
 
     if additive and options.softcap is None and query.dtype == wide and key.shape[-1] == value.shape[-1]:
@@ -293,7 +296,7 @@ def _groups(starts: list[int], prefixes: list[int], bases: list[int]) -> Iterato
 
 def _row_blocks(rows: int, scores_per_row: int) -> Iterator[slice]:
     """Equal blocks of at most the rows that keep a tile's scores within `TILE_SCORES`."""
-    limit = max(MINIMUM_ROWS, TILE_SCORES // max(1, scores_per_row))
+    limit = min(MOST_ROWS, max(MINIMUM_ROWS, TILE_SCORES // max(1, scores_per_row)))
     blocks = -(-rows // limit)
     for i in range(blocks):
         yield slice(rows * i // blocks, rows * (i + 1) // blocks)
