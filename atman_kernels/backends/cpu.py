@@ -27,7 +27,7 @@ GATHERED_ROWS = 64
 MINIMUM_ROWS = 16
 # Half of the causal square of a tile's rows is computed in vain, so tiles are not taller than products need.
 MOST_ROWS = 128
-ROW_STEP, KEY_STEP = 32, 64  # sizes of 16-bit tiles, see `_padded`
+ROW_STEP, KEY_STEP = 64, 64  # sizes of 16-bit tiles, see `_padded`
 
 
 def unavailable_reason(device_type: str) -> str | None:

@@ -20,7 +20,7 @@ from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, de
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
 
-LOGITS_BYTES = 16 << 20  # float32 logits of one chunk of rows
+LOGITS_BYTES = 8 << 20  # float32 logits of one chunk of rows
 
 
 class PackingUnsupportedError(RuntimeError):
@@ -227,10 +227,16 @@ def _logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, t
             keep = {"logits_to_keep": chunk} if keeps else {}
             logits = model(**inputs, use_cache=False, **keep).logits
             logits = logits if keeps else logits[:, chunk]
-            logits = logits if logits.dtype == torch.float64 else logits.float()
-            wanted = targets[:, first : first + step, None]
-            pieces.append(logits.gather(-1, wanted).squeeze(-1) - logits.logsumexp(dim=-1))
+            pieces.append(_log_softmax_at(targets[:, first : first + step], logits))
     return torch.cat(pieces, dim=1)
+
+
+def _log_softmax_at(tokens: Tensor, logits: Tensor) -> Tensor:
+    """(B, R) log-probs of `tokens` (B, R) under `logits` (B, R, vocabulary), which are used up: no second copy."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    highest = logits.amax(dim=-1, keepdim=True)
+    chosen = logits.gather(-1, tokens[..., None]) - highest
+    return (chosen - logits.sub_(highest).exp_().sum(dim=-1, keepdim=True).log()).squeeze(-1)
 
 
 @contextmanager
