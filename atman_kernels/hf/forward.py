@@ -5,7 +5,7 @@ logits for more than a few rows at once.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
 
 LOGITS_BYTES = 8 << 20  # float32 logits of one chunk of rows
+WIDENED_ROWS = 4096  # of a 16-bit head's weights at a time
 
 
 class PackingUnsupportedError(RuntimeError):
@@ -221,7 +222,7 @@ def _logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, t
     if not keeps:
         step = max(1, len(rows))
     pieces = []
-    with torch.inference_mode(), _layers_run_once(model):
+    with torch.inference_mode(), _layers_run_once(model), _head_in_float32(model):
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
             keep = {"logits_to_keep": chunk} if keeps else {}
@@ -246,7 +247,6 @@ def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
     if body is model:
         yield
         return
-    own_forward = body.__dict__.get("forward")
     forward, output = body.forward, None
 
     def run_once(*args: Any, **kwargs: Any) -> Any:
@@ -255,11 +255,44 @@ def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
             output = forward(*args, **kwargs)
         return output
 
-    body.forward = run_once  # type: ignore[method-assign]
+    with _forward_replaced(body, run_once):
+        yield
+
+
+@contextmanager
+def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """The last product of a 16-bit model with float32 logits.
+
+    A logit of 20 is a multiple of 1/8 in bfloat16: rounding it would add more noise to a loss than all layers do.
+    The weights are widened a few rows at a time.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+
+    def wide(hidden: Tensor) -> Tensor:
+        hidden = hidden.float()
+        logits = hidden.new_empty(*hidden.shape[:-1], head.out_features)
+        for first in range(0, head.out_features, WIDENED_ROWS):
+            part = slice(first, first + WIDENED_ROWS)
+            bias = None if head.bias is None else head.bias[part].float()
+            logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
+        return logits
+
+    with _forward_replaced(head, wide):
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes `forward` inside; hooks of other libraries, which replace it likewise, come back."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        if own_forward is None:
-            del body.forward
+        if own is None:
+            del module.forward
         else:
-            body.forward = own_forward  # type: ignore[method-assign]
+            module.forward = own  # type: ignore[method-assign]
