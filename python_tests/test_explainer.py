@@ -186,6 +186,26 @@ def test_logits_are_made_a_few_rows_at_a_time(explainer, model, monkeypatch):
     torch.testing.assert_close(explanation.scores, expected.scores, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_models_are_packed_with_float32_logits(tokenizer, dtype):
+    model = tiny_models.build("llama").to(dtype)
+    explanation = explainer_of(model, tokenizer).explain(PROMPT, ANSWER)
+    assert explanation.settings["path"] == "packed"
+    expected = explainer_of(model.float(), tokenizer).explain(PROMPT, ANSWER)  # the same rounded weights
+    assert (explanation.scores - expected.scores).abs().max() < (0.3 if dtype == torch.bfloat16 else 0.04)
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_16_bit_head_is_widened_exactly():
+    torch.manual_seed(0)
+    model = tiny_models.build("llama").bfloat16()
+    ids, rows = torch.randint(3, 99, (9,)), torch.arange(9)
+    with torch.no_grad():
+        hidden = model.model(ids[None], use_cache=False).last_hidden_state[0].float()
+        expected = (hidden @ model.lm_head.weight.float().T).log_softmax(-1)[rows, ids]
+    torch.testing.assert_close(forward.own_logprobs(model, ids, rows, ids), expected, atol=1e-5, rtol=0)
+
+
 # --- never silently wrong ---
 
 
