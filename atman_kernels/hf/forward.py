@@ -226,7 +226,7 @@ def _logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, t
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
             keep = {"logits_to_keep": chunk} if keeps else {}
-            logits = model(**inputs, use_cache=False, **keep).logits
+            logits = model(**inputs, use_cache=False, return_dict=True, **keep).logits
             logits = logits if keeps else logits[:, chunk]
             pieces.append(_log_softmax_at(targets[:, first : first + step], logits))
     return torch.cat(pieces, dim=1)
