@@ -25,7 +25,8 @@ from atman_kernels.planning.factors import factor_rows, first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 
 # Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
-# order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond the ceiling the two ways do not compute the same thing.
+# order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond
+# the ceiling the two ways do not compute the same thing.
 NOISE_FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 6e-2, torch.bfloat16: 0.5}
 NOISE_CEILING = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.25, torch.bfloat16: 1.0}
 NOISE_MARGIN = 8.0  # packed against base, in units of the noise between the model's own attention and ours
