@@ -121,6 +121,7 @@ def packed_suppressed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -140,6 +141,9 @@ def packed_suppressed_attention(
         pack: which rows belong to which variant, see `VariantPack`.
         factor: (V, K) or (V, Hq, K) over absolute positions, K >= pack.longest, finite and >= 0; None: plain.
         is_causal: whether a row sees only the rows of its variant up to itself; False: all of them.
+        position_bias: broadcastable to (Hq, P, P) over absolute positions, P >= pack.longest; entry [h, i, j] is
+            added to the score of a query at position i and a key at position j. -inf hides the key. ALiBi is
+            (Hq, 1, P).
         mode, scale, sliding_window, softcap, sinks, return_lse, backend: as in `suppressed_attention`; windows go
             by absolute position.
 
@@ -179,11 +183,13 @@ def packed_suppressed_attention(
     _check_heads(q_heads, kv_heads)
     if factor is not None:
         _check_factor(factor, query, pack.num_variants, q_heads, pack.longest, exact=False)
+    if position_bias is not None:
+        position_bias = _checked_packed_bias(position_bias, query, pack.longest)
     options = _checked_options(query, mode, is_causal, scale, sliding_window, softcap, sinks, return_lse)
     _check_backend(backend, query)
     layout = (pack.suffix_starts, pack.prefix_lengths, pack.base_starts, pack.row_variant, pack.row_position)
     output, lse = torch.ops.atman_kernels.packed_suppressed_attention(
-        query, key, value, base_key, base_value, *layout, factor, sinks, *_unpacked(options), backend
+        query, key, value, base_key, base_value, *layout, factor, sinks, position_bias, *_unpacked(options), backend
     )
     return (output, lse) if return_lse else output
 
@@ -245,6 +251,18 @@ def _checked_bias(bias: Tensor, query: Tensor, full: tuple[int, ...]) -> Tensor:
     return bias.reshape(shape)
 
 
+def _checked_packed_bias(bias: Tensor, query: Tensor, longest: int) -> Tensor:
+    _check_device("position_bias", bias, query)
+    if bias.dtype not in _FLOATS:
+        raise InputError(f"position_bias must be a floating point tensor, got {bias.dtype}")
+    heads = query.shape[0]
+    shape = (1,) * (3 - bias.ndim) + tuple(bias.shape)
+    if len(shape) != 3 or shape[0] not in (1, heads) or any(have != 1 and have < longest for have in shape[1:]):
+        expected = f"({heads}, P, P), P >= {longest} as the pack's longest variant"
+        raise InputError(f"position_bias must broadcast to {expected}, got {tuple(bias.shape)}")
+    return bias.reshape(shape)
+
+
 def _checked_options(
     query: Tensor,
     mode: str,
@@ -300,7 +318,7 @@ _TENSORS = {
     "packed_suppressed_attention": (
         "Tensor query, Tensor key, Tensor value, Tensor base_key, Tensor base_value, Tensor suffix_starts, "
         "Tensor prefix_lengths, Tensor base_starts, Tensor row_variant, Tensor row_position, Tensor? factor, "
-        "Tensor? sinks"
+        "Tensor? sinks, Tensor? position_bias"
     ),
 }
 for _name, _tensors in _TENSORS.items():
@@ -309,7 +327,7 @@ for _name, _tensors in _TENSORS.items():
         f"{_name}_backward({_tensors}, {_OPTIONS}, bool[] wanted, Tensor grad_output, Tensor grad_lse) -> Tensor[]"
     )
 _DENSE_TENSORS = 7  # tensors before the options in the schemas above
-_PACKED_TENSORS = 12
+_PACKED_TENSORS = 13
 
 
 def _unpacked(options: ScoreOptions) -> tuple[Any, ...]:

@@ -310,6 +310,7 @@ class PackCase:
     softcap: float | None = None
     scale: float | None = None
     sinks: bool = False
+    position_bias: str = "none"  # none | full | heads | keys (as ALiBi) | queries | hidden: with -inf
     layout: str = "contiguous"
     factor_values: str = "mixed"
 
@@ -343,8 +344,21 @@ class PackCase:
         if self.sinks:
             sinks = 2 * torch.randn(self.query_heads, generator=generator, dtype=torch.float64)
             call["sinks"] = sinks.to(device, dtype)
+        if self.position_bias != "none":
+            call["position_bias"] = self._position_bias(reach, generator).to(device, dtype)
         options = {"sliding_window": self.sliding_window, "softcap": self.softcap, "scale": self.scale}
         return call | {name: option for name, option in options.items() if option is not None}
+
+    def _position_bias(self, reach: int, generator: torch.Generator) -> Tensor:
+        """Over absolute positions, some more than the pack reaches."""
+        positions = reach + 2
+        shapes = {"heads": (self.query_heads, positions, positions), "keys": (self.query_heads, 1, positions),
+                  "queries": (positions, 1)}  # fmt: skip
+        shape = shapes.get(self.position_bias, (positions, positions))
+        bias = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if self.position_bias == "hidden":
+            bias = bias.masked_fill(torch.randn(shape, generator=generator) > 0.5, -torch.inf)
+        return bias
 
 
 def variant_by_variant(case: PackCase, call: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
@@ -358,13 +372,17 @@ def variant_by_variant(case: PackCase, call: dict[str, Any], mode: str) -> tuple
     for variant, (length, prefix) in enumerate(zip(case.suffix_lengths, case.prefix_lengths, strict=True)):
         rows, base = slice(first, first + length), slice(starts[variant], starts[variant] + prefix)
         first += length
-        factor = call.get("factor")
+        factor, bias = call.get("factor"), call.get("position_bias")
+        if bias is not None:  # at the variant's own positions
+            reach = bias.shape[-2] if bias.shape[-2] > 1 else bias.shape[-1]
+            bias = bias.expand(case.query_heads, reach, reach)[None, :, prefix : prefix + length, : prefix + length]
         output, lse = plain_attention(
             call["query"][None, :, rows],
             torch.cat([call["base_key"][:, base], call["key"][:, rows]], dim=1)[None],
             torch.cat([call["base_value"][:, base], call["value"][:, rows]], dim=1)[None],
             None if factor is None else factor[variant : variant + 1, ..., : prefix + length],
             mode=mode,
+            position_bias=bias,
             **options,
         )
         outputs.append(output[0])
@@ -396,6 +414,11 @@ PACK_CASES = {
     "window_both_ways": PackCase((3, 2, 9, 30), (5, 16, 4, 20), sliding_window=6, is_causal=False),
     "softcap": PackCase((3, 2, 4), (5, 6, 4), softcap=1.5),
     "scale": PackCase((3, 2, 4), (5, 6, 4), scale=0.9),
+    "bias": PackCase((3, 2, 4), (5, 6, 4), position_bias="full"),
+    "bias_per_head": PackCase((3, 2, 40), (5, 6, 4), position_bias="heads"),
+    "bias_per_key": PackCase((3, 0, 40), (5, 6, 4), (0, 3, 2), position_bias="keys"),
+    "bias_per_query": PackCase((3, 2, 4), (5, 6, 4), position_bias="queries", is_causal=False),
+    "bias_hides_keys": PackCase((3, 2, 40), (5, 6, 0), position_bias="hidden"),
     "sinks": PackCase((3, 2, 0, 40), (5, 6, 4, 0), sinks=True),
     "both_ways": PackCase((3, 2, 40, 1, 0), (5, 6, 4, 0, 2), is_causal=False),
     "encoder": PackCase((6,) * 9, (0,) * 9, spare_base=0, is_causal=False),
@@ -407,6 +430,6 @@ PACK_CASES = {
     "all_removed_sinks": PackCase((3, 2, 40), (5, 6, 4), factor_values="0", sinks=True),
     "everything": PackCase(
         (3, 0, 1, 45, 2), (15, 16, 4, 20, 0), (0, 9, 20, 24, 30), query_heads=6, kv_heads=2, head_dim=12, value_dim=20,
-        sliding_window=11, softcap=3.0, scale=0.5, sinks=True, layout="rows_first",
+        sliding_window=11, softcap=3.0, scale=0.5, sinks=True, position_bias="heads", layout="rows_first",
     ),
 }  # fmt: skip

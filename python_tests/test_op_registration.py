@@ -27,7 +27,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
 
 OPS = torch.ops.atman_kernels
-OPTIONAL = {"dense": ("factor", "key_mask", "sinks", "position_bias"), "packed": ("factor", "sinks")}
+OPTIONAL = {"dense": ("factor", "key_mask", "sinks", "position_bias"), "packed": ("factor", "sinks", "position_bias")}
 LAYOUT = ("suffix_starts", "prefix_lengths", "base_starts", "row_variant", "row_position")
 
 

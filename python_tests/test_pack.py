@@ -119,6 +119,7 @@ def pack_cases(draw: st.DrawFn) -> PackCase:
         softcap=draw(st.none() | st.floats(0.5, 30)),
         scale=draw(st.none() | st.floats(0.05, 1.5)),
         sinks=draw(st.booleans()),
+        position_bias=draw(st.sampled_from(["none", "full", "heads", "keys", "queries", "hidden"])),
         layout=draw(st.sampled_from(["contiguous", "rows_first", "every_second", "slice", "expanded"])),
         factor_values=draw(st.sampled_from(["mixed", "sparse", "0", "1", "2.5"])),
     )
@@ -251,7 +252,7 @@ def test_inputs_are_not_modified(backend: str) -> None:
     call = PACK_CASES["everything"].build(dtype, "heads", device_for(backend, dtype))
     tensors = {name: x for name, x in (call | vars(call["pack"])).items() if isinstance(x, Tensor)}
     before = {name: (x.clone(), x._version) for name, x in tensors.items()}
-    assert len(before) == 12
+    assert len(before) == 13
     run(backend, call)
     for name, (copy, version) in before.items():
         assert torch.equal(tensors[name], copy), f"{name} changed"
@@ -303,7 +304,7 @@ def largest_tensor_of(backend: str, case: PackCase, mode: str) -> int:
     options = ScoreOptions(mode, True, case.head_dim**-0.5, None, case.softcap, False)
     tensors = [call[name] for name in ("query", "key", "value", "base_key", "base_value")]
     with LargestTensor() as watch:
-        module.packed_suppressed_attention(*tensors, *layout, call["factor"], None, options)
+        module.packed_suppressed_attention(*tensors, *layout, call["factor"], None, None, options)
     return watch.elements
 
 

@@ -4,7 +4,7 @@ A backend is a module with two functions::
 
     suppressed_attention(query, key, value, factor, key_mask, sinks, position_bias, options)
     packed_suppressed_attention(query, key, value, base_key, base_value, suffix_starts, prefix_lengths,
-                                base_starts, row_variant, row_position, factor, sinks, options)
+                                base_starts, row_variant, row_position, factor, sinks, position_bias, options)
 
 Both receive validated tensors (shapes in `atman_kernels.ops`) and a `formula.ScoreOptions`, and return
 ``(output, lse)``; lse has no elements unless ``options.return_lse``. `unavailable_reason` of a module says why it

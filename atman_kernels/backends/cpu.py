@@ -93,6 +93,7 @@ def packed_suppressed_attention(
     row_position: Tensor,  # (T,)
     factor: Tensor | None,  # (V, K) or (V, Hq, K)
     sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
     options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:
     output, lse = _outputs(query, value, options)
@@ -122,7 +123,7 @@ def packed_suppressed_attention(
                 values[:, :seen],
                 visible,
                 _row_factors(factor, variant, key_position[:seen], group.variants),
-                None,
+                _bias_at(position_bias, row_position[rows], key_position[:seen]),
                 sinks,
                 options,
                 output[:, rows],
@@ -143,6 +144,14 @@ def _row_factors(factor: Tensor | None, variant: Tensor, position: Tensor, varia
     if factor.ndim == 2:
         return per_variant[None]
     return per_variant.transpose(0, 1)
+
+
+def _bias_at(bias: Tensor | None, query_position: Tensor, key_position: Tensor) -> Tensor | None:
+    """A bias over absolute positions at a tile's rows and keys, (1|Hq, M, N)."""
+    if bias is None:
+        return None
+    bias = bias[:, query_position] if bias.shape[1] > 1 else bias.expand(-1, len(query_position), -1)
+    return bias[..., key_position] if bias.shape[2] > 1 else bias.expand(-1, -1, len(key_position))
 
 
 def _attend(

@@ -70,6 +70,7 @@ def packed_suppressed_attention(
     row_position: Tensor,  # (T,)
     factor: Tensor | None,  # (V, K) or (V, Hq, K), over absolute positions
     sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P), over absolute positions
     options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:
     """Each variant alone: dense attention of its suffix to its prefix and itself."""
@@ -79,9 +80,14 @@ def packed_suppressed_attention(
         rows = slice(starts[v], starts[v + 1])
         own_key = torch.cat([base_key[:, base : base + prefix], key[:, rows]], dim=1)
         own_value = torch.cat([base_value[:, base : base + prefix], value[:, rows]], dim=1)
-        own_factor = None if factor is None else factor[v : v + 1, ..., : own_key.shape[1]]
+        keys = own_key.shape[1]
+        own_factor = None if factor is None else factor[v : v + 1, ..., :keys]
+        own_bias = position_bias
+        if own_bias is not None:  # the queries of the variant stand at positions prefix ..
+            own_bias = own_bias[:, prefix:keys] if own_bias.shape[1] > 1 else own_bias
+            own_bias = own_bias[None, ..., :keys]
         output, lse = suppressed_attention(
-            query[None, :, rows], own_key[None], own_value[None], own_factor, None, sinks, None, options
+            query[None, :, rows], own_key[None], own_value[None], own_factor, None, sinks, own_bias, options
         )
         outputs.append(output[0])
         lses.append(lse[0] if options.return_lse else lse)
