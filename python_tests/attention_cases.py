@@ -16,18 +16,24 @@ import torch
 from torch import Tensor
 
 from atman_kernels import backends
+from atman_kernels.backends import cpu
 
 MODES = ("log_additive", "multiplicative", "shifted")
 ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKEND_DTYPES = {  # the most precise one first
     "reference": ALL_DTYPES,
     "cpu": ALL_DTYPES,
+    "cpu:torch": ALL_DTYPES,
+    "cpu:avx512": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu:avx2": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu:plain": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16, torch.float16),
 }
 HARDWARE_BACKENDS = ("triton", "cuda")
 # Those that can run here. `test_every_backend_is_tested` skips the others, each once, with its reason.
 BACKENDS = tuple(name for name, reason in backends.availability().items() if reason is None)
+BACKENDS += tuple(f"cpu:{name}" for name in cpu.variants() if f"cpu:{name}" in BACKEND_DTYPES)
 EMPTY = torch.zeros(0)
 
 
