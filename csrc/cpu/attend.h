@@ -11,11 +11,7 @@
 
 namespace atman::cpu::ATMAN_ISA {
 
-constexpr int kScoreChunk = 64;                                       // a row of A in the second product, see products.h
-constexpr int kScoreSize = kBlockKeys * kRows;
-
-// Column `c` of a row of scores: [chunk][kRows][kScoreChunk]
-ATMAN_INLINE int column_offset(int c) { return c / kScoreChunk * kRows * kScoreChunk + c % kScoreChunk; }
+static_assert(kChunk * kElements == kBlockKeys, "a row of weights is one chunk of the second product");
 
 // Memory of one thread, for one tile. M is the number of the tile's rows over all heads, rounded up to groups.
 struct Scratch {
@@ -24,7 +20,7 @@ struct Scratch {
     float* sum;        // [M][kLanes], of the weights so far, lane by lane
     float* maximum;    // [M], of the scores so far
     float* minimum;    // [M], of all visible scores: for shifted suppression
-    float* scores;     // [kBlockKeys / kScoreChunk][kRows][kScoreChunk]
+    float* scores;     // [kRows][kBlockKeys]
     Unit* weights;     // the same in units; floats stay where they are
     std::byte* block;  // one packed block
     std::size_t size;
@@ -48,9 +44,9 @@ static Scratch lay_out_scratch(const AttentionParams& p, std::byte* at) {
     s.sum = reinterpret_cast<float*>(take(rows * kLanes * sizeof(float)));
     s.maximum = reinterpret_cast<float*>(take(rows * sizeof(float)));
     s.minimum = reinterpret_cast<float*>(take(rows * sizeof(float)));
-    s.scores = reinterpret_cast<float*>(take(kScoreSize * sizeof(float)));
+    s.scores = reinterpret_cast<float*>(take(kRows * kBlockKeys * sizeof(float)));
     s.weights = kElements == 1 ? reinterpret_cast<Unit*>(s.scores)
-                               : reinterpret_cast<Unit*>(take(kScoreSize / kElements * sizeof(Unit)));
+                               : reinterpret_cast<Unit*>(take(kRows * kChunk * sizeof(Unit)));
     s.block = take(packed_sizes(p).block);
     s.size = size;
     return s;
@@ -112,7 +108,7 @@ static void multiply_scores(const Task& t, const Block& b, int group, int rows, 
     const Unit* query = t.scratch.query + static_cast<std::int64_t>(group) * query_chunks(t.p) * kRows * kChunk;
     for (int c = columns.first; c < columns.last; c += kColumns)
         multiply<kRows>(rows, query, b.key + static_cast<std::int64_t>(c / kColumns) * units * kColumns,
-                        t.scratch.scores + column_offset(c), kScoreChunk, 0, units, true);
+                        t.scratch.scores + c, kBlockKeys, 0, units, true);
 }
 
 static void multiply_values(const Task& t, const Block& b, int group, int rows, Columns columns) {
@@ -138,11 +134,9 @@ struct RowScores {
     std::int64_t mask_size = 0;
     float minimum = 0.0f;
 
-    // Whether a score is scale * q.k and nothing else.
-    bool plain() const {
-        return !factor && !bias && !mask && p.softcap == 0.0f && computed.first >= visible.first &&
-               computed.last <= visible.last;
-    }
+    // Whether a score is scale * q.k and nothing else, where it is visible. Without a scale -inf would not stay.
+    bool plain() const { return !factor && !bias && !mask && p.softcap == 0.0f && p.scale != 0.0f; }
+    bool all_visible() const { return computed.first >= visible.first && computed.last <= visible.last; }
 };
 
 static bool factors_touch(const FactorTable& table, const std::uint8_t* flags, std::int64_t first, std::int64_t last) {
@@ -157,7 +151,7 @@ static RowScores describe_scores(const Task& t, const Block& b, int m, Columns c
     const AttentionParams& p = t.p;
     const Row& row = t.row(m);
     const Visible& keys = row.*b.keys;
-    RowScores s{p, t.scratch.scores + m % kRows * kScoreChunk, computed, visible_columns(t, b, m)};
+    RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, visible_columns(t, b, m)};
     const std::int64_t position = b.first + keys.to_position;  // of column 0
     const FactorTable& table = t.job.factors;
     if (table.values) {
@@ -185,7 +179,7 @@ static RowScores describe_scores(const Task& t, const Block& b, int m, Columns c
 
 // Scale, softcap, bias; `hidden` gets all bits set where the row does not see the key.
 ATMAN_INLINE Vec finished_score(const RowScores& s, int column, IntVec& hidden) {
-    Vec score = load(s.scores + column_offset(column)) * s.p.scale;
+    Vec score = load(s.scores + column) * s.p.scale;
     if (s.p.softcap > 0.0f) score = s.p.softcap * hyperbolic_tangent(score / s.p.softcap);
     const IntVec columns = lane_numbers() + column;
     hidden = (columns < s.visible.first) | (columns >= s.visible.last);
@@ -214,25 +208,37 @@ static Vec suppress_row(const RowScores& s) {
             if constexpr (kMode == Mode::shifted) score = suppress_shifted(score, factor, splat(s.minimum));
         }
         score = hidden ? splat(kNegativeInfinity) : score;
-        store(s.scores + column_offset(c), score);
+        store(s.scores + c, score);
         top = maximum(top, score);
     }
     return top;
 }
 
-static Vec scale_maximum(const RowScores& s) {
+// The same for plain scores, which are left as they are: scaled later.
+static Vec mask_row(const RowScores& s) {
     Vec top = splat(kNegativeInfinity);
-    for (int c = s.computed.first; c < s.computed.last; c += kLanes)
-        top = maximum(top, load(s.scores + column_offset(c)) * s.p.scale);
+    if (s.all_visible()) {
+        for (int c = s.computed.first; c < s.computed.last; c += kLanes)
+            top = maximum(top, load(s.scores + c) * s.p.scale);
+        return top;
+    }
+    const Vec hidden = splat(s.p.scale < 0.0f ? -kNegativeInfinity : kNegativeInfinity);
+    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
+        const IntVec columns = lane_numbers() + c;
+        Vec score = load(s.scores + c);
+        score = (columns >= s.visible.first) & (columns < s.visible.last) ? score : hidden;
+        store(s.scores + c, score);
+        top = maximum(top, score * s.p.scale);
+    }
     return top;
 }
 
 ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
 #if defined(ATMAN_PAIRS)
     const __m256bh narrow = _mm512_cvtneps_pbh((__m512)weights);
-    std::memcpy(row + column_offset(column) / kElements, &narrow, sizeof narrow);
+    std::memcpy(row + column / kElements, &narrow, sizeof narrow);
 #else
-    store(row + column_offset(column), weights);
+    store(row + column, weights);
 #endif
 }
 
@@ -240,7 +246,7 @@ ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
 static Vec exponentiate(const RowScores& s, Unit* weights, float scale, float top) {
     Vec sum{};
     for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
-        const Vec weight = exponential(load(s.scores + column_offset(c)) * scale - top);
+        const Vec weight = exponential(load(s.scores + c) * scale - top);
         sum += weight;
         store_weights(weights, c, weight);
     }
@@ -261,7 +267,7 @@ static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
     const bool plain = s.plain();
     Vec lanes;
     if (plain) {
-        lanes = scale_maximum(s);
+        lanes = mask_row(s);
     } else if (t.p.mode == Mode::log_additive) {
         lanes = suppress_row<Mode::log_additive>(s);
     } else if (t.p.mode == Mode::multiplicative) {
@@ -351,7 +357,7 @@ static void load_queries(const Task& t) {
             Unit* to = t.scratch.query + m / kRows * group_size + m % kRows * kChunk;
             for (std::int64_t d = 0; d < t.p.head_dim; d += kChunk * kElements, to += kRows * kChunk) {
                 const std::int64_t rest = t.p.head_dim - d;
-                spread_row<Storage>(row + d, rest < kChunk * kElements ? rest : kChunk * kElements, to, 1);
+                spread_row<Storage, 1>(row + d, rest < kChunk * kElements ? rest : kChunk * kElements, to);
             }
         }
     });

@@ -74,12 +74,17 @@ static const typename Storage::Stored* row_of(const void* data, const Strides& s
            row * strides.row;
 }
 
-// A row's units, `step` apart.
-template <class Storage>
-ATMAN_INLINE void spread_row(const typename Storage::Stored* row, std::int64_t elements, Unit* to, std::int64_t step) {
-    std::int64_t i = 0;
-    for (; i + kElements <= elements; i += kElements) to[i / kElements * step] = make_unit<Storage>(row + i, row + i + 1);
-    if (i < elements) to[i / kElements * step] = make_unit<Storage>(row + i, nullptr);
+// A row's units, `kStep` apart.
+template <class Storage, int kStep>
+ATMAN_INLINE void spread_row(const typename Storage::Stored* row, std::int64_t elements, Unit* to) {
+    const std::int64_t units = elements / kElements;
+    if constexpr (kStep == 1 && sizeof(Unit) == kElements * sizeof(typename Storage::Stored)) {
+        std::memcpy(to, row, static_cast<std::size_t>(units) * sizeof(Unit));
+    } else {
+        for (std::int64_t i = 0; i < units; ++i)
+            to[i * kStep] = make_unit<Storage>(row + i * kElements, row + i * kElements + 1);
+    }
+    if (units * kElements < elements) to[units * kStep] = make_unit<Storage>(row + units * kElements, nullptr);
 }
 
 template <class Storage>
@@ -88,8 +93,8 @@ static void pack_keys(const AttentionParams& p, const KeyRange& range, std::int6
     const int units = head_units(p);
     for (int n = 0; n < count; ++n) {
         Unit* column = to + static_cast<std::int64_t>(n / kColumns) * units * kColumns + n % kColumns;
-        spread_row<Storage>(row_of<Storage>(range.key, range.key_strides, batch, head, first + n), p.head_dim, column,
-                            kColumns);
+        spread_row<Storage, kColumns>(row_of<Storage>(range.key, range.key_strides, batch, head, first + n), p.head_dim,
+                                      column);
     }
 }
 

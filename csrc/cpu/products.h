@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include "plan.h"
 #include "simd.h"
 
 #if defined(ATMAN_PAIRS)
@@ -34,40 +35,48 @@ ATMAN_INLINE Vec multiply_add(Vec sum, Unit a, const Unit* b) { return sum + a *
 constexpr int kVectors = 2;                     // per panel
 constexpr int kColumns = kVectors * kLanes;     // of a panel
 constexpr int kRows = ATMAN_ROWS;               // of a row group: as many as keep all sums in registers
-constexpr int kChunk = 64 / kElements;
+constexpr int kChunk = kBlockKeys / kElements;
 constexpr int kTileRows = 96;                   // of a tile: 8 groups of 12, 16 of 6, 3 of 32
 constexpr int kUnitStep = ATMAN_UNIT_STEP;      // the inner dimension is padded to a multiple of this many units
 
 #if !defined(ATMAN_TILES)
-// C[rows, one panel] (+)= A[rows, first:last] B[first:last, one panel], units counted. `fresh`: C's old values are not
-// looked at.
-template <int kCount>
-static void multiply_rows(const Unit* a, const Unit* b, float* c, std::int64_t c_row, int first, int last, bool fresh) {
-    Vec sum[kCount][kVectors] = {};
-    if (!fresh)
-        for (int i = 0; i < kCount; ++i)
-            for (int j = 0; j < kVectors; ++j) sum[i][j] = load(c + i * c_row + j * kLanes);
-    for (int k = first; k < last;) {
-        const int within = k % kChunk, count = last - k < kChunk - within ? last - k : kChunk - within;
-        const Unit* left = a + static_cast<std::int64_t>(k / kChunk) * kRows * kChunk + within;
-        const Unit* right = b + static_cast<std::int64_t>(k) * kColumns;
-        for (int end = k + count; k < end; ++k, ++left, right += kColumns)
-            for (int i = 0; i < kCount; ++i)
-                for (int j = 0; j < kVectors; ++j)
-                    sum[i][j] = multiply_add(sum[i][j], left[i * kChunk], right + j * kLanes);
-    }
+// C[rows, one panel] = (C +) A[rows, first:last] B[first:last, one panel], units counted; all in one chunk of A.
+template <int kCount, bool kFresh>
+static void multiply_rows(const Unit* a, const Unit* b, float* c, std::int64_t c_row, unsigned units) {
+    Vec sum[kCount][kVectors];
+#pragma GCC unroll 32
     for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = kFresh ? Vec{} : load(c + i * c_row + j * kLanes);
+    for (const Unit* end = a + units; a != end; ++a, b += kColumns)
+#pragma GCC unroll 32
+        for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(sum[i][j], a[i * kChunk], b + j * kLanes);
+#pragma GCC unroll 32
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
 }
 
-// The same for 1 .. kCount rows, each number compiled.
+// The same for 1 .. kCount rows, each number compiled, over any number of chunks. `fresh`: C's old values do not count.
 template <int kCount>
 static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int64_t c_row, int first, int last,
                      bool fresh) {
     if constexpr (kCount > 1) {
         if (rows < kCount) return multiply<kCount - 1>(rows, a, b, c, c_row, first, last, fresh);
     }
-    multiply_rows<kCount>(a, b, c, c_row, first, last, fresh);
+    for (int k = first; k < last; fresh = false) {
+        const int within = k % kChunk, count = last - k < kChunk - within ? last - k : kChunk - within;
+        const Unit* left = a + static_cast<std::int64_t>(k / kChunk) * kRows * kChunk + within;
+        const Unit* right = b + static_cast<std::int64_t>(k) * kColumns;
+        if (fresh) {
+            multiply_rows<kCount, true>(left, right, c, c_row, static_cast<unsigned>(count));
+        } else {
+            multiply_rows<kCount, false>(left, right, c, c_row, static_cast<unsigned>(count));
+        }
+        k += count;
+    }
 }
 #endif
 

@@ -86,8 +86,8 @@ ATMAN_INLINE Vec exponential(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + (r + 1.0f);
-    const BitVec scaled = (BitVec)p + ((BitVec)shifted << 23);
-    return x > splat(-87.0f) ? (Vec)scaled : (x == x ? splat(0.0f) : x);
+    const Vec power = (Vec)(((BitVec)shifted + 127u) << 23);  // 2^n
+    return x < -87.0f ? Vec{} : p * power;  // -inf has become NaN on the way; a NaN stays one
 }
 
 // tanh within 3 ulp; the coefficients are those of tanhf in the Cephes library
@@ -103,7 +103,7 @@ ATMAN_INLINE Vec hyperbolic_tangent(Vec x) {
     const Vec capped = size > 10.0f ? splat(10.0f) : size;
     const Vec large = 1.0f - 2.0f / (exponential(capped + capped) + 1.0f);
     const Vec with_sign = x < 0.0f ? -large : large;
-    return size < 0.625f ? small : (x == x ? with_sign : x);
+    return size >= 0.625f ? with_sign : small;  // of a NaN: small, a NaN
 }
 
 // --- 16-bit floats ---
