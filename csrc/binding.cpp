@@ -24,7 +24,9 @@ void attend_cpu(const Tensor& query, const Tensor& key, const Tensor& value, con
                                        own_key,     own_value,      suffix_starts, prefix_lengths, base_starts,
                                        factor,      key_mask,       sinks,       position_bias, mode,
                                        is_causal,   scale,          sliding_window, softcap};
-    if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+    // Where a thread cannot be started, OpenMP's runtime ends the process.
+    if (threads < 1 || threads > 4096)
+        throw std::invalid_argument("threads must be from 1 to 4096, got " + std::to_string(threads));
     const atman::AttentionParams params = atman::make_params(arguments);
     const py::gil_scoped_release release;
     atman::cpu::attend(params, instruction_set, threads);

@@ -112,7 +112,7 @@ void read_shapes(const AttentionArguments& a, AttentionParams& p) {
     p.lse = a.lse->as<float>();
 }
 
-void check_variants(const AttentionParams& p) {
+void check_variants(const AttentionArguments& a, const AttentionParams& p) {
     if (p.suffix_starts[0] != 0 || p.suffix_starts[p.variants] != p.rows)
         fail("suffix_starts", "must begin with 0 and end with the number of rows");
     for (std::int64_t v = 0; v < p.variants; ++v) {
@@ -124,8 +124,8 @@ void check_variants(const AttentionParams& p) {
             fail("key", "holds " + std::to_string(p.keys) + " keys, but a variant reaches to key " +
                             std::to_string(base + prefix));
         const std::int64_t reach = prefix + p.suffix_starts[v + 1] - p.suffix_starts[v];
-        if (p.factor && reach > p.factor_keys) fail("factor", "is shorter than a variant");
-        if (p.position_bias && ((p.bias_rows > 1 && reach > p.bias_rows) || (p.bias_keys > 1 && reach > p.bias_keys)))
+        if (a.factor && reach > p.factor_keys) fail("factor", "is shorter than a variant");
+        if (a.position_bias && ((p.bias_rows != 1 && reach > p.bias_rows) || (p.bias_keys != 1 && reach > p.bias_keys)))
             fail("position_bias", "is shorter than a variant");
     }
 }
@@ -250,16 +250,17 @@ AttentionParams make_params(const AttentionArguments& a) {
     read_shapes(a, p);
     read_pack(a, p);
     read_extras(a, p);
-    if (p.variants > 0) check_variants(p);
+    if (p.variants > 0) check_variants(a, p);
     p.mode = read_mode(a.mode);
     p.is_causal = a.is_causal;
-    if (!std::isfinite(a.scale)) fail("scale", "must be finite");
+    constexpr double most = std::numeric_limits<float>::max();
+    if (!(std::abs(a.scale) <= most)) fail("scale", "must be finite in float32, got " + std::to_string(a.scale));
     p.scale = static_cast<float>(a.scale);
     if (a.sliding_window < 0) fail("sliding_window", "must be >= 0, 0 for none");
     p.sliding_window = std::min(a.sliding_window, kLargestSize);
-    if (!(a.softcap >= 0.0 && a.softcap <= std::numeric_limits<float>::max()))
-        fail("softcap", "must be >= 0 and finite, 0 for none");
+    if (!(a.softcap >= 0.0 && a.softcap <= most)) fail("softcap", "must be >= 0 and finite in float32, 0 for none");
     p.softcap = static_cast<float>(a.softcap);
+    if (a.softcap > 0.0 && p.softcap == 0.0f) fail("softcap", "is too small for float32");  // 0 would mean none
     return p;
 }
 

@@ -24,6 +24,8 @@ BACKEND_DTYPES = {  # the most precise one first
     "reference": ALL_DTYPES,
     "cpu": ALL_DTYPES,
     "cpu:torch": ALL_DTYPES,
+    "cpu:amx": (torch.bfloat16,),
+    "cpu:avx512_bf16": (torch.bfloat16,),
     "cpu:avx512": (torch.float32, torch.bfloat16, torch.float16),
     "cpu:avx2": (torch.float32, torch.bfloat16, torch.float16),
     "cpu:plain": (torch.float32, torch.bfloat16, torch.float16),

@@ -228,7 +228,7 @@ def test_large_scores_do_not_overflow(mode: str, backend: str) -> None:
     output, lse = run(backend, call, mode)
     exact, exact_lse = run("reference", to_float64(call), mode)
     assert exact_lse.max() > 200, "the scores were not large"
-    assert_within(output, exact, 1e-3)
+    assert_within(output, exact, max(1e-3, few_roundings(dtype)))
     assert_within(lse, exact_lse, 1e-3 * exact_lse.abs().max().item(), "lse")
 
 

@@ -233,6 +233,13 @@ static Vec mask_row(const RowScores& s) {
     return top;
 }
 
+static void scale_scores(const RowScores& s) {
+    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
+        float* at = s.scores + column_offset(c);
+        store(at, load(at) * s.p.scale);
+    }
+}
+
 ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
 #if defined(ATMAN_PAIRS)
     const __m256bh narrow = _mm512_cvtneps_pbh((__m512)weights);
@@ -264,7 +271,7 @@ static void shrink_output(const Task& t, int m, float by) {
 // One row's scores become its weights; the online softmax.
 static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
     const RowScores s = describe_scores(t, b, m, computed);
-    const bool plain = s.plain();
+    bool plain = s.plain();
     Vec lanes;
     if (plain) {
         lanes = mask_row(s);
@@ -280,6 +287,13 @@ static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
     if (!(candidate <= top)) {  // NaN gets through, so that it shows in the result
         const float by = raise_maximum(top, candidate);
         shrink_output(t, m, by);
+    }
+    // A fused score * scale - top has digits that top has lost by rounding. Of huge scores those are whole numbers, and
+    // the largest weight would be anything between 0 and infinity instead of 1.
+    constexpr float kHuge = 1 << 20;
+    if (plain && !(top > -kHuge && top < kHuge)) {
+        scale_scores(s);
+        plain = false;
     }
     Unit* weights = t.scratch.weights + m % kRows * kChunk;
     if (top == kNegativeInfinity) {  // nothing seen yet: exp(-inf + inf) would be NaN

@@ -17,7 +17,11 @@ struct Free {
 };
 using Memory = std::unique_ptr<std::byte[], Free>;
 
-Memory allocate(std::size_t bytes) {
+// Room for `count` items. Sizes come from shapes whose elements may all be the same one (stride 0), so that their
+// product can be anything.
+Memory allocate(std::int64_t count, std::size_t size) {
+    std::size_t bytes = 0;
+    if (__builtin_mul_overflow(static_cast<std::size_t>(count), size, &bytes)) throw std::bad_alloc();
     return Memory(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{kAlignment})));
 }
 
@@ -44,12 +48,11 @@ Factors prepare_factors(const AttentionParams& p, int threads) {
     table.keys = p.factor_keys;
     table.flags = (p.factor_keys + kFlagKeys - 1) / kFlagKeys;
     const std::int64_t lines = rows * table.heads;
-    const std::size_t values_size = aligned(sizeof(float) * static_cast<std::size_t>(lines * table.keys));
-    const std::size_t flags_size = static_cast<std::size_t>(lines * table.flags);
-    result.memory = allocate(values_size + flags_size + 1);
+    const std::size_t line_size = sizeof(float) * static_cast<std::size_t>(table.keys);
+    result.memory = allocate(lines, line_size + static_cast<std::size_t>(table.flags));
     auto* values = reinterpret_cast<float*>(result.memory.get());
-    auto* touched = reinterpret_cast<std::uint8_t*>(result.memory.get() + values_size);
-    std::memset(touched, 0, flags_size);
+    auto* touched = reinterpret_cast<std::uint8_t*>(values + lines * table.keys);
+    std::memset(touched, 0, static_cast<std::size_t>(lines * table.flags));
     share(rows, threads, [&](auto next) {
         for (std::int64_t v; (v = next()) >= 0;)
             for (std::int64_t h = 0; h < table.heads; ++h) {
@@ -67,7 +70,7 @@ Factors prepare_factors(const AttentionParams& p, int threads) {
 Memory pack_range(const Kernel& kernel, const AttentionParams& p, KeyRange& range, std::int64_t batch, int threads) {
     const std::int64_t blocks = range.num_blocks(), items = batch * p.key_heads * blocks;
     const std::size_t size = kernel.packed_sizes(p).block;
-    Memory memory = allocate(size * static_cast<std::size_t>(items) + 1);
+    Memory memory = allocate(items, size);
     std::byte* to = memory.get();
     share(items, threads, [&](auto next) {
         for (std::int64_t i; (i = next()) >= 0;)
@@ -94,6 +97,7 @@ std::vector<std::string> instruction_sets(DType dtype) {
 
 void attend(const AttentionParams& p, const std::string& instruction_set, int threads) {
     const Kernel& kernel = find_kernel(p.dtype, instruction_set);
+    if (p.batch == 0 || p.rows == 0) return;  // the other sizes need not be real then
     const Plan plan = make_plan(p, kernel.tile_rows);
     Job job;
     job.params = &p;
@@ -109,7 +113,7 @@ void attend(const AttentionParams& p, const std::string& instruction_set, int th
     const std::size_t rows_size = aligned(sizeof(Row) * static_cast<std::size_t>(most_rows(p, kernel.tile_rows)));
     const std::size_t scratch_size = rows_size + aligned(kernel.scratch_size(p));
     const int used = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
-    const Memory scratch = allocate(scratch_size * static_cast<std::size_t>(used));  // here, since threads must not throw
+    const Memory scratch = allocate(used, scratch_size);  // here, since threads must not throw
     std::atomic<int> started{0};
     share(items, used, [&](auto next) {
         std::byte* mine = scratch.get() + scratch_size * static_cast<std::size_t>(started.fetch_add(1));

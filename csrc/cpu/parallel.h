@@ -1,18 +1,19 @@
 // A loop over independent items, on OpenMP where the compiler has it, else on std::thread.
 //
-// ThreadSanitizer does not understand OpenMP's barriers, so its build uses std::thread (ATMAN_STD_THREADS).
+// ThreadSanitizer does not understand OpenMP's barriers, so its build uses std::thread (ATMAN_STD_THREADS). So does
+// Clang, whose OpenMP calls a library of its own, which nobody has loaded.
 
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <exception>
 
-#if defined(_OPENMP) && !defined(ATMAN_STD_THREADS)
-#include <omp.h>
-#else
-#include <mutex>
+#if (!defined(_OPENMP) || defined(__clang__)) && !defined(ATMAN_STD_THREADS)
+#define ATMAN_STD_THREADS
+#endif
+#if defined(ATMAN_STD_THREADS)
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -29,12 +30,16 @@ void share(std::int64_t items, int threads, Thread thread) {
     };
     threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items)));
     if (threads == 1) return thread(next);
-#if defined(_OPENMP) && !defined(ATMAN_STD_THREADS)
+#if !defined(ATMAN_STD_THREADS)
 #pragma omp parallel num_threads(threads)
     thread(next);
 #else
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back([&] { thread(next); });
+    others.reserve(static_cast<std::size_t>(threads - 1));
+    try {
+        for (int i = 1; i < threads; ++i) others.emplace_back([&] { thread(next); });
+    } catch (const std::system_error&) {
+    }  // those that could be started share the items
     thread(next);
     for (std::thread& other : others) other.join();
 #endif

@@ -43,13 +43,17 @@ static void end_thread() {}
 #define ATMAN_TILE_MULTIPLY _tile_dpbf16ps
 
 // All eight registers at their full size: rows and columns that are not needed hold zeros or are never read.
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+// A constant, since GCC before 14 believes that _tile_loadconfig reads 8 bytes: of a local variable it stores no more
+// (GCC bug 114098).
 static void begin_thread() {
-    struct alignas(64) {
-        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    static_assert(sizeof config == 64);
+    static constexpr TileConfig config;
     _tile_loadconfig(&config);
 }
 static void end_thread() { _tile_release(); }
@@ -64,6 +68,8 @@ static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int6
     const std::int64_t a_stride = kChunk * sizeof(Unit), b_stride = kColumns * sizeof(Unit);
     const std::int64_t c_stride = c_row * static_cast<std::int64_t>(sizeof(float));
     float* const c_lower = c + kTileSize * c_row;
+    // GCC's _tile_loadd does not say that it reads memory: what is stored in A, B and C must not move behind it.
+    __asm__ volatile("" ::: "memory");
     if (fresh) {
         ATMAN_TILE_ZERO(0);
         ATMAN_TILE_ZERO(1);

@@ -155,7 +155,8 @@ def _attend(
 
 
 def _described(module: ModuleType, tensor: Tensor) -> Any:
-    readable = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    # an empty slice may begin beyond the end of its storage
+    readable = max(0, tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
     code = module.DTYPES[_DTYPES[tensor.dtype]]
     return module.Tensor(tensor.data_ptr(), readable, code, tuple(tensor.shape), tensor.stride())
 
