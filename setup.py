@@ -22,10 +22,11 @@ EXTRA = shlex.split(os.environ.get("ATMAN_KERNELS_FLAGS", ""))
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function", *EXTRA]
 
 # The same kernel is compiled once for each of these, and which copy runs is decided at run time.
-AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTION_SETS = {
     "plain": [],
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],

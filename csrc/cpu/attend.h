@@ -134,9 +134,8 @@ struct RowScores {
     std::int64_t mask_size = 0;
     float minimum = 0.0f;
 
-    // Whether a score is scale * q.k and nothing else, where it is visible. Without a scale -inf would not stay.
-    bool plain() const { return !factor && !bias && !mask && p.softcap == 0.0f && p.scale != 0.0f; }
-    bool all_visible() const { return computed.first >= visible.first && computed.last <= visible.last; }
+    // Whether a score is scale * q.k and nothing else, where it is visible.
+    bool plain() const { return !factor && !bias && !mask && p.softcap == 0.0f; }
 };
 
 static bool factors_touch(const FactorTable& table, const std::uint8_t* flags, std::int64_t first, std::int64_t last) {
@@ -214,30 +213,20 @@ static Vec suppress_row(const RowScores& s) {
     return top;
 }
 
-// The same for plain scores, which are left as they are: scaled later.
-static Vec mask_row(const RowScores& s) {
+// The same for plain scores.
+static Vec scale_row(const RowScores& s) {
     Vec top = splat(kNegativeInfinity);
-    if (s.all_visible()) {
-        for (int c = s.computed.first; c < s.computed.last; c += kLanes)
-            top = maximum(top, load(s.scores + c) * s.p.scale);
-        return top;
-    }
-    const Vec hidden = splat(s.p.scale < 0.0f ? -kNegativeInfinity : kNegativeInfinity);
+    const bool all_visible = s.computed.first >= s.visible.first && s.computed.last <= s.visible.last;
     for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
-        const IntVec columns = lane_numbers() + c;
-        Vec score = load(s.scores + c);
-        score = (columns >= s.visible.first) & (columns < s.visible.last) ? score : hidden;
+        Vec score = load(s.scores + c) * s.p.scale;
+        if (!all_visible) {
+            const IntVec columns = lane_numbers() + c;
+            score = (columns >= s.visible.first) & (columns < s.visible.last) ? score : splat(kNegativeInfinity);
+        }
         store(s.scores + c, score);
-        top = maximum(top, score * s.p.scale);
+        top = maximum(top, score);
     }
     return top;
-}
-
-static void scale_scores(const RowScores& s) {
-    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
-        float* at = s.scores + column_offset(c);
-        store(at, load(at) * s.p.scale);
-    }
 }
 
 ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
@@ -249,11 +238,11 @@ ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
 #endif
 }
 
-// exp(score - maximum), for scores still to be scaled; adds them up.
-static Vec exponentiate(const RowScores& s, Unit* weights, float scale, float top) {
+// exp(score - top); adds them up.
+static Vec exponentiate(const RowScores& s, Unit* weights, float top) {
     Vec sum{};
     for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
-        const Vec weight = exponential(load(s.scores + c) * scale - top);
+        const Vec weight = exponential(load(s.scores + c) - top);
         sum += weight;
         store_weights(weights, c, weight);
     }
@@ -271,10 +260,9 @@ static void shrink_output(const Task& t, int m, float by) {
 // One row's scores become its weights; the online softmax.
 static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
     const RowScores s = describe_scores(t, b, m, computed);
-    bool plain = s.plain();
     Vec lanes;
-    if (plain) {
-        lanes = mask_row(s);
+    if (s.plain()) {
+        lanes = scale_row(s);
     } else if (t.p.mode == Mode::log_additive) {
         lanes = suppress_row<Mode::log_additive>(s);
     } else if (t.p.mode == Mode::multiplicative) {
@@ -288,20 +276,13 @@ static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
         const float by = raise_maximum(top, candidate);
         shrink_output(t, m, by);
     }
-    // A fused score * scale - top has digits that top has lost by rounding. Of huge scores those are whole numbers, and
-    // the largest weight would be anything between 0 and infinity instead of 1.
-    constexpr float kHuge = 1 << 20;
-    if (plain && !(top > -kHuge && top < kHuge)) {
-        scale_scores(s);
-        plain = false;
-    }
     Unit* weights = t.scratch.weights + m % kRows * kChunk;
     if (top == kNegativeInfinity) {  // nothing seen yet: exp(-inf + inf) would be NaN
         for (int c = computed.first; c < computed.last; c += kLanes) store_weights(weights, c, Vec{});
         return;
     }
     float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
-    store(sum, load(sum) + exponentiate(s, weights, plain ? t.p.scale : 1.0f, top));
+    store(sum, load(sum) + exponentiate(s, weights, top));
 }
 
 static void lower_minimum(const Task& t, const Block& b, int m, Columns computed) {

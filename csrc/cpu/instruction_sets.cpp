@@ -34,6 +34,7 @@ extern const Kernel kernel;
 namespace {
 
 #if defined(__x86_64__)
+// Every processor with AVX2 and FMA converts half precision (F16C) too.
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool has_avx512() {

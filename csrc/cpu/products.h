@@ -11,10 +11,6 @@
 #include "plan.h"
 #include "simd.h"
 
-#if defined(ATMAN_PAIRS)
-#include <immintrin.h>
-#endif
-
 namespace atman::cpu::ATMAN_ISA {
 
 #if defined(ATMAN_PAIRS)

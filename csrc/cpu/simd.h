@@ -10,6 +10,10 @@
 
 #include "../suppression.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace atman::cpu::ATMAN_ISA {
 
 constexpr int kLanes = ATMAN_LANES;
@@ -123,6 +127,10 @@ ATMAN_INLINE std::uint16_t to_bfloat16(float x) {
     return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+#if defined(__F16C__)
+ATMAN_INLINE float from_float16(std::uint16_t x) { return _cvtsh_ss(x); }
+ATMAN_INLINE std::uint16_t to_float16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
 ATMAN_INLINE float from_float16(std::uint16_t x) {
     const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000) << 16, rest = x & 0x7fff;
     std::uint32_t bits = rest << 13;
@@ -155,5 +163,6 @@ ATMAN_INLINE std::uint16_t to_float16(float x) {
     }
     return static_cast<std::uint16_t>(sign | ((size - 0x38000000 + 0x0fff + ((size >> 13) & 1)) >> 13));
 }
+#endif
 
 }  // namespace atman::cpu::ATMAN_ISA
