@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.prompts import Case
+if TYPE_CHECKING:
+    from benchmarks.prompts import Case  # which needs click: a GPU machine may not have it
 
 
 @dataclass
@@ -89,7 +90,7 @@ def linear_flops(model: Any, rows: int) -> int:
     return sum(2 * layer.weight.numel() for layer in layer_linears(model)) * rows
 
 
-def explanation_flops(model: Any, case: Case, tokens: int) -> int:
+def explanation_flops(model: Any, case: "Case", tokens: int) -> int:
     """What an explanation of every prompt token by packed suffixes computes, without its probe's attention.
 
     Layers: 2 * weights * tokens, for all tokens that passed. Attention: 4 * Hq * D * visible keys, for the rows of

@@ -171,6 +171,8 @@ def _flex(problem: Problem, setting: Setting) -> Call:
     if isinstance(problem, DenseProblem):
         return flex.dense(problem, factor)
     if problem.shape.group == "shared":
+        if flex.compiles and factor.device.type == "cpu":
+            raise Unsupported("compiled for the CPU, FlexAttention gives no log-sum-exp")
         return flex.shared_prefix(problem, factor)
     return flex.pack(problem, factor)
 
