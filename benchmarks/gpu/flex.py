@@ -83,7 +83,7 @@ def shared_prefix(problem: PackProblem, factor: Tensor) -> Call:
         own_query = query.reshape(heads.kv, group, variants, rows, -1)
         own_key, own_value = (x.reshape(heads.kv, 1, variants, rows, -1) for x in (key, value))
         scores = (own_query @ own_key.mT).float() * scale + own_bias  # [Hkv, group, V, rows, rows]
-        own_lse = scores.logsumexp(dim=-1)
+        own_lse = scores.logsumexp(dim=-1).clamp(min=-1e30)  # finite where factors of 0 leave a row no own key
         own_output = (scores - own_lse[..., None]).exp().to(value.dtype) @ own_value
         own_output, own_lse = own_output.reshape(output.shape), own_lse.reshape(aux.lse.shape)
         share = torch.sigmoid(own_lse - aux.lse)[..., None]  # of the suffix's keys
