@@ -105,7 +105,7 @@ class Check:
             print(f"--- {name}: {last}", flush=True)
         status = {PASSED: "passed", NOTHING_RUN: "incomplete"}.get(code, "failed")
         if timed_out.is_set():
-            status, last = "failed", f"stopped after {seconds:.0f} s; {last}"
+            last = f"stopped after {seconds:.0f} s; {last}"
         return Outcome(name, status, time.monotonic() - started, f"{last} (exit code {code}, {log.name})")
 
     def backends(self) -> dict[str, str | None]:

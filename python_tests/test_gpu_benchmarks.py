@@ -176,6 +176,27 @@ def test_unwritten_output_is_seen(broken: str) -> None:
     assert not truth.check(output, "sparse", "log_additive", "everything").right
 
 
+def test_nan_is_seen_in_rows_that_are_not_sampled() -> None:
+    problem = problems.build(cases.prefill(600, True, HEADS), torch.bfloat16, CPU)
+    truth, output = Truth(problem), problem.query.clone()
+    (piece,) = problem.pieces()
+    output[0][:, piece.rows] = problems.plain_attention(piece, None, "log_additive", torch.float64).bfloat16()
+    assert truth.check(output, "none", "log_additive", "everything").right
+    output[0, 1, min(set(range(600)) - set(piece.rows.tolist())), 2] = math.nan
+    assert not truth.check(output, "none", "log_additive", "everything").right
+
+
+def test_a_single_element_that_is_off_is_seen() -> None:
+    problem = problems.build(cases.prefill(200, True, HEADS), torch.bfloat16, CPU)
+    output = contenders.CONTENDERS["cpu"].prepare(problem, contenders.Setting("sparse"))()
+    truth = Truth(problem)
+    agreement = truth.check(output, "sparse", "log_additive", "everything")
+    output[0, 3, 40, 5] += 2 * agreement.allowed_error
+    agreement = truth.check(output, "sparse", "log_additive", "everything")
+    assert agreement.relative_error <= agreement.allowed_relative_error, "the norm does not show it"
+    assert not agreement.right
+
+
 def test_rows_are_sampled_from_first_to_last() -> None:
     sample = problems._sample(1000, 16)
     assert len(sample) == len(set(sample)) == 16
