@@ -72,14 +72,13 @@ class Check:
         started = time.monotonic()
         print(f"\n--- {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
         log = self.output / f"gpu-check-{name.replace(' ', '-')}.log"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
         last = ""
         with (
             log.open("w", encoding="utf-8") as file,
             subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
-                env=environment,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -145,10 +144,13 @@ def run_tests(check: Check, seconds: float) -> list[Outcome]:
     for backend in running:
         for path in shared:
             commands[f"{path.stem} {backend}"] = [*pytest, "-k", backend, str(path)]
-    outcomes = []
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # Triton compiles on the CPU, one file at a time
-        started = [pool.submit(check.run, name, command, seconds, True) for name, command in commands.items()]
-        outcomes = [_judged_pytest(future.result()) for future in started]
+    ends = time.monotonic() + seconds
+
+    def run(name: str) -> Outcome:
+        return _judged_pytest(check.run(name, commands[name], max(5.0, ends - time.monotonic()), quiet=True))
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each compiles its kernels on one core
+        outcomes = list(pool.map(run, commands))
     if unusable:
         reasons = ", ".join(f"{name} ({', '.join(sorted(lacking))})" for name, lacking in unusable.items())
         outcomes.append(

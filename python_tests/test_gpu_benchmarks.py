@@ -552,7 +552,7 @@ def test_without_pytest_the_small_shapes_remain(dry_check: gpu_check.Check, monk
 def test_tests_that_cannot_be_imported_are_named(dry_check: gpu_check.Check, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = {}
 
-    def recorded(self: Any, name: str, command: list[str], *_: Any) -> gpu_check.Outcome:
+    def recorded(self: Any, name: str, command: list[str], *_: Any, **__: Any) -> gpu_check.Outcome:
         commands[name] = command
         return outcome("passed")
 
@@ -579,6 +579,19 @@ def test_nothing_but_torch_is_imported() -> None:
         "import benchmarks.gpu_check, benchmarks.gpu.__main__, benchmarks.gpu.small_shapes\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=gpu_check.REPOSITORY, check=True, timeout=120)
+
+
+def test_the_explanation_needs_what_the_check_says(tmp_path: Path) -> None:
+    """transformers itself needs regex."""
+    code = (
+        "import sys\n"
+        "for name in ('click', 'rich', 'pytest', 'sentencex', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from benchmarks.gpu import explanation\n"
+        "sys.exit(explanation.main('--device cpu --preset tiny --rounds 1 --output'.split() + sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    subprocess.run(command, cwd=gpu_check.REPOSITORY, check=True, timeout=120, capture_output=True)
 
 
 # A whole explanation ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from benchmarks.gpu.report import line, markdown, table
 from benchmarks.gpu.results import MEASURED, Results, Row
 from benchmarks.gpu.runner import DeviceLost, Runner
 from benchmarks.gpu.timing import Stopwatch
-from benchmarks.machine import RESULTS, cpu_slug, environment, gpu_environment, gpu_slug
+from benchmarks.machine import RESULTS, cpu_slug, environment, gpu_environment, gpu_slug, gpu_state
 
 # Exit codes, of this program and of benchmarks.gpu_check
 PASSED, FAILED, NOTHING_RUN = 0, 1, 2
@@ -104,7 +104,9 @@ def measure(options: argparse.Namespace, shapes: list[Shape], contenders: list[C
     stopwatch = Stopwatch(device, options.seconds_per_row)
     dtype = getattr(torch, options.dtype)
     rates = stopwatch.rates(dtype)
+    states: dict[str, Any] = {}  # after every shape: clocks, power, temperature
     run = {"groups": list(options.groups), "preset": options.preset, "cases": options.cases, "rates": vars(rates)}
+    run["gpu_states"] = states
     results.runs.append(run)
     where = f"{header['gpu_name'] or header['cpu']}, torch {torch.__version__}, {options.dtype}"
     print(f"{where}: {rates}, measured now", flush=True)
@@ -117,6 +119,8 @@ def measure(options: argparse.Namespace, shapes: list[Shape], contenders: list[C
     try:
         for shape in shapes:
             runner.run(shape, contenders)
+            if device.type == "cuda":
+                states[shape.name] = gpu_state()
     except DeviceLost as error:
         lost = True
         print(f"the device is lost, the rest was not measured: {error}", file=sys.stderr)

@@ -224,6 +224,22 @@ def _varlen_bytes(shape: Shape, element: int) -> int:
     return 3 * lengths * shape.heads.kv * shape.heads.dim * element
 
 
+@dataclass(frozen=True, eq=False)
+class SdpaCall:
+    """SDPA with one of some kernels."""
+
+    kernels: list[SDPBackend]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: dict[str, Any]
+    repeated: bool  # whether KV heads were repeated for it, which makes keys and values larger
+
+    def __call__(self) -> Tensor:
+        with sdpa_kernel(self.kernels):
+            return scaled_dot_product_attention(self.query, self.key, self.value, **self.options)
+
+
 def _sdpa(kernels: list[SDPBackend], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Call:
     """A call of SDPA with one of some kernels; KV heads are repeated beforehand where the kernel cannot share them."""
     reasons: list[str] = []
@@ -231,7 +247,9 @@ def _sdpa(kernels: list[SDPBackend], query: Tensor, key: Tensor, value: Tensor, 
     for shares in (True, False):
         if not shares:
             key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
-        attend = _restricted(kernels, query, key, value, enable_gqa=shares, **options)
+        attend = SdpaCall(
+            kernels, query, key, value, options | {"enable_gqa": shares}, repeated=not shares and group > 1
+        )
         with warnings.catch_warnings(record=True) as said:  # why each kernel was not used
             warnings.simplefilter("always")
             try:
@@ -243,14 +261,6 @@ def _sdpa(kernels: list[SDPBackend], query: Tensor, key: Tensor, value: Tensor, 
                 continue
         return attend
     raise Unsupported("; ".join(dict.fromkeys(reasons)))
-
-
-def _restricted(kernels: list[SDPBackend], query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Call:
-    def attend() -> Tensor:
-        with sdpa_kernel(kernels):
-            return scaled_dot_product_attention(query, key, value, **options)
-
-    return attend
 
 
 _CEILINGS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import atman_kernels as ak
+from atman_kernels import backends
 from benchmarks.gpu.__main__ import FAILED, NOTHING_RUN, PASSED, missing_gpu
 from benchmarks.gpu.results import write_json
 from benchmarks.gpu.timing import Stopwatch
@@ -325,6 +326,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
         "prompt_tokens": question.prompt_tokens,
         "target_tokens": TARGET_TOKENS,
         "dtype": options.dtype,
+        "backend": backends.load(None, device.type).__name__.rpartition(".")[2],
     }
     say("comparing scores with a full recomputation in float32")
     record["agreement"] = agreement(model, explainer, question)
@@ -360,7 +362,8 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
 def summary(record: dict[str, Any]) -> str:
     checked = record["agreement"]
     lines = [
-        f"{record['parameters'] / 1e9:.3g} billion parameters, {record['dtype']}, {record['prompt_tokens']} tokens",
+        f"{record['parameters'] / 1e9:.3g} billion parameters, {record['dtype']}, {record['prompt_tokens']} tokens, "
+        f"backend {record['backend']}",
         f"scores: off by up to {checked['largest_error']:.2g}, {checked['allowed_error']:.2g} is allowed, "
         f"the largest is {checked['largest_score']:.2g}; path: {checked['path']}",
     ]

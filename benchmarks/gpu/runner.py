@@ -9,11 +9,10 @@ import torch
 
 from benchmarks.gpu.agreement import Truth
 from benchmarks.gpu.cases import Shape
-from benchmarks.gpu.contenders import Contender, Setting, Unsupported
+from benchmarks.gpu.contenders import Contender, SdpaCall, Setting, Unsupported
 from benchmarks.gpu.problems import Problem, build
 from benchmarks.gpu.results import MEASURED, Results, Row
 from benchmarks.gpu.timing import Rates, Stopwatch, poison
-from benchmarks.machine import gpu_state
 
 MEMORY_SHARE = 0.8  # of what is free that a contender may be expected to need
 
@@ -77,6 +76,8 @@ class Runner:
         agreement = truth.check(output, setting.factor, setting.mode, contender.covers)
         del output
         row: Row = {"first_call_seconds": time.perf_counter() - started, "agreement": agreement.record()}
+        if isinstance(call, SdpaCall):
+            row["kv_heads_repeated"] = call.repeated
         if not agreement.right:
             return row | {"status": "wrong", "reason": _difference(agreement.record())}
         timing = self.stopwatch.time(call)
@@ -89,7 +90,7 @@ class Runner:
         work = problem.shape.work(element, setting.factor, contender.covers)
         rates = self.rates.flops_per_second, self.rates.bytes_per_second
         floor = work.floor_seconds(*rates)
-        record: Row = {
+        return {
             "flops": work.flops,
             "bytes": work.bytes,
             "tflops_per_second": work.flops / ms / 1e9,
@@ -98,9 +99,6 @@ class Runner:
             "share_of_floor": floor * 1e3 / ms,
             "bound": work.bound(*rates),
         }
-        if self.device.type == "cuda":
-            record["gpu_state"] = gpu_state()
-        return record
 
     def _empty_row(self, shape: Shape, contender: Contender, setting: Setting) -> Row:
         return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 WARM_UP = 3
 LEAST_REPEATS, MOST_REPEATS = 5, 50
-AHEAD_CYCLES = 400_000  # of the GPU's clock: about 0.2 ms in which the host queues the call
+AHEAD_CYCLES = 1_000_000  # of the GPU's clock: about half a millisecond in which the host queues the call
 
 
 @dataclass(frozen=True)
