@@ -46,9 +46,9 @@ struct SoftmaxEnd {
     float weight, lse;
 };
 
-// `sum` is that of exp(score - maximum). A row that saw nothing gives weight 0 and lse = -inf.
+// `sum` is that of exp(score - maximum): at least 1, or 0 if the row saw nothing. Then weight 0 and lse = -inf.
 ATMAN_INLINE SoftmaxEnd finish_softmax(float maximum, float sum) {
-    if (maximum == kNegativeInfinity) return {0.0f, kNegativeInfinity};
+    if (sum == 0.0f) return {0.0f, kNegativeInfinity};
     return {1.0f / sum, maximum + std::log(sum)};
 }
 

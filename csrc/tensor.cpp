@@ -71,13 +71,13 @@ Strides strides_of(const Tensor& tensor) {
 }
 
 void read_shapes(const AttentionArguments& a, AttentionParams& p) {
+    if (a.query.type > ElementType::float16) fail("query", "must hold float32, bfloat16 or float16");
     for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"query", a.query}, {"key", a.key},
                                        {"value", a.value}, {"output", a.output}}) {
         expect_rank(name, tensor, 4);
         expect_type(name, tensor, a.query.type);
         expect_packed_rows(name, tensor);
     }
-    if (a.query.type > ElementType::float16) fail("query", "must hold float32, bfloat16 or float16");
     p.dtype = static_cast<DType>(a.query.type);
     p.batch = a.query.shape[0];
     p.query_heads = a.query.shape[1];

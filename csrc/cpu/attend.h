@@ -277,12 +277,10 @@ static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
         shrink_output(t, m, by);
     }
     Unit* weights = t.scratch.weights + m % kRows * kChunk;
-    if (top == kNegativeInfinity) {  // nothing seen yet: exp(-inf + inf) would be NaN
-        for (int c = computed.first; c < computed.last; c += kLanes) store_weights(weights, c, Vec{});
-        return;
-    }
+    // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN among the scores, which the maximum may have missed, is one.
+    const float from = top == kNegativeInfinity ? 0.0f : top;
     float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
-    store(sum, load(sum) + exponentiate(s, weights, top));
+    store(sum, load(sum) + exponentiate(s, weights, from));
 }
 
 static void lower_minimum(const Task& t, const Block& b, int m, Columns computed) {

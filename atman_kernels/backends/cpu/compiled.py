@@ -130,12 +130,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     module = _load()
     usable = instruction_sets(query.dtype)
-    if isinstance(module, str) or not usable:
-        reason = module if isinstance(module, str) else f"it takes floats of 16 and 32 bit, not {query.dtype}"
-        raise BackendUnavailableError(f"the compiled CPU module cannot run: {reason}")
-    if instruction_set is not None and instruction_set not in usable:
+    if isinstance(module, str):
+        raise BackendUnavailableError(f"the compiled CPU module cannot run: {module}")
+    if not usable or instruction_set not in (None, *usable):
         raise BackendUnavailableError(
-            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; those that do: {', '.join(usable)}"
+            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; those that do: {', '.join((*usable, 'torch'))}"
         )
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
