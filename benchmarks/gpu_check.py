@@ -71,10 +71,9 @@ class Check:
         """A program of its own, stopped with everything it started when its time is up."""
         started = time.monotonic()
         print(f"\n--- {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
-        log = self.output / f"gpu-check-{name.replace(' ', '-')}.log"
         last = ""
         with (
-            log.open("w", encoding="utf-8") as file,
+            self.log.open("a", encoding="utf-8", buffering=1) as log,  # by lines: several programs share it
             subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
@@ -92,7 +91,7 @@ class Check:
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
-                    file.write(line)
+                    log.write(f"[{name}] {line}")
                     last = line.strip() or last
                     if not quiet or line.startswith(("FAILED", "ERROR")):
                         print(line, end="", flush=True)
@@ -105,7 +104,11 @@ class Check:
         status = {PASSED: "passed", NOTHING_RUN: "incomplete"}.get(code, "failed")
         if timed_out.is_set():
             last = f"stopped after {seconds:.0f} s; {last}"
-        return Outcome(name, status, time.monotonic() - started, f"{last} (exit code {code}, {log.name})")
+        return Outcome(name, status, time.monotonic() - started, f"{last} (exit code {code})")
+
+    @property
+    def log(self) -> Path:
+        return self.output / "gpu-check.log"
 
     def backends(self) -> dict[str, str | None]:
         """Those of this device, each with the reason why it cannot run, or None."""
@@ -161,7 +164,7 @@ def run_tests(check: Check, seconds: float) -> list[Outcome]:
 
 def _judged_pytest(outcome: Outcome) -> Outcome:
     """pytest's exit code 5 says that no test was selected; 2, that it was interrupted or could not collect."""
-    codes = {"(exit code 5,": "incomplete", "(exit code 2,": "failed"}
+    codes = {"(exit code 5)": "incomplete", "(exit code 2)": "failed"}
     status = next((status for code, status in codes.items() if code in outcome.detail), outcome.status)
     return Outcome(outcome.name, status, outcome.seconds, outcome.detail)
 
@@ -294,6 +297,7 @@ def main(given: list[str] | None = None) -> int:
         return NOTHING_RUN
     options.output.mkdir(parents=True, exist_ok=True)
     check = Check(options, "cpu" if options.dry_run else "cuda", options.output.resolve())
+    check.log.write_text("")
     where = environment() | ({} if options.dry_run else {"gpu": gpu_environment()})
     stages = [name for name in STAGES if name in options.only.split(",")]
     outcomes = [

@@ -410,6 +410,19 @@ def test_a_time_without_a_right_result_cannot_be_written(tmp_path: Path) -> None
         Results(tmp_path / "r.json", {}).add(key | {"status": "wrong", "reason": "off", "ms": 1.0})
 
 
+def test_backends_that_cannot_run_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "unavailable_reason", lambda name, device: "not today" if name == "cpu" else None)
+    code, result = run_tiny(tmp_path, "--groups", "decode", "--cases", "decode*")
+    assert code == program.PASSED
+    assert result["header"]["left_out"] == {"cpu": "not today"}
+    assert "cpu" not in {row["contender"] for row in result["rows"]}
+    assert "- without cpu: not today" in next(tmp_path.glob("gpu-ops-*.md")).read_text()
+    monkeypatch.undo()
+    code, result = run_tiny(tmp_path, "--groups", "decode", "--contenders", "cuda")
+    assert code == program.NOTHING_RUN
+    assert {row["status"] for row in result["rows"]} == {"unsupported"}
+
+
 def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(self: Any) -> None:
         raise runner.DeviceLost("CUDA error: an illegal memory access was encountered")
@@ -520,7 +533,7 @@ def test_a_program_that_takes_too_long_is_stopped(dry_check: gpu_check.Check, tm
     assert "stopped after" in came.detail
     assert "started" in came.detail
     assert came.seconds < 30
-    assert (tmp_path / "gpu-check-endless.log").read_text() == "started\n"
+    assert (tmp_path / "gpu-check.log").read_text() == "[endless] started\n"
 
 
 def test_exit_codes_of_programs(dry_check: gpu_check.Check) -> None:
@@ -530,9 +543,9 @@ def test_exit_codes_of_programs(dry_check: gpu_check.Check) -> None:
 
 
 def test_pytest_that_selects_nothing_is_no_success() -> None:
-    assert gpu_check._judged_pytest(outcome("failed", "no tests ran (exit code 5, x.log)")).status == "incomplete"
-    assert gpu_check._judged_pytest(outcome("incomplete", "errors (exit code 2, x.log)")).status == "failed"
-    assert gpu_check._judged_pytest(outcome("passed", "3 passed (exit code 0, x.log)")).status == "passed"
+    assert gpu_check._judged_pytest(outcome("failed", "no tests ran (exit code 5)")).status == "incomplete"
+    assert gpu_check._judged_pytest(outcome("incomplete", "errors (exit code 2)")).status == "failed"
+    assert gpu_check._judged_pytest(outcome("passed", "3 passed (exit code 0)")).status == "passed"
 
 
 def test_missing_modules_are_found_in_helpers_too(tmp_path: Path) -> None:
