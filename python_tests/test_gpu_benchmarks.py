@@ -463,7 +463,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("dtype", small_shapes.DTYPES.values(), ids=str)
 def test_small_shapes_agree(dtype: torch.dtype) -> None:
-    assert small_shapes.check("cpu", "cpu", dtype) == []
+    assert small_shapes.check("cpu", "cpu", dtype) == ([], 0)
 
 
 def test_small_shapes_notice_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,9 +471,15 @@ def test_small_shapes_notice_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None
 
     right = cpu._scores
     monkeypatch.setattr(cpu, "_scores", lambda *arguments: right(*arguments) * 1.3)
-    failures = small_shapes.check("cpu", "cpu", torch.bfloat16)
+    failures, _ = small_shapes.check("cpu", "cpu", torch.bfloat16)
     assert failures
     assert all("is off by" in failure for failure in failures)
+
+
+def test_small_shapes_keep_to_their_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert small_shapes.main(["cpu", "--device", "cpu", "--seconds", "-1"]) == program.NOTHING_RUN
+    count = len(list(small_shapes.calls(torch.bfloat16)))
+    assert f"0 of 0 calls are right, {count} were not made" in capsys.readouterr().out
 
 
 def test_small_shapes_try_every_option() -> None:
@@ -572,9 +578,11 @@ def test_tests_that_cannot_be_imported_are_named(dry_check: gpu_check.Check, mon
     monkeypatch.setattr(gpu_check.Check, "run", recorded)
     monkeypatch.setattr(gpu_check, "missing_modules", lambda path: {"hypothesis"} if "pack" in path.name else set())
     outcomes = gpu_check.run_tests(dry_check, seconds=60)
-    assert outcomes[-1].status == "incomplete"
-    assert "test_pack.py (hypothesis)" in outcomes[-1].detail
-    assert set(commands) == {"tests marked gpu", "test_backends cpu", "test_op_registration cpu"}
+    left_out = next(o for o in outcomes if o.name == "tests left out")
+    assert left_out.status == "incomplete"
+    assert "test_pack.py (hypothesis)" in left_out.detail
+    # the small shapes stand in for the suite that is missing
+    assert set(commands) == {"tests marked gpu", "test_backends cpu", "test_op_registration cpu", "small shapes cpu"}
     assert not any("test_pack" in part for command in commands.values() for part in command)
 
 
@@ -661,3 +669,6 @@ def test_options_of_gpu_check(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_check.arguments(["--only", "benches"])
     assert "'benches' is none of tests, sanitizer, bench, explain" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_check.arguments(["--groups", "prefil"])
+    assert "'prefil' is none of prefill, packs, shared, decode" in capsys.readouterr().err

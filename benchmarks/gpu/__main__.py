@@ -9,6 +9,7 @@ python -m benchmarks.gpu --device cpu --preset tiny       # see that everything 
 import argparse
 import sys
 import time
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from benchmarks.gpu import flex
 from benchmarks.gpu.cases import GROUPS, PRESETS, Shape
 from benchmarks.gpu.contenders import CONTENDERS, Contender
 from benchmarks.gpu.report import line, markdown, table
-from benchmarks.gpu.results import MEASURED, Results, Row
+from benchmarks.gpu.results import MEASURED, STATUSES, Results, Row
 from benchmarks.gpu.runner import DeviceLost, Runner
 from benchmarks.gpu.timing import Stopwatch
 from benchmarks.machine import RESULTS, cpu_slug, environment, gpu_environment, gpu_slug, gpu_state
@@ -145,7 +146,8 @@ def measure(
     print(table(rows))
     summary = results.path.with_suffix(".md")
     summary.write_text(markdown(header, results.runs, results.rows), encoding="utf-8")
-    print(f"written to {results.path} and {summary.name}")
+    counts = Counter(row["status"] for row in rows)
+    print(f"{', '.join(f'{counts[s]} {s}' for s in STATUSES if counts[s])}; in {results.path} and {summary.name}")
     return verdict(rows, lost)
 
 
