@@ -652,7 +652,40 @@ def test_wrong_scores_get_no_time(
     assert code == program.FAILED
     assert not record["agreement"]["right"]
     assert "rounds" not in record
-    assert "no time is reported" in capsys.readouterr().out
+    assert "no time is reported: scores are off by up to" in capsys.readouterr().out
+
+
+def test_the_full_row_way_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explainer = explanation.ak.Explainer
+
+    def unpackable(*args: Any, **kwargs: Any) -> Any:
+        made = explainer(*args, **kwargs)
+        made._unpackable = "because"
+        return made
+
+    monkeypatch.setattr(explanation.ak, "Explainer", unpackable)
+    code, record = explained(tmp_path, "--dtype", "float32")
+    assert code == program.FAILED
+    assert record["agreement"]["objection"] == "the explainer went the batched way, not the packed one"
+    assert "rounds" not in record
+
+
+def test_a_check_that_zeros_would_pass_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explanation, "FACTOR", 1.0)
+    code, record = explained(tmp_path, "--dtype", "float32")
+    assert code == program.FAILED
+    assert "zeros would pass" in record["agreement"]["objection"]
+
+
+def test_a_model_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausts(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GB")
+
+    monkeypatch.setattr(explanation, "random_model", exhausts)
+    assert explanation.main(["--device", "cpu", "--preset", "tiny", "--output", str(tmp_path)]) == program.NOTHING_RUN
+    assert "preset tiny does not fit this device: CUDA out of memory" in capsys.readouterr().err
 
 
 def test_question_has_a_token_per_word() -> None:
