@@ -2,12 +2,14 @@
 #
 #   PYTHON       the interpreter to build the environment from   (default: the first usable python3.11, 3.12, …)
 #   VENV         where the environment goes                      (default: .venv)
+#   ARGS         options of gpu-check, which uses $(PYTHON), $(VENV) or python3 as it is
 #   TORCH_INDEX  a package index to take torch from, e.g.
 #                https://download.pytorch.org/whl/cpu            (default: pip's own)
 
 VENV ?= .venv
 PYTHON ?=
 TORCH_INDEX ?=
+ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -16,7 +18,7 @@ PINS := constraints.txt
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench gpu-check lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +26,7 @@ help:
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones and those on real weights too"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
+	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove the environment and all caches"
 
@@ -41,6 +44,10 @@ test-all: $(STAMPS)/dev $(STAMPS)/demo
 
 bench: $(STAMPS)/bench $(STAMPS)/demo
 	$(BIN)/python -m benchmarks
+
+# Installs nothing: a GPU machine comes with the torch that fits its driver. Options: make gpu-check ARGS="--only bench"
+gpu-check:
+	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .

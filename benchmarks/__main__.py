@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.measure import RESULTS, cpu_slug
+from benchmarks.machine import RESULTS, cpu_slug
 
 
 def main() -> int:

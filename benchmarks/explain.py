@@ -24,12 +24,10 @@ from rich.status import Status
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.machine import RESULTS, cpu_slug, environment
 from benchmarks.measure import (
-    RESULTS,
     Meter,
     can_measure_peak,
-    cpu_slug,
-    environment,
     explanation_flops,
     linear_rate,
     metered,

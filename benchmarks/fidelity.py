@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from benchmarks.explain import write
-from benchmarks.measure import RESULTS, cpu_slug, environment
+from benchmarks.machine import RESULTS, cpu_slug, environment
 from benchmarks.prompts import Case, Question, find_squad, questions
 
 TOP = 5

@@ -1,30 +1,21 @@
-"""What is measured around a contender: time, rows, attention, the machine's matrix-product rate, memory, versions."""
+"""What is measured around a contender: time, rows, attention, the machine's matrix-product rate, memory."""
 
 import ctypes
-import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.prompts import REPOSITORY, Case
-
-RESULTS = Path(__file__).resolve().parent / "results"
-# Instruction sets that decide how fast matrix products are.
-_FEATURES = {"avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "sve"}
+if TYPE_CHECKING:
+    from benchmarks.prompts import Case  # which needs click: a GPU machine may not have it
 
 
 @dataclass
@@ -99,7 +90,7 @@ def linear_flops(model: Any, rows: int) -> int:
     return sum(2 * layer.weight.numel() for layer in layer_linears(model)) * rows
 
 
-def explanation_flops(model: Any, case: Case, tokens: int) -> int:
+def explanation_flops(model: Any, case: "Case", tokens: int) -> int:
     """What an explanation of every prompt token by packed suffixes computes, without its probe's attention.
 
     Layers: 2 * weights * tokens, for all tokens that passed. Attention: 4 * Hq * D * visible keys, for the rows of
@@ -175,65 +166,3 @@ def _status_bytes(name: str) -> int:
     if match is None:
         raise RuntimeError(f"/proc/self/status has no {name}")
     return int(match[1]) * 1024
-
-
-# Where it ran ---------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """Versions, CPU, threads, commit, date and the load of the machine, as JSON types."""
-    cpu, features = _cpu()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "cpu": cpu,
-        "cpu_features": features,
-        "cpu_count": os.cpu_count(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {
-            name: _version(name) for name in ("atman-kernels", "torch", "transformers", "captum", "numpy", "scipy")
-        },
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def cpu_slug() -> str:
-    """The CPU's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{_cpu()[0]}-{os.cpu_count()}".lower()).strip("-")
-
-
-def _cpu() -> tuple[str, list[str]]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    known = set(flags[1].split()) if flags else set()
-    return (name[1] if name else platform.machine()), sorted(_FEATURES & known)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        if name == "atman-kernels":
-            import atman_kernels
-
-            return atman_kernels.__version__
-        return None
-
-
-def _commit() -> str | None:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "atman_kernels") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
-        return None

@@ -14,9 +14,10 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.machine import REPOSITORY
 from benchmarks.measure import metered, peak_bytes
 from benchmarks.peers import BiasedSdpa, CaptumAblation, DenseEager
-from benchmarks.prompts import REPOSITORY, Case, find_squad, long_case, sample_positions
+from benchmarks.prompts import Case, find_squad, long_case, sample_positions
 
 TOKENS = 512
 MANY_UNITS = (100, 1000)

@@ -11,7 +11,8 @@ import click
 import torch
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.machine import REPOSITORY
+
 SQUAD_VARIABLE = "ATMAN_SQUAD"
 SQUAD_DEFAULT = REPOSITORY.parent / "shared" / "data" / "squad-v1.1-sample.json"
 
