@@ -44,9 +44,8 @@ SHARED_SUITES = (
 )  # each test once per backend, whose name is in the test's id
 MODEL_NEEDS = ("transformers", "psutil", "tqdm")
 SHARES = {"tests": 4.0, "sanitizer": 1.5, "bench": 5.0, "explain": 1.5}  # of the time that is left
-GRACE_SECONDS = 60  # for a benchmark to write its table after its time is up
+GRACE_SECONDS = 60  # for a program to finish what it is at when its time is up
 SANITIZER_ERRORS = 86  # the exit code by which compute-sanitizer says that it found some
-SANITIZED_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,9 @@ class Check:
         """A program of its own, stopped with everything it started when its time is up."""
         started = time.monotonic()
         print(f"\n--- {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
-        log = self.output / f"gpu-check-{name.replace(' ', '-')}.log"
         last = ""
         with (
-            log.open("w", encoding="utf-8") as file,
+            self.log.open("a", encoding="utf-8", buffering=1) as log,  # by lines: several programs share it
             subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
@@ -92,7 +90,7 @@ class Check:
             try:
                 assert process.stdout is not None
                 for line in process.stdout:
-                    file.write(line)
+                    log.write(f"[{name}] {line}")
                     last = line.strip() or last
                     if not quiet or line.startswith(("FAILED", "ERROR")):
                         print(line, end="", flush=True)
@@ -105,7 +103,11 @@ class Check:
         status = {PASSED: "passed", NOTHING_RUN: "incomplete"}.get(code, "failed")
         if timed_out.is_set():
             last = f"stopped after {seconds:.0f} s; {last}"
-        return Outcome(name, status, time.monotonic() - started, f"{last} (exit code {code}, {log.name})")
+        return Outcome(name, status, time.monotonic() - started, f"{last} (exit code {code})")
+
+    @property
+    def log(self) -> Path:
+        return self.output / "gpu-check.log"
 
     def backends(self) -> dict[str, str | None]:
         """Those of this device, each with the reason why it cannot run, or None."""
@@ -123,7 +125,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def run_tests(check: Check, seconds: float) -> list[Outcome]:
-    """`pytest -m gpu`, and the suites that every backend goes through; without pytest the small shapes alone."""
+    """`pytest -m gpu`, and the suites that every backend goes through; small shapes where those cannot run."""
     running = [name for name, reason in check.backends().items() if reason is None]
     if find_spec("pytest") is None:
         left_out = Outcome("pytest", "incomplete", 0.0, "pytest is not installed: the small shapes alone were checked")
@@ -156,12 +158,14 @@ def run_tests(check: Check, seconds: float) -> list[Outcome]:
         outcomes.append(
             Outcome("tests left out", "incomplete", 0.0, f"modules that they import are missing: {reasons}")
         )
+    if len(shared) < len(SHARED_SUITES):
+        outcomes += _small_shapes(check, running, max(5.0, ends - time.monotonic()))
     return outcomes
 
 
 def _judged_pytest(outcome: Outcome) -> Outcome:
     """pytest's exit code 5 says that no test was selected; 2, that it was interrupted or could not collect."""
-    codes = {"(exit code 5,": "incomplete", "(exit code 2,": "failed"}
+    codes = {"(exit code 5)": "incomplete", "(exit code 2)": "failed"}
     status = next((status for code, status in codes.items() if code in outcome.detail), outcome.status)
     return Outcome(outcome.name, status, outcome.seconds, outcome.detail)
 
@@ -212,11 +216,11 @@ def run_sanitizer(check: Check, seconds: float) -> list[Outcome]:
         command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS), "--print-limit", "20"]
         if tool == "memcheck":
             command += ["--report-api-errors", "no"]  # torch asks the driver questions whose answer may be an error
-        command += [sys.executable, "-m", "benchmarks.gpu.small_shapes", backend, "--calls", str(SANITIZED_CALLS)]
+        left = max(30.0, (ends - time.monotonic()) / (len(commands) - i))
+        command += [sys.executable, "-m", "benchmarks.gpu.small_shapes", backend, "--seconds", f"{left:.0f}"]
         # torch's allocator hands out parts of large blocks, between which nothing is out of bounds
         no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        left = (ends - time.monotonic()) / (len(commands) - i)
-        outcomes.append(check.run(f"{tool} {backend}", command, max(left, 30.0), **no_pool))
+        outcomes.append(check.run(f"{tool} {backend}", command, left + GRACE_SECONDS, **no_pool))
     return outcomes
 
 
@@ -280,9 +284,10 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes; tests are only collected")
     options = parser.parse_args(given)
     options.preset = options.preset or ("tiny" if options.dry_run else "quick")
-    for name in options.only.split(","):
-        if name not in STAGES:
-            parser.error(f"--only: {name!r} is none of {', '.join(STAGES)}")
+    for option, known in (("only", STAGES), ("groups", GROUPS)):
+        for name in getattr(options, option).split(","):
+            if name not in known:
+                parser.error(f"--{option}: {name!r} is none of {', '.join(known)}")
     return options
 
 
@@ -294,6 +299,7 @@ def main(given: list[str] | None = None) -> int:
         return NOTHING_RUN
     options.output.mkdir(parents=True, exist_ok=True)
     check = Check(options, "cpu" if options.dry_run else "cuda", options.output.resolve())
+    check.log.write_text("")
     where = environment() | ({} if options.dry_run else {"gpu": gpu_environment()})
     stages = [name for name in STAGES if name in options.only.split(",")]
     outcomes = [

@@ -410,6 +410,19 @@ def test_a_time_without_a_right_result_cannot_be_written(tmp_path: Path) -> None
         Results(tmp_path / "r.json", {}).add(key | {"status": "wrong", "reason": "off", "ms": 1.0})
 
 
+def test_backends_that_cannot_run_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "unavailable_reason", lambda name, device: "not today" if name == "cpu" else None)
+    code, result = run_tiny(tmp_path, "--groups", "decode", "--cases", "decode*")
+    assert code == program.PASSED
+    assert result["header"]["left_out"] == {"cpu": "not today"}
+    assert "cpu" not in {row["contender"] for row in result["rows"]}
+    assert "- without cpu: not today" in next(tmp_path.glob("gpu-ops-*.md")).read_text()
+    monkeypatch.undo()
+    code, result = run_tiny(tmp_path, "--groups", "decode", "--contenders", "cuda")
+    assert code == program.NOTHING_RUN
+    assert {row["status"] for row in result["rows"]} == {"unsupported"}
+
+
 def test_a_lost_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(self: Any) -> None:
         raise runner.DeviceLost("CUDA error: an illegal memory access was encountered")
@@ -450,7 +463,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("dtype", small_shapes.DTYPES.values(), ids=str)
 def test_small_shapes_agree(dtype: torch.dtype) -> None:
-    assert small_shapes.check("cpu", "cpu", dtype) == []
+    assert small_shapes.check("cpu", "cpu", dtype) == ([], 0)
 
 
 def test_small_shapes_notice_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,9 +471,15 @@ def test_small_shapes_notice_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None
 
     right = cpu._scores
     monkeypatch.setattr(cpu, "_scores", lambda *arguments: right(*arguments) * 1.3)
-    failures = small_shapes.check("cpu", "cpu", torch.bfloat16)
+    failures, _ = small_shapes.check("cpu", "cpu", torch.bfloat16)
     assert failures
     assert all("is off by" in failure for failure in failures)
+
+
+def test_small_shapes_keep_to_their_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert small_shapes.main(["cpu", "--device", "cpu", "--seconds", "-1"]) == program.NOTHING_RUN
+    count = len(list(small_shapes.calls(torch.bfloat16)))
+    assert f"0 of 0 calls are right, {count} were not made" in capsys.readouterr().out
 
 
 def test_small_shapes_try_every_option() -> None:
@@ -520,7 +539,7 @@ def test_a_program_that_takes_too_long_is_stopped(dry_check: gpu_check.Check, tm
     assert "stopped after" in came.detail
     assert "started" in came.detail
     assert came.seconds < 30
-    assert (tmp_path / "gpu-check-endless.log").read_text() == "started\n"
+    assert (tmp_path / "gpu-check.log").read_text() == "[endless] started\n"
 
 
 def test_exit_codes_of_programs(dry_check: gpu_check.Check) -> None:
@@ -530,9 +549,9 @@ def test_exit_codes_of_programs(dry_check: gpu_check.Check) -> None:
 
 
 def test_pytest_that_selects_nothing_is_no_success() -> None:
-    assert gpu_check._judged_pytest(outcome("failed", "no tests ran (exit code 5, x.log)")).status == "incomplete"
-    assert gpu_check._judged_pytest(outcome("incomplete", "errors (exit code 2, x.log)")).status == "failed"
-    assert gpu_check._judged_pytest(outcome("passed", "3 passed (exit code 0, x.log)")).status == "passed"
+    assert gpu_check._judged_pytest(outcome("failed", "no tests ran (exit code 5)")).status == "incomplete"
+    assert gpu_check._judged_pytest(outcome("incomplete", "errors (exit code 2)")).status == "failed"
+    assert gpu_check._judged_pytest(outcome("passed", "3 passed (exit code 0)")).status == "passed"
 
 
 def test_missing_modules_are_found_in_helpers_too(tmp_path: Path) -> None:
@@ -559,9 +578,11 @@ def test_tests_that_cannot_be_imported_are_named(dry_check: gpu_check.Check, mon
     monkeypatch.setattr(gpu_check.Check, "run", recorded)
     monkeypatch.setattr(gpu_check, "missing_modules", lambda path: {"hypothesis"} if "pack" in path.name else set())
     outcomes = gpu_check.run_tests(dry_check, seconds=60)
-    assert outcomes[-1].status == "incomplete"
-    assert "test_pack.py (hypothesis)" in outcomes[-1].detail
-    assert set(commands) == {"tests marked gpu", "test_backends cpu", "test_op_registration cpu"}
+    left_out = next(o for o in outcomes if o.name == "tests left out")
+    assert left_out.status == "incomplete"
+    assert "test_pack.py (hypothesis)" in left_out.detail
+    # the small shapes stand in for the suite that is missing
+    assert set(commands) == {"tests marked gpu", "test_backends cpu", "test_op_registration cpu", "small shapes cpu"}
     assert not any("test_pack" in part for command in commands.values() for part in command)
 
 
@@ -631,7 +652,40 @@ def test_wrong_scores_get_no_time(
     assert code == program.FAILED
     assert not record["agreement"]["right"]
     assert "rounds" not in record
-    assert "no time is reported" in capsys.readouterr().out
+    assert "no time is reported: scores are off by up to" in capsys.readouterr().out
+
+
+def test_the_full_row_way_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explainer = explanation.ak.Explainer
+
+    def unpackable(*args: Any, **kwargs: Any) -> Any:
+        made = explainer(*args, **kwargs)
+        made._unpackable = "because"
+        return made
+
+    monkeypatch.setattr(explanation.ak, "Explainer", unpackable)
+    code, record = explained(tmp_path, "--dtype", "float32")
+    assert code == program.FAILED
+    assert record["agreement"]["objection"] == "the explainer went the batched way, not the packed one"
+    assert "rounds" not in record
+
+
+def test_a_check_that_zeros_would_pass_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explanation, "FACTOR", 1.0)
+    code, record = explained(tmp_path, "--dtype", "float32")
+    assert code == program.FAILED
+    assert "zeros would pass" in record["agreement"]["objection"]
+
+
+def test_a_model_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausts(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GB")
+
+    monkeypatch.setattr(explanation, "random_model", exhausts)
+    assert explanation.main(["--device", "cpu", "--preset", "tiny", "--output", str(tmp_path)]) == program.NOTHING_RUN
+    assert "preset tiny does not fit this device: CUDA out of memory" in capsys.readouterr().err
 
 
 def test_question_has_a_token_per_word() -> None:
@@ -648,3 +702,6 @@ def test_options_of_gpu_check(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_check.arguments(["--only", "benches"])
     assert "'benches' is none of tests, sanitizer, bench, explain" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_check.arguments(["--groups", "prefil"])
+    assert "'prefil' is none of prefill, packs, shared, decode" in capsys.readouterr().err

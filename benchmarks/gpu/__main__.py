@@ -9,17 +9,19 @@ python -m benchmarks.gpu --device cpu --preset tiny       # see that everything 
 import argparse
 import sys
 import time
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atman_kernels import backends
 from benchmarks.gpu import flex
 from benchmarks.gpu.cases import GROUPS, PRESETS, Shape
 from benchmarks.gpu.contenders import CONTENDERS, Contender
 from benchmarks.gpu.report import line, markdown, table
-from benchmarks.gpu.results import MEASURED, Results, Row
+from benchmarks.gpu.results import MEASURED, STATUSES, Results, Row
 from benchmarks.gpu.runner import DeviceLost, Runner
 from benchmarks.gpu.timing import Stopwatch
 from benchmarks.machine import RESULTS, cpu_slug, environment, gpu_environment, gpu_slug, gpu_state
@@ -89,14 +91,25 @@ def main(given: list[str] | None = None) -> int:
     if options.device == "cuda" and (reason := missing_gpu()):
         print(f"no GPU benchmarks: {reason}; --device cpu --preset tiny shows that they run", file=sys.stderr)
         return NOTHING_RUN
-    return measure(options, shapes, [CONTENDERS[name] for name in chosen])
+    left_out = {}
+    if not options.contenders:  # who is asked for by name gets rows that say why there is nothing
+        left_out = {name: reason for name in chosen if (reason := unavailable_reason(name, options.device))}
+    return measure(options, shapes, [CONTENDERS[name] for name in chosen if name not in left_out], left_out)
 
 
-def measure(options: argparse.Namespace, shapes: list[Shape], contenders: list[Contender]) -> int:
+def unavailable_reason(name: str, device: str) -> str | None:
+    """Why a contender cannot run on this device at all; None if it may."""
+    return backends.unavailable_reason(name, device) if CONTENDERS[name].is_ours else None
+
+
+def measure(
+    options: argparse.Namespace, shapes: list[Shape], contenders: list[Contender], left_out: dict[str, str]
+) -> int:
     started = time.monotonic()
     device = torch.device(options.device)
     flex.compiles = not options.no_compile
     header = environment() | {"dtype": options.dtype, "gpu_name": None, "flex_compiled": flex.compiles}
+    header["left_out"] = left_out
     if options.device == "cuda":
         header |= {"gpu": gpu_environment(), "gpu_name": torch.cuda.get_device_name()}
     slug = gpu_slug() if options.device == "cuda" else cpu_slug()
@@ -110,6 +123,8 @@ def measure(options: argparse.Namespace, shapes: list[Shape], contenders: list[C
     results.runs.append(run)
     where = f"{header['gpu_name'] or header['cpu']}, torch {torch.__version__}, {options.dtype}"
     print(f"{where}: {rates}, measured now", flush=True)
+    for name, reason in left_out.items():
+        print(f"without {name}: {reason}", flush=True)
 
     def say(row: Row) -> None:
         print(f"{time.monotonic() - started:5.0f} s  {line(row, results.rows)}", flush=True)
@@ -131,7 +146,8 @@ def measure(options: argparse.Namespace, shapes: list[Shape], contenders: list[C
     print(table(rows))
     summary = results.path.with_suffix(".md")
     summary.write_text(markdown(header, results.runs, results.rows), encoding="utf-8")
-    print(f"written to {results.path} and {summary.name}")
+    counts = Counter(row["status"] for row in rows)
+    print(f"{', '.join(f'{counts[s]} {s}' for s in STATUSES if counts[s])}; in {results.path} and {summary.name}")
     return verdict(rows, lost)
 
 

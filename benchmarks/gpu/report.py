@@ -85,6 +85,7 @@ def markdown(header: dict[str, Any], runs: Sequence[dict[str, Any]], rows: Seque
     ]
     for run in runs:
         parts.append(f"- {', '.join(run['groups'])}: {Rates(**run['rates'])}, measured in the same run")
+    parts += [f"- without {name}: {reason}" for name, reason in header["left_out"].items()]
     for group in dict.fromkeys(row["group"] for row in rows):
         measured = [row for row in rows if row["group"] == group and row["status"] == MEASURED]
         if measured:

@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu.small_shapes triton          # also what compute-sanitizer watches: it is slow
 
-It needs torch and the package alone: on a machine without pytest it is the check of the ops that remains.
+It needs torch and the package alone: on a machine without pytest it is the check of the ops that remains. Exit code:
+0 all are right, 1 some are not, 2 not all were tried.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -89,20 +91,23 @@ def _combinations(sinks: Tensor, everything: bool) -> Iterator[tuple[str, Argume
             yield f"{MODES[i % 3]}, {name}", given | {"mode": MODES[i % 3]}
 
 
-def check(backend: str, device: str, dtype: torch.dtype, most: int | None = None) -> list[str]:
-    """What went wrong, one line each; prints how many calls there were."""
+def check(backend: str, device: str, dtype: torch.dtype, seconds: float = math.inf) -> tuple[list[str], int]:
+    """What went wrong, one line each, and how many calls were not made: none is begun after so many seconds."""
     failures, done, started = [], 0, time.monotonic()
-    for name, op, arguments in calls(dtype):
-        if most is not None and done >= most:
+    every = list(calls(dtype))
+    for name, op, arguments in every:
+        if time.monotonic() - started > seconds:
             break
         done += 1
         reason = _difference(op, arguments, backend, device, TOLERANCE[dtype])
         if reason is not None:
             failures.append(f"{backend}, {dtype}, {name}: {reason}")
             print(failures[-1], flush=True)
-    seconds = time.monotonic() - started
-    print(f"{backend}, {dtype}: {done - len(failures)} of {done} calls are right ({seconds:.0f} s)", flush=True)
-    return failures
+    took = time.monotonic() - started
+    left = len(every) - done
+    late = f", {left} were not made for want of time" if left else ""
+    print(f"{backend}, {dtype}: {done - len(failures)} of {done} calls are right{late} ({took:.0f} s)", flush=True)
+    return failures, left
 
 
 def _difference(op: Any, arguments: Arguments, backend: str, device: str, tolerance: float) -> str | None:
@@ -141,12 +146,13 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("backend", choices=backends.NAMES)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--calls", type=int, help="stop after so many")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no call after so many")
     options = parser.parse_args(given)
     if reason := backends.unavailable_reason(options.backend, options.device):
         print(f"{options.backend} cannot run on {options.device}: {reason}", file=sys.stderr)
         return 2
-    return 1 if check(options.backend, options.device, DTYPES[options.dtype], options.calls) else 0
+    failures, left = check(options.backend, options.device, DTYPES[options.dtype], options.seconds)
+    return 1 if failures else 2 if left else 0
 
 
 if __name__ == "__main__":
