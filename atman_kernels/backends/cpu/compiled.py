@@ -134,7 +134,7 @@ def _attend(
         raise BackendUnavailableError(f"the compiled CPU module cannot run: {module}")
     if not usable or instruction_set not in (None, *usable):
         raise BackendUnavailableError(
-            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; those that do: {', '.join((*usable, 'torch'))}"
+            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; what does: {', '.join((*usable, 'torch'))}"
         )
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
