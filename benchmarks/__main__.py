@@ -2,19 +2,22 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-
-from benchmarks.machine import RESULTS, cpu_slug
 
 
 def main() -> int:
-    RESULTS.mkdir(exist_ok=True)
-    report = RESULTS / f"ops-{cpu_slug()}.json"
     here = Path(__file__).resolve().parent
-    options = ["--benchmark-only", "--benchmark-group-by=group", "--benchmark-columns=median,iqr,rounds"]
-    ops = [sys.executable, "-m", "pytest", "-q", str(here), *options, f"--benchmark-json={report}"]
-    table = [sys.executable, "-m", "benchmarks.explain", *sys.argv[1:]]
-    return max(subprocess.run(command, cwd=here.parent, check=False).returncode for command in (ops, table))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "ops.json"
+        rounds = ["--benchmark-min-rounds=5", "--benchmark-max-time=0.5", "--benchmark-disable-gc"]
+        options = ["--benchmark-only", "--benchmark-quiet", *rounds, f"--benchmark-json={report}"]
+        commands = (
+            [sys.executable, "-m", "pytest", "-q", str(here), *options],
+            [sys.executable, "-m", "benchmarks.ops_table", str(report)],
+            [sys.executable, "-m", "benchmarks.explain", *sys.argv[1:]],
+        )
+        return max(subprocess.run(command, cwd=here.parent, check=False).returncode for command in commands)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 Every contender is held against the reference backend on the very tensors it is timed on. What the others need is
 prepared for them before the clock starts: the bias or block mask, base and own keys side by side, KV heads repeated.
+Beside each time stands the rate of a plain matrix product of the same dtype, on the same threads, just before.
 """
 
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -41,12 +44,22 @@ def _exact(length: int, step: int) -> Shape:
     return Shape(tuple(length - start for start in starts), starts)
 
 
+def _shared(prefix: int, variants: int, rows: int) -> Shape:
+    return Shape((rows,) * variants, (prefix,) * variants)
+
+
 PACKS = {
-    "exact_260": _exact(260, 32),  # 8 variants, about 1000 rows
-    "exact_516": _exact(516, 256),  # 2 long suffixes
-    "shared_512": Shape((4,) * 64, (512,) * 64),  # 64 variants of 4 rows over one prefix
+    "exact_512": _exact(512, 64),  # 8 variants, about 2000 rows
+    "exact_2048": _exact(2048, 1024),  # 2 long suffixes, about 2000 rows
+    "shared_512_256x1": _shared(512, 256, 1),
+    "shared_512_64x8": _shared(512, 64, 8),
+    "shared_2048_16x64": _shared(2048, 16, 64),
+    "shared_2048_256x1": _shared(2048, 256, 1),
+    "shared_8192_1024x1": _shared(8192, 1024, 1),
+    "shared_8192_16x8": _shared(8192, 16, 8),
 }
-DENSE = {"dense_256": (4, 256)}  # batch, length
+DENSE = {"dense_4x256": (4, 256), "dense_1x1024": (1, 1024)}  # batch, length
+MOST_SCORES = 1 << 28  # a contender that holds more of them at once is skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +121,12 @@ def _packed_case(shape: Shape, layout: str, dtype: torch.dtype) -> PackedCase:
 # Contenders: case -> a function that computes (Hq, T, D) ---------------------------------------------------------
 
 
-def _ours(case: PackedCase) -> Callable[[], Tensor]:
+def _ours(case: PackedCase, backend: str | None = None) -> Callable[[], Tensor]:
     own, base = slice(case.base, None), slice(0, case.base)
     key, value = case.key[:, own].contiguous(), case.value[:, own].contiguous()
     base_key, base_value = case.key[:, base].contiguous(), case.value[:, base].contiguous()
     return lambda: ak.packed_suppressed_attention(  # type: ignore[return-value]
-        case.query, key, value, base_key, base_value, case.pack, case.factor
+        case.query, key, value, base_key, base_value, case.pack, case.factor, backend=backend
     )
 
 
@@ -122,10 +135,31 @@ def _repeated(case: PackedCase) -> tuple[Tensor, Tensor]:
     return case.key.repeat_interleave(groups, dim=0), case.value.repeat_interleave(groups, dim=0)
 
 
+def _ours_torch(case: PackedCase) -> Callable[[], Tensor]:
+    """Our implementation made of torch's products, which serves where the compiled module was not built."""
+    return _ours(case, "cpu:torch")
+
+
 def _sdpa_bias(case: PackedCase) -> Callable[[], Tensor]:
     """One call over all rows and all keys."""
     (key, value), bias = _repeated(case), case.bias()
     return lambda: scaled_dot_product_attention(case.query[None], key[None], value[None], attn_mask=bias)[0]
+
+
+def _sdpa_batch(case: PackedCase) -> Callable[[], Tensor]:
+    """One call for all variants of equal length, the prefix repeated for each."""
+    if len(case.pack.prefix_lengths.unique()) > 1:
+        pytest.skip("the suffixes differ in length")
+    (key, value), bias, variants = _repeated(case), case.bias(), case.pack.num_variants
+    rows = case.pack.num_rows // variants
+    columns = torch.cat(
+        [torch.arange(case.base).expand(variants, -1), case.base + torch.arange(case.pack.num_rows).view(variants, -1)],
+        dim=1,
+    )
+    query = case.query.unflatten(1, (variants, rows)).transpose(0, 1).contiguous()
+    keys, values = (x[:, columns].transpose(0, 1).contiguous() for x in (key, value))
+    mask = torch.stack([bias[v * rows : (v + 1) * rows, columns[v]] for v in range(variants)])[:, None]
+    return lambda: scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(0, 1).flatten(1, 2)
 
 
 def _sdpa_each(case: PackedCase) -> Callable[[], Tensor]:
@@ -175,15 +209,46 @@ def _flex(case: PackedCase) -> Callable[[], Tensor]:
     )[0]
 
 
-PACKED = {"ours": _ours, "sdpa_bias": _sdpa_bias, "sdpa_each": _sdpa_each, "eager": _eager}
+PACKED = {
+    "ours": _ours,
+    "ours_torch": _ours_torch,
+    "sdpa_bias": _sdpa_bias,
+    "sdpa_batch": _sdpa_batch,
+    "sdpa_each": _sdpa_each,
+    "eager": _eager,
+}
+
+
+def _scores_held(case: PackedCase, contender: str) -> int:
+    """Scores, or numbers of the same count, that a contender keeps in memory at once."""
+    heads, rows, keys = case.query.shape[0], case.pack.num_rows, case.key.shape[1]
+    copies = case.pack.num_variants * (case.base + rows // case.pack.num_variants) * heads * case.query.shape[2]
+    return {"eager": heads * rows * keys, "sdpa_bias": rows * keys, "sdpa_batch": 2 * copies}.get(contender, 0)
+
+
+def _product_rate(dtype: torch.dtype, head_dim: int, seconds: float = 0.2) -> dict[str, float]:
+    """GFLOP/s of a square product, and of one of a tile's shape: 96 rows against 512 keys."""
+    rates = {}
+    for name, (m, k, n) in {"product": (1024, 1024, 1024), "tile_product": (96, head_dim, 512)}.items():
+        left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        best, start = math.inf, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            begin = time.perf_counter()
+            left @ right
+            best = min(best, time.perf_counter() - begin)
+        rates[f"{name}_gflops_per_second"] = 2 * m * k * n / best / 1e9
+    return rates
 
 
 # Benchmarks -----------------------------------------------------------------------------------------------------
 
 
-def _run(benchmark: Any, group: str, contender: Callable[[], Tensor], reference: Tensor, flops: int) -> None:
+def _run(
+    benchmark: Any, group: str, contender: Callable[[], Tensor], reference: Tensor, flops: int, head_dim: int
+) -> None:
     with torch.inference_mode():
         output = contender()
+        benchmark.extra_info.update(_product_rate(output.dtype, head_dim))
         tolerance = TOLERANCE[output.dtype]
         torch.testing.assert_close(output.double(), reference, atol=tolerance, rtol=tolerance)
         benchmark.group = group
@@ -193,28 +258,37 @@ def _run(benchmark: Any, group: str, contender: Callable[[], Tensor], reference:
     benchmark.extra_info["torch"] = torch.__version__
 
 
+@lru_cache(maxsize=1)
+def _prepared(shape: str, layout: str, dtype: str) -> tuple[PackedCase, Tensor]:
+    """The case, and its truth."""
+    case = _packed_case(PACKS[shape], layout, DTYPES[dtype])
+    return case, case.ours("reference", torch.float64)
+
+
 @pytest.mark.parametrize("contender", PACKED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", PACKS)
 def test_packed(benchmark: Any, shape: str, layout: str, dtype: str, contender: str) -> None:
-    case = _packed_case(PACKS[shape], layout, DTYPES[dtype])
-    reference = case.ours("reference", torch.float64)
-    _run(benchmark, f"{shape} {layout} {dtype}", PACKED[contender](case), reference, case.flops)
+    case, reference = _prepared(shape, layout, dtype)
+    if (held := _scores_held(case, contender)) > MOST_SCORES:
+        pytest.skip(f"{contender} would hold {held / 1e9:.1f} billion numbers")
+    attend = PACKED[contender](case)
+    _run(benchmark, f"{shape} {layout} {dtype}", attend, reference, case.flops, case.query.shape[2])
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling FlexAttention for the CPU needs g++")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_flex(benchmark: Any, layout: str) -> None:
-    """Shared prefix in float32 alone: each shape compiles for many seconds."""
-    case = _packed_case(PACKS["shared_512"], layout, torch.float32)
-    reference = case.ours("reference", torch.float64)
+@pytest.mark.parametrize("shape", ["shared_512_64x8", "exact_512"])
+def test_packed_flex(benchmark: Any, shape: str, layout: str) -> None:
+    """In float32 alone: each shape compiles for many seconds."""
+    case, reference = _prepared(shape, layout, "float32")
     with torch.inference_mode():
         contender = _flex(case)
-    _run(benchmark, f"shared_512 {layout} float32", contender, reference, case.flops)
+    _run(benchmark, f"{shape} {layout} float32", contender, reference, case.flops, case.query.shape[2])
 
 
-@pytest.mark.parametrize("contender", ["ours", "sdpa_bias", "eager"])
+@pytest.mark.parametrize("contender", ["ours", "ours_torch", "sdpa_bias", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", DENSE)
@@ -240,9 +314,10 @@ def test_dense(benchmark: Any, shape: str, layout: str, dtype: str, contender: s
 
     attend: dict[str, Callable[[], Any]] = {
         "ours": lambda: ak.suppressed_attention(query, key, value, factor, is_causal=True),
+        "ours_torch": lambda: ak.suppressed_attention(query, key, value, factor, is_causal=True, backend="cpu:torch"),
         "sdpa_bias": lambda: scaled_dot_product_attention(query, wide_key, wide_value, attn_mask=bias),
         "eager": eager,
     }
     flops = 4 * batch * q_heads * head_dim * length * (length + 1) // 2
     assert isinstance(reference, Tensor)
-    _run(benchmark, f"{shape} {layout} {dtype}", attend[contender], reference, flops)
+    _run(benchmark, f"{shape} {layout} {dtype}", attend[contender], reference, flops, head_dim)

@@ -16,19 +16,40 @@ import torch
 from torch import Tensor
 
 from atman_kernels import backends
+from atman_kernels.backends import cpu
+from atman_kernels.backends.cpu import compiled
 
 MODES = ("log_additive", "multiplicative", "shifted")
 ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKEND_DTYPES = {  # the most precise one first
     "reference": ALL_DTYPES,
     "cpu": ALL_DTYPES,
+    "cpu:torch": ALL_DTYPES,
+    "cpu:amx": (torch.bfloat16,),
+    "cpu:avx512_bf16": (torch.bfloat16,),
+    "cpu:avx512": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu:avx2": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu:plain": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16, torch.float16),
 }
 HARDWARE_BACKENDS = ("triton", "cuda")
 # Those that can run here. `test_every_backend_is_tested` skips the others, each once, with its reason.
-BACKENDS = tuple(name for name, reason in backends.availability().items() if reason is None)
+FAMILIES = tuple(name for name, reason in backends.availability().items() if reason is None)
 EMPTY = torch.zeros(0)
+
+
+def _pinned() -> list[str]:
+    """Variants of the CPU backend that "cpu" itself would not take in every dtype."""
+
+    def fastest(dtype: torch.dtype) -> str:
+        return (*compiled.instruction_sets(dtype), "torch")[0]
+
+    names = [f"cpu:{name}" for name in cpu.variants() if f"cpu:{name}" in BACKEND_DTYPES]
+    return [name for name in names if any(name != f"cpu:{fastest(dtype)}" for dtype in BACKEND_DTYPES[name])]
+
+
+BACKENDS = (*FAMILIES, *_pinned())
 
 
 def device_for(backend: str, dtype: torch.dtype) -> str:

@@ -467,11 +467,11 @@ def test_small_shapes_agree(dtype: torch.dtype) -> None:
 
 
 def test_small_shapes_notice_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atman_kernels.backends import cpu
+    from atman_kernels.backends.cpu import blocked
 
-    right = cpu._scores
-    monkeypatch.setattr(cpu, "_scores", lambda *arguments: right(*arguments) * 1.3)
-    failures, _ = small_shapes.check("cpu", "cpu", torch.bfloat16)
+    right = blocked._scores
+    monkeypatch.setattr(blocked, "_scores", lambda *arguments: right(*arguments) * 1.3)
+    failures, _ = small_shapes.check("cpu:torch", "cpu", torch.bfloat16)
     assert failures
     assert all("is off by" in failure for failure in failures)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from attention_cases import (
     BACKEND_DTYPES,
-    BACKENDS,
     DENSE_CASES,
+    FAMILIES,
     MODES,
     PACK_CASES,
     DenseCase,
@@ -77,7 +77,7 @@ def opcheck(kind: str, call: dict[str, Any], backend: str, return_lse: bool, che
     torch.library.opcheck(op.default, op_arguments(kind, call, MODES[0], return_lse, backend), test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAMILIES)
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize(("kind", "name", "factor"), CHECKED)
 def test_schema_and_fake(kind: str, name: str, factor: str, return_lse: bool, backend: str) -> None:
@@ -195,7 +195,7 @@ def gradients_of(loss_of: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tens
     return tuple(torch.zeros_like(leaf) if x is None else x for leaf, x in zip(leaves, found, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAMILIES)
 @pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kind", "name"), GRADIENT_CASES)

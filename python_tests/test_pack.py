@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atman_kernels.backends import cpu
+from atman_kernels.backends.cpu import blocked
 from atman_kernels.errors import InputError
 from atman_kernels.formula import ScoreOptions
 from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
@@ -89,12 +89,12 @@ def test_a_thousand_variants_of_one_token(mode: str, backend: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("factor", ["keys", "heads"])
 @pytest.mark.parametrize("name", PACK_CASES)
-def test_cpu_at_the_borders_of_its_tiles(name: str, factor: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocked_at_borders_of_its_tiles(name: str, factor: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of few variants, tiles of few rows, and variants cut into several tiles."""
-    monkeypatch.setattr(cpu, "TILE_SCORES", 100)
-    monkeypatch.setattr(cpu, "MINIMUM_ROWS", 29 if name.startswith("long") else 2)
-    monkeypatch.setattr(cpu, "GATHERED_ROWS", 5)
-    check("cpu", PACK_CASES[name], mode, factor, torch.float32)
+    monkeypatch.setattr(blocked, "TILE_SCORES", 100)
+    monkeypatch.setattr(blocked, "MINIMUM_ROWS", 29 if name.startswith("long") else 2)
+    monkeypatch.setattr(blocked, "GATHERED_ROWS", 5)
+    check("cpu:torch", PACK_CASES[name], mode, factor, torch.float32)
 
 
 @st.composite

@@ -8,11 +8,12 @@ A backend is a module with two functions::
 
 Both receive validated tensors (shapes in `atman_kernels.ops`) and a `formula.ScoreOptions`, and return
 ``(output, lse)``; lse has no elements unless ``options.return_lse``. `unavailable_reason` of a module says why it
-cannot run on a device type, or returns None.
+cannot run on a device type, or returns None. A backend with variants, named after a colon ("cpu:avx2"), has a function
+`variant` that returns an object with the two functions.
 """
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -44,18 +45,24 @@ def availability() -> dict[str, str | None]:
     return report
 
 
-def load(name: str | None, device_type: str) -> ModuleType:
+def load(name: str | None, device_type: str) -> Any:
     """The module of backend `name`, or of the fastest one for the device type if None.
 
     Raises:
         InputError: no backend has that name.
-        BackendUnavailableError: it cannot run on that device type.
+        BackendUnavailableError: it cannot run on that device type, or has no such variant.
     """
     if name is None:
         name = "cpu" if device_type == "cpu" else "reference"
-    if name not in NAMES:
+    family, _, variant = name.partition(":") if isinstance(name, str) else (name, "", "")
+    if family not in NAMES:
         raise InputError(f"backend must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
-    reason = unavailable_reason(name, device_type)
+    reason = unavailable_reason(family, device_type)
     if reason is not None:
-        raise BackendUnavailableError(f"backend {name!r} cannot run on {device_type!r} tensors: {reason}")
-    return import_module(f"atman_kernels.backends.{name}")
+        raise BackendUnavailableError(f"backend {family!r} cannot run on {device_type!r} tensors: {reason}")
+    module = import_module(f"atman_kernels.backends.{family}")
+    if not variant:
+        return module
+    if not hasattr(module, "variant"):
+        raise InputError(f"backend {family!r} has no variants, got {name!r}")
+    return module.variant(variant)

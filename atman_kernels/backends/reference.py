@@ -49,7 +49,7 @@ def suppressed_attention(
 
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-    live = (scores > -math.inf).any(dim=-1, keepdim=True)
+    live = (scores != -math.inf).any(dim=-1, keepdim=True)  # NaN is alive, and shows
     scores = scores.masked_fill(~live, 0.0)  # a row of -inf has NaN gradients
     weights = scores.softmax(dim=-1).masked_fill(~live, 0.0)[..., :keys]
     lse = scores.logsumexp(dim=-1).masked_fill(~live.squeeze(-1), -math.inf)

@@ -40,6 +40,8 @@ def examine() -> dict[str, Any]:
     import torch
 
     from atman_kernels import backends
+    from atman_kernels.backends import cpu
+    from atman_kernels.backends.cpu import compiled
     from atman_kernels.hf.loading import cache_folder, choose_dtype, resolve_device
 
     device = resolve_device(None)
@@ -57,6 +59,8 @@ def examine() -> dict[str, Any]:
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
         "default": {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "reason": reason},
         "backends": backends.availability(),
+        "cpu_kernels": cpu.variants(),
+        "compiled_module": compiled.unavailable_reason(),
         "cache": str(cache_folder()),
     }
 
@@ -125,6 +129,9 @@ def _print(found: dict[str, Any]) -> None:
         row("GPU", "none", "torch sees no CUDA device")
     default = found["default"]
     row("default", f"{default['dtype']} on {default['device']}", default["reason"])
+    missing = found["compiled_module"]
+    kernels = "CPU kernels, the fastest first: " + ", ".join(found["cpu_kernels"])
+    row("compiled module", "no" if missing else "yes", missing or kernels, "yellow" if missing else "green")
     for name, reason in found["backends"].items():
         row(f"backend {name}", "no" if reason else "can run", reason or "", "yellow" if reason else "green")
     row("cache", found["cache"], "converted GGUF files")

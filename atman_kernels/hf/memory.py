@@ -1,6 +1,5 @@
 """Memory: how much is free, what a token of a forward takes, and what running out of it looks like."""
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -10,6 +9,8 @@ from atman_kernels.hf.interface import decoder_of
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device, torch's own unused reserve included."""
     if device.type != "cuda":
+        import psutil  # not needed where there is a GPU, on machines with little else than torch
+
         return psutil.virtual_memory().available
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

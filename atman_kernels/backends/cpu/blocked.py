@@ -1,4 +1,4 @@
-"""CPU backend: blocked suppressed attention made of torch's matrix products and its fused CPU attention.
+"""Blocked suppressed attention made of torch's matrix products and its fused CPU attention.
 
 Both ops cut their work into tiles of query rows against one range of keys, small enough that a tile's scores stay
 in cache, and hand every tile to `_attend`. Nothing of size variants x queries x keys is ever held.
@@ -28,10 +28,6 @@ MINIMUM_ROWS = 16
 # Half of the causal square of a tile's rows is computed in vain, so tiles are not taller than products need.
 MOST_ROWS = 128
 ROW_STEP, KEY_STEP = 64, 64  # sizes of 16-bit tiles, see `_padded`
-
-
-def unavailable_reason(device_type: str) -> str | None:
-    return None if device_type == "cpu" else "it computes on the CPU only"
 
 
 def suppressed_attention(

@@ -1,0 +1,172 @@
+"""The compiled CPU kernels: torch tensors described as numbers for `atman_kernels._C`.
+
+One tile of query rows at a time meets one block of keys at a time: scores in float32, suppression, online softmax and
+the weighted values, without a score leaving the core's cache. `csrc/README.md` says how.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atman_kernels.errors import BackendUnavailableError
+from atman_kernels.formula import ScoreOptions
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The compiled module, or why there is none. torch is imported above: its OpenMP runtime serves the module."""
+    try:
+        from atman_kernels import _C
+    except ImportError as error:
+        if error.name == "atman_kernels" or "cannot import name" in str(error):
+            return (
+                "it was not built, since no C++17 compiler (g++ or clang++) worked when the package was installed; "
+                "ATMAN_KERNELS_BUILD=cpu before pip install shows what stands in the way"
+            )
+        return f"it cannot be loaded: {error}"
+    return _C
+
+
+def unavailable_reason() -> str | None:
+    module = _load()
+    return module if isinstance(module, str) else None
+
+
+@cache
+def instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those that can be used for a dtype here, the fastest first; empty without a compiled module."""
+    module = _load()
+    if isinstance(module, str) or dtype not in _FLOATS:
+        return ()
+    return tuple(module.cpu_instruction_sets(module.DTYPES[_DTYPES[dtype]]))
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The two ops on one instruction set."""
+
+    instruction_set: str
+
+    def suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return suppressed_attention(*arguments, instruction_set=self.instruction_set)
+
+    def packed_suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return packed_suppressed_attention(*arguments, instruction_set=self.instruction_set)
+
+
+def suppressed_attention(
+    query: Tensor,  # (B, Hq, Lq, D)
+    key: Tensor,  # (1|B, Hkv, Lk, D)
+    value: Tensor,  # (1|B, Hkv, Lk, Dv)
+    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
+    key_mask: Tensor | None,  # (B, Lk) bool
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
+    options: ScoreOptions,
+    *,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    extras = {
+        "factor": _factor(factor),
+        "key_mask": None if key_mask is None else key_mask.contiguous(),
+        "sinks": None if sinks is None else sinks.float().contiguous(),
+        "position_bias": None if position_bias is None else _rows(position_bias.float()),
+    }
+    return _attend(query, key, value, extras, options, instruction_set)
+
+
+def packed_suppressed_attention(
+    query: Tensor,  # (Hq, T, D)
+    key: Tensor,  # (Hkv, T, D)
+    value: Tensor,  # (Hkv, T, Dv)
+    base_key: Tensor,  # (Hkv, S, D)
+    base_value: Tensor,  # (Hkv, S, Dv)
+    suffix_starts: Tensor,  # (V + 1,)
+    prefix_lengths: Tensor,  # (V,)
+    base_starts: Tensor,  # (V,)
+    row_variant: Tensor,  # (T,)
+    row_position: Tensor,  # (T,)
+    factor: Tensor | None,  # (V, K) or (V, Hq, K)
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
+    options: ScoreOptions,
+    *,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    extras = {
+        "own_key": _rows(key),
+        "own_value": _rows(value),
+        "suffix_starts": suffix_starts.contiguous(),
+        "prefix_lengths": prefix_lengths.contiguous(),
+        "base_starts": base_starts.contiguous(),
+        "factor": _factor(factor),
+        "sinks": None if sinks is None else sinks.float().contiguous(),
+        "position_bias": None if position_bias is None else _rows(position_bias.float())[None],
+    }
+    output, lse = _attend(query[None], base_key[None], base_value[None], extras, options, instruction_set)
+    return output[0], lse[0] if options.return_lse else lse
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extras: dict[str, Tensor | None],
+    options: ScoreOptions,
+    instruction_set: str | None,
+) -> tuple[Tensor, Tensor]:
+    module = _load()
+    usable = instruction_sets(query.dtype)
+    if isinstance(module, str):
+        raise BackendUnavailableError(f"the compiled CPU module cannot run: {module}")
+    if not usable or instruction_set not in (None, *usable):
+        raise BackendUnavailableError(
+            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; what does: {', '.join((*usable, 'torch'))}"
+        )
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
+    tensors = {"query": _rows(query), "key": _rows(key), "value": _rows(value), "output": output, **extras}
+    tensors["lse"] = lse if options.return_lse else None
+    module.attend_cpu(
+        **{name: None if tensor is None else _described(module, tensor) for name, tensor in tensors.items()},
+        mode=options.mode,
+        is_causal=options.is_causal,
+        scale=options.scale,
+        sliding_window=options.sliding_window or 0,
+        softcap=options.softcap or 0.0,
+        instruction_set=instruction_set or usable[0],
+        threads=torch.get_num_threads(),
+    )
+    return output, lse
+
+
+def _described(module: ModuleType, tensor: Tensor) -> Any:
+    # an empty slice may begin beyond the end of its storage
+    readable = max(0, tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
+    code = module.DTYPES[_DTYPES[tensor.dtype]]
+    return module.Tensor(tensor.data_ptr(), readable, code, tuple(tensor.shape), tensor.stride())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The kernels read whole rows: the last dimension has stride 1."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _factor(factor: Tensor | None) -> Tensor | None:
+    """(V, 1|Hq, K) float32."""
+    if factor is None:
+        return None
+    return _rows((factor if factor.ndim == 3 else factor[:, None]).float())

@@ -1,0 +1,408 @@
+// One tile of query rows against all keys that it sees: the algorithm, in terms of vectors and products.
+//
+// Rows are taken in groups of `kRows`, as many as a product keeps in registers: all query heads of a key head for one
+// position, then the next position. Block of keys by block of keys, and group by group, scores are made, turned into
+// weights (suppression, masks, online softmax), and multiplied with the values. Scores exist for one group and one
+// block at a time.
+
+#pragma once
+
+#include "packing.h"
+
+namespace atman::cpu::ATMAN_ISA {
+
+static_assert(kChunk * kElements == kBlockKeys, "a row of weights is one chunk of the second product");
+
+// Memory of one thread, for one tile. M is the number of the tile's rows over all heads, rounded up to groups.
+struct Scratch {
+    Unit* query;       // [M / kRows groups][chunks][kRows][kChunk]
+    float* output;     // [M][value columns], the weighted values so far
+    float* sum;        // [M][kLanes], of the weights so far, lane by lane
+    float* maximum;    // [M], of the scores so far
+    float* minimum;    // [M], of all visible scores: for shifted suppression
+    float* scores;     // [kRows][kBlockKeys]
+    Unit* weights;     // the same in units; floats stay where they are
+    std::byte* block;  // one packed block
+    std::size_t size;
+};
+
+static int query_chunks(const AttentionParams& p) { return static_cast<int>(round_up(head_units(p), kChunk)) / kChunk; }
+
+static Scratch lay_out_scratch(const AttentionParams& p, std::byte* at) {
+    const std::int64_t heads = p.query_heads / p.key_heads;
+    const std::int64_t positions = kTileRows / heads > 0 ? kTileRows / heads : 1;
+    const std::size_t rows = static_cast<std::size_t>(round_up(positions * heads, kRows));
+    std::size_t size = 0;
+    const auto take = [&](std::size_t bytes) {
+        std::byte* here = at + size;
+        size += aligned(bytes);
+        return here;
+    };
+    Scratch s;
+    s.query = reinterpret_cast<Unit*>(take(rows * static_cast<std::size_t>(query_chunks(p)) * kChunk * sizeof(Unit)));
+    s.output = reinterpret_cast<float*>(take(rows * static_cast<std::size_t>(value_columns(p)) * sizeof(float)));
+    s.sum = reinterpret_cast<float*>(take(rows * kLanes * sizeof(float)));
+    s.maximum = reinterpret_cast<float*>(take(rows * sizeof(float)));
+    s.minimum = reinterpret_cast<float*>(take(rows * sizeof(float)));
+    s.scores = reinterpret_cast<float*>(take(kRows * kBlockKeys * sizeof(float)));
+    s.weights = kElements == 1 ? reinterpret_cast<Unit*>(s.scores)
+                               : reinterpret_cast<Unit*>(take(kRows * kChunk * sizeof(Unit)));
+    s.block = take(packed_sizes(p).block);
+    s.size = size;
+    return s;
+}
+
+static std::size_t scratch_size(const AttentionParams& p) { return lay_out_scratch(p, nullptr).size; }
+
+// What everything below looks at.
+struct Task {
+    const Job& job;
+    const AttentionParams& p;
+    const Tile& tile;
+    const Row* rows;
+    std::int64_t key_head;
+    int heads;  // query heads of the key head
+    int count;  // rows over all heads
+    Scratch scratch;
+
+    const Row& row(int m) const { return rows[m / heads]; }
+    std::int64_t head(int m) const { return key_head * heads + m % heads; }
+};
+
+// A block of one key range, as a tile sees it.
+struct Block {
+    const KeyRange& range;
+    Visible Row::*keys;  // which of a row's two ranges
+    std::int64_t first;  // key
+    const Unit *key, *value;
+};
+
+struct Columns {
+    int first, last;
+    bool empty() const { return first >= last; }
+};
+
+// What row m sees of a block.
+ATMAN_INLINE Columns visible_columns(const Task& t, const Block& b, int m) {
+    const Visible& keys = t.row(m).*b.keys;
+    const std::int64_t first = keys.first - b.first, last = keys.last - b.first;
+    return {static_cast<int>(first < 0 ? 0 : first > kBlockKeys ? kBlockKeys : first),
+            static_cast<int>(last < 0 ? 0 : last > kBlockKeys ? kBlockKeys : last)};
+}
+
+// What a group of rows has to compute: whole panels.
+static Columns group_columns(const Task& t, const Block& b, int group, int rows) {
+    Columns all{kBlockKeys, 0};
+    for (int i = 0; i < rows; ++i) {
+        const Columns c = visible_columns(t, b, group * kRows + i);
+        if (c.empty()) continue;
+        all.first = c.first < all.first ? c.first : all.first;
+        all.last = c.last > all.last ? c.last : all.last;
+    }
+    if (all.empty()) return all;
+    return {all.first / kColumns * kColumns, (all.last + kColumns - 1) / kColumns * kColumns};
+}
+
+static void multiply_scores(const Task& t, const Block& b, int group, int rows, Columns columns) {
+    const int units = head_units(t.p);
+    const Unit* query = t.scratch.query + static_cast<std::int64_t>(group) * query_chunks(t.p) * kRows * kChunk;
+    for (int c = columns.first; c < columns.last; c += kColumns)
+        multiply<kRows>(rows, query, b.key + static_cast<std::int64_t>(c / kColumns) * units * kColumns,
+                        t.scratch.scores + c, kBlockKeys, 0, units, true);
+}
+
+static void multiply_values(const Task& t, const Block& b, int group, int rows, Columns columns) {
+    const int width = value_columns(t.p);
+    float* output = t.scratch.output + static_cast<std::int64_t>(group) * kRows * width;
+    for (int c = 0; c < width; c += kColumns)
+        multiply<kRows>(rows, t.scratch.weights, b.value + static_cast<std::int64_t>(c / kColumns) * kBlockUnits * kColumns,
+                        output + c, width, columns.first / kElements, columns.last / kElements, false);
+}
+
+// --- scores of one row in one block ---
+
+// Everything beside the product that a row's scores depend on. Pointers are null where there is nothing to do.
+struct RowScores {
+    const AttentionParams& p;
+    float* scores;  // column 0
+    Columns computed, visible;
+    const float* factor = nullptr;  // at its row; column c stands at factor_at + c
+    std::int64_t factor_at = 0, factor_size = 0;
+    const float* bias = nullptr;
+    std::int64_t bias_at = 0, bias_size = 0;
+    const std::uint8_t* mask = nullptr;  // at column 0
+    std::int64_t mask_size = 0;
+    float minimum = 0.0f;
+
+    // Whether a score is scale * q.k and nothing else, where it is visible.
+    bool plain() const { return !factor && !bias && !mask && p.softcap == 0.0f; }
+};
+
+static bool factors_touch(const FactorTable& table, const std::uint8_t* flags, std::int64_t first, std::int64_t last) {
+    first = first < 0 ? 0 : first;
+    last = last > table.keys ? table.keys : last;
+    for (std::int64_t i = first / kFlagKeys; i * kFlagKeys < last; ++i)
+        if (flags[i]) return true;
+    return false;
+}
+
+static RowScores describe_scores(const Task& t, const Block& b, int m, Columns computed) {
+    const AttentionParams& p = t.p;
+    const Row& row = t.row(m);
+    const Visible& keys = row.*b.keys;
+    RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, visible_columns(t, b, m)};
+    const std::int64_t position = b.first + keys.to_position;  // of column 0
+    const FactorTable& table = t.job.factors;
+    if (table.values) {
+        const std::int64_t line = row.variant * table.heads + (table.heads > 1 ? t.head(m) : 0);
+        if (factors_touch(table, table.touched + line * table.flags, position + s.visible.first,
+                          position + s.visible.last)) {
+            s.factor = table.values + line * table.keys;
+            s.factor_at = position;
+            s.factor_size = table.keys;
+        }
+    }
+    if (p.position_bias) {
+        s.bias = p.position_bias + t.tile.batch * p.bias_strides.batch + t.head(m) * p.bias_strides.head +
+                 row.bias_row * p.bias_strides.row;
+        s.bias_at = position;
+        s.bias_size = p.bias_keys;
+    }
+    if (p.key_mask) {
+        s.mask = p.key_mask + t.tile.batch * p.keys + b.first;
+        s.mask_size = p.keys - b.first;
+    }
+    s.minimum = t.scratch.minimum[m];
+    return s;
+}
+
+// Scale, softcap, bias; `hidden` gets all bits set where the row does not see the key.
+ATMAN_INLINE Vec finished_score(const RowScores& s, int column, IntVec& hidden) {
+    Vec score = load(s.scores + column) * s.p.scale;
+    if (s.p.softcap > 0.0f) score = s.p.softcap * hyperbolic_tangent(score / s.p.softcap);
+    const IntVec columns = lane_numbers() + column;
+    hidden = (columns < s.visible.first) | (columns >= s.visible.last);
+    if (s.mask) {
+        for (int i = 0; i < kLanes; ++i) hidden[i] |= column + i < s.mask_size && s.mask[column + i] ? 0 : -1;
+    }
+    if (s.bias) {
+        const Vec bias = s.p.bias_key_stride ? load_within(s.bias, s.bias_at + column, s.bias_size) : splat(*s.bias);
+        hidden |= bias == kNegativeInfinity;
+        score += bias == kNegativeInfinity ? splat(0.0f) : bias;
+    }
+    return score;
+}
+
+// Makes the scores that the softmax sees, in place; returns their maximum, lane by lane.
+template <Mode kMode>
+static Vec suppress_row(const RowScores& s) {
+    Vec top = splat(kNegativeInfinity);
+    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
+        IntVec hidden;
+        Vec score = finished_score(s, c, hidden);
+        if (s.factor) {
+            const Vec factor = load_within(s.factor, s.factor_at + c, s.factor_size);
+            if constexpr (kMode == Mode::log_additive) score = suppress_log_additive(score, factor);
+            if constexpr (kMode == Mode::multiplicative) score = suppress_multiplicative(score, factor);
+            if constexpr (kMode == Mode::shifted) score = suppress_shifted(score, factor, splat(s.minimum));
+        }
+        score = hidden ? splat(kNegativeInfinity) : score;
+        store(s.scores + c, score);
+        top = maximum(top, score);
+    }
+    return top;
+}
+
+// The same for plain scores.
+static Vec scale_row(const RowScores& s) {
+    Vec top = splat(kNegativeInfinity);
+    const bool all_visible = s.computed.first >= s.visible.first && s.computed.last <= s.visible.last;
+    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
+        Vec score = load(s.scores + c) * s.p.scale;
+        if (!all_visible) {
+            const IntVec columns = lane_numbers() + c;
+            score = (columns >= s.visible.first) & (columns < s.visible.last) ? score : splat(kNegativeInfinity);
+        }
+        store(s.scores + c, score);
+        top = maximum(top, score);
+    }
+    return top;
+}
+
+ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
+#if defined(ATMAN_PAIRS)
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)weights);
+    std::memcpy(row + column / kElements, &narrow, sizeof narrow);
+#else
+    store(row + column, weights);
+#endif
+}
+
+// exp(score - top); adds them up.
+static Vec exponentiate(const RowScores& s, Unit* weights, float top) {
+    Vec sum{};
+    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
+        const Vec weight = exponential(load(s.scores + c) - top);
+        sum += weight;
+        store_weights(weights, c, weight);
+    }
+    return sum;
+}
+
+static void shrink_output(const Task& t, int m, float by) {
+    const int width = value_columns(t.p);
+    float* output = t.scratch.output + static_cast<std::int64_t>(m) * width;
+    for (int c = 0; c < width; c += kLanes) store(output + c, load(output + c) * by);
+    float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
+    store(sum, load(sum) * by);
+}
+
+// One row's scores become its weights; the online softmax.
+static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
+    const RowScores s = describe_scores(t, b, m, computed);
+    Vec lanes;
+    if (s.plain()) {
+        lanes = scale_row(s);
+    } else if (t.p.mode == Mode::log_additive) {
+        lanes = suppress_row<Mode::log_additive>(s);
+    } else if (t.p.mode == Mode::multiplicative) {
+        lanes = suppress_row<Mode::multiplicative>(s);
+    } else {
+        lanes = suppress_row<Mode::shifted>(s);
+    }
+    float& top = t.scratch.maximum[m];
+    const float candidate = largest(lanes);
+    if (!(candidate <= top)) {  // NaN gets through, so that it shows in the result
+        const float by = raise_maximum(top, candidate);
+        shrink_output(t, m, by);
+    }
+    Unit* weights = t.scratch.weights + m % kRows * kChunk;
+    // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN among the scores, which the maximum may have missed, is one.
+    const float from = top == kNegativeInfinity ? 0.0f : top;
+    float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
+    store(sum, load(sum) + exponentiate(s, weights, from));
+}
+
+static void lower_minimum(const Task& t, const Block& b, int m, Columns computed) {
+    const RowScores s = describe_scores(t, b, m, computed);
+    Vec least = splat(-kNegativeInfinity);
+    for (int c = computed.first; c < computed.last; c += kLanes) {
+        IntVec hidden;
+        const Vec score = finished_score(s, c, hidden);
+        least = minimum(least, hidden ? splat(-kNegativeInfinity) : score);
+    }
+    float& lowest = t.scratch.minimum[m];
+    const float found = smallest(least);
+    if (found < lowest) lowest = found;
+}
+
+// --- a tile ---
+
+template <class Visit>
+static void visit_groups(const Task& t, const Block& b, Visit visit) {
+    for (int group = 0; group * kRows < t.count; ++group) {
+        const int rows = t.count - group * kRows < kRows ? t.count - group * kRows : kRows;
+        const Columns columns = group_columns(t, b, group, rows);
+        if (columns.empty()) continue;
+        multiply_scores(t, b, group, rows, columns);
+        visit(group, rows, columns);
+    }
+}
+
+// Calls `visit` with every block of a key range that some row of the tile sees.
+template <class Visit>
+static void visit_blocks(const Task& t, const KeyRange& range, Visible Row::*keys, Visit visit) {
+    std::int64_t first = range.keys, last = 0;
+    for (int m = 0; m < t.count; m += t.heads) {
+        const Visible& seen = t.row(m).*keys;
+        if (seen.empty()) continue;
+        first = seen.first < first ? seen.first : first;
+        last = seen.last > last ? seen.last : last;
+    }
+    const PackedSizes sizes = packed_sizes(t.p);
+    const std::int64_t batch = t.p.key_batch > 1 ? t.tile.batch : 0;
+    for (std::int64_t i = first / kBlockKeys; i * kBlockKeys < last; ++i) {
+        const std::byte* at = t.scratch.block;
+        if (range.blocks) {
+            const std::int64_t index = (batch * t.p.key_heads + t.key_head) * range.num_blocks() + i;
+            at = range.blocks + static_cast<std::size_t>(index) * sizes.block;
+        } else {
+            pack_block(t.p, range, batch, t.key_head, i, t.scratch.block);
+        }
+        const Unit *key = reinterpret_cast<const Unit*>(at), *value = reinterpret_cast<const Unit*>(at + sizes.key);
+        visit(Block{range, keys, i * kBlockKeys, key, value});
+    }
+}
+
+template <class Visit>
+static void visit_keys(const Task& t, Visit visit) {
+    visit_blocks(t, t.job.base, &Row::base, visit);
+    visit_blocks(t, t.job.own, &Row::own, visit);
+}
+
+static void load_queries(const Task& t) {
+    const std::int64_t group_size = static_cast<std::int64_t>(query_chunks(t.p)) * kRows * kChunk;
+    std::memset(t.scratch.query, 0, static_cast<std::size_t>((t.count + kRows - 1) / kRows * group_size) * sizeof(Unit));
+    with_storage(t.p.dtype, [&](auto storage) {
+        typedef decltype(storage) Storage;
+        for (int m = 0; m < t.count; ++m) {
+            const auto* row = row_of<Storage>(t.p.query, t.p.query_strides, t.tile.batch, t.head(m), t.row(m).index);
+            Unit* to = t.scratch.query + m / kRows * group_size + m % kRows * kChunk;
+            for (std::int64_t d = 0; d < t.p.head_dim; d += kChunk * kElements, to += kRows * kChunk) {
+                const std::int64_t rest = t.p.head_dim - d;
+                spread_row<Storage, 1>(row + d, rest < kChunk * kElements ? rest : kChunk * kElements, to);
+            }
+        }
+    });
+}
+
+static void start_rows(const Task& t) {
+    const std::size_t rows = static_cast<std::size_t>(t.count), width = static_cast<std::size_t>(value_columns(t.p));
+    std::memset(t.scratch.output, 0, rows * width * sizeof(float));
+    std::memset(t.scratch.sum, 0, rows * kLanes * sizeof(float));
+    for (int m = 0; m < t.count; ++m) {
+        t.scratch.maximum[m] = kNegativeInfinity;
+        t.scratch.minimum[m] = -kNegativeInfinity;
+    }
+}
+
+static void write_row(const Task& t, int m) {
+    const float top = t.scratch.maximum[m];
+    const float sum = total(load(t.scratch.sum + static_cast<std::int64_t>(m) * kLanes));
+    const SoftmaxEnd end = t.p.sinks ? finish_softmax(top, sum, t.p.sinks[t.head(m)]) : finish_softmax(top, sum);
+    const std::int64_t index = t.row(m).index, head = t.head(m);
+    if (t.p.lse) t.p.lse[(t.tile.batch * t.p.query_heads + head) * t.p.rows + index] = end.lse;
+    const float* from = t.scratch.output + static_cast<std::int64_t>(m) * value_columns(t.p);
+    with_storage(t.p.dtype, [&](auto storage) {
+        typedef decltype(storage) Storage;
+        const Strides& strides = t.p.output_strides;
+        auto* to = static_cast<typename Storage::Stored*>(t.p.output) + t.tile.batch * strides.batch +
+                   head * strides.head + index * strides.row;
+        for (std::int64_t d = 0; d < t.p.value_dim; ++d) to[d] = Storage::write(from[d] * end.weight);
+    });
+}
+
+static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int64_t key_head, std::byte* scratch) {
+    const AttentionParams& p = *job.params;
+    const int heads = static_cast<int>(p.query_heads / p.key_heads);
+    const Task t{job,   p,    tile, rows, key_head, heads, static_cast<int>(tile.last_row - tile.first_row) * heads,
+                 lay_out_scratch(p, scratch)};
+    load_queries(t);
+    start_rows(t);
+    if (p.mode == Mode::shifted && job.factors.values) {
+        visit_keys(t, [&](const Block& b) {
+            visit_groups(t, b, [&](int group, int in_group, Columns columns) {
+                for (int i = 0; i < in_group; ++i) lower_minimum(t, b, group * kRows + i, columns);
+            });
+        });
+    }
+    visit_keys(t, [&](const Block& b) {
+        visit_groups(t, b, [&](int group, int in_group, Columns columns) {
+            for (int i = 0; i < in_group; ++i) weigh_row(t, b, group * kRows + i, columns);
+            multiply_values(t, b, group, in_group, columns);
+        });
+    });
+    for (int m = 0; m < t.count; ++m) write_row(t, m);
+}
+
+}  // namespace atman::cpu::ATMAN_ISA

@@ -1,0 +1,59 @@
+// The interface between the driver, compiled once, and the kernels, compiled once per instruction set.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+#include "plan.h"
+
+namespace atman::cpu {
+
+// One range of keys, laid out for the kernel (see `packing.h`). `blocks` is null if every block is wanted only once:
+// then the tile that wants it packs it itself, into its scratch memory.
+struct KeyRange {
+    const void* key = nullptr;
+    const void* value = nullptr;
+    Strides key_strides, value_strides;
+    std::int64_t keys = 0;
+    std::byte* blocks = nullptr;  // [batch][key_heads][blocks] of `PackedSizes::block` bytes each
+    std::int64_t num_blocks() const { return (keys + kBlockKeys - 1) / kBlockKeys; }
+};
+
+// Factors as the kernel reads them, one row per (variant or batch entry, head or all heads).
+struct FactorTable {
+    const float* values = nullptr;          // ln c for log-additive suppression, else c; null: no factors
+    const std::uint8_t* touched = nullptr;  // for every `kFlagKeys` positions: whether some factor is not 1
+    std::int64_t keys = 0, flags = 0, heads = 1;
+};
+constexpr int kFlagKeys = 64;
+
+struct Job {
+    const AttentionParams* params = nullptr;
+    KeyRange base, own;
+    FactorTable factors;
+};
+
+struct PackedSizes {
+    std::size_t key = 0, block = 0;  // bytes of a block's keys, and of keys and values together
+};
+
+// One instruction set and one type of product.
+struct Kernel {
+    const char* name;
+    int tile_rows;
+    PackedSizes (*packed_sizes)(const AttentionParams&);
+    void (*pack_block)(const AttentionParams&, const KeyRange&, std::int64_t batch, std::int64_t head,
+                       std::int64_t block, std::byte* to);
+    std::size_t (*scratch_size)(const AttentionParams&);
+    // `rows`: what `describe_rows` says of the tile
+    void (*run_tile)(const Job&, const Tile&, const Row* rows, std::int64_t key_head, std::byte* scratch);
+    void (*begin_thread)();  // null: nothing to do
+    void (*end_thread)();
+};
+
+constexpr std::size_t kAlignment = 64;
+constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace atman::cpu

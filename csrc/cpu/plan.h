@@ -1,0 +1,54 @@
+// How the work of one call is cut: tiles of query rows, and for each row the keys that it can see.
+//
+// Nothing here depends on the instruction set or on the number of threads, so neither do the results.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../params.h"
+
+namespace atman::cpu {
+
+// Keys are laid out and visited in blocks of this many. Two blocks (K and V) of a 64-wide head are within an L1 or L2.
+constexpr int kBlockKeys = 128;
+
+// The keys that one row sees in one key range (the base, or the pack's own rows): [first, last), and what must be
+// added to a key's index to get its absolute position.
+struct Visible {
+    std::int64_t first = 0, last = 0, to_position = 0;
+    bool empty() const { return first >= last; }
+};
+
+// One query row: where its factors and biases are found, and what it sees.
+struct Row {
+    std::int64_t index = 0;     // in the query
+    std::int64_t variant = 0;   // row of the factors: variant, or batch entry
+    std::int64_t bias_row = 0;  // row of the position bias
+    Visible base, own;
+};
+
+// Consecutive rows of one batch entry that visit the same blocks of keys.
+struct Tile {
+    std::int64_t batch = 0;
+    std::int64_t first_row = 0, last_row = 0;
+    std::int64_t work = 0;  // visible keys of all rows
+};
+
+struct Plan {
+    std::vector<Tile> tiles;  // within each batch entry: much work first
+    bool reuses_base = false;  // whether some block of base keys is visited by more than one tile
+    bool reuses_own = false;
+};
+
+// At most this many rows, all query heads of a key head counted, share a tile.
+Plan make_plan(const AttentionParams& params, std::int64_t tile_rows);
+
+// Writes tile.last_row - tile.first_row rows.
+void describe_rows(const AttentionParams& params, const Tile& tile, Row* rows);
+
+// The most rows that a tile of `make_plan` has.
+std::int64_t most_rows(const AttentionParams& params, std::int64_t tile_rows);
+
+}  // namespace atman::cpu

@@ -1,0 +1,48 @@
+// A tensor as the binding receives it: plain numbers, checked here because nobody else can.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "params.h"
+
+namespace atman {
+
+enum class ElementType : std::int32_t { float32 = 0, bfloat16 = 1, float16 = 2, int32 = 3, boolean = 4 };
+
+struct Tensor {
+    std::uintptr_t address = 0;
+    std::int64_t bytes = 0;  // readable from `address` on
+    ElementType type = ElementType::float32;
+    std::vector<std::int64_t> shape, strides;  // strides in elements
+
+    // Throws std::invalid_argument if the type is unknown, shape and strides do not match, a number is negative, the
+    // address is null or misaligned, or an element lies outside of `bytes`.
+    static Tensor checked(std::uintptr_t address, std::int64_t bytes, std::int64_t type,
+                          std::vector<std::int64_t> shape, std::vector<std::int64_t> strides);
+    bool empty() const;
+    template <class T>
+    T* as() const {
+        return empty() ? nullptr : reinterpret_cast<T*>(address);
+    }
+};
+
+// Everything that `atman_kernels._C.attend_cpu` takes.
+struct AttentionArguments {
+    Tensor query, key, value, output;
+    std::optional<Tensor> lse, own_key, own_value, suffix_starts, prefix_lengths, base_starts;
+    std::optional<Tensor> factor, key_mask, sinks, position_bias;
+    std::string mode;
+    bool is_causal = false;
+    double scale = 1.0;
+    std::int64_t sliding_window = 0;
+    double softcap = 0.0;
+};
+
+// Throws std::invalid_argument that names the argument. The pack's integers are read and checked too.
+AttentionParams make_params(const AttentionArguments& arguments);
+
+}  // namespace atman
