@@ -21,7 +21,7 @@ from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
 
 LOGITS_BYTES = 8 << 20  # float32 logits of one chunk of rows
-WIDENED_ROWS = 4096  # of a 16-bit head's weights at a time
+WIDENED_ROWS = 512  # of a 16-bit head's weights at a time; larger pieces leave larger holes in the heap
 
 
 class PackingUnsupportedError(RuntimeError):
