@@ -133,8 +133,9 @@ def _attend(
     if isinstance(module, str):
         raise BackendUnavailableError(f"the compiled CPU module cannot run: {module}")
     if not usable or instruction_set not in (None, *usable):
+        takers = ", ".join((*usable, "torch"))
         raise BackendUnavailableError(
-            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; those that do: {', '.join((*usable, 'torch'))}"
+            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; those that do: {takers}"
         )
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
