@@ -1,9 +1,11 @@
 """Builds the compiled module with sanitizers, each build in a directory of its own, and runs its tests on it.
 
-    python csrc/sanitize.py [address] [thread]
+    python csrc/sanitize.py [address] [thread] [amx]
 
 address: AddressSanitizer and UndefinedBehaviorSanitizer, with AMX emulated, so that its kernel is tested as well.
 thread: ThreadSanitizer, with std::thread for OpenMP, whose barriers it does not understand.
+amx: no sanitizer, but the machine code of the AMX kernel, instruction by instruction (`amx_trap.c`), where the
+    processor has AVX512-BF16 and no AMX.
 Linux and GCC or Clang. The first finding ends the run with an error.
 """
 
@@ -21,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @dataclass(frozen=True)
 class Build:
     flags: str
-    runtime: str  # library to preload, since Python itself is not instrumented
+    runtime: str  # library to preload, since Python itself is not instrumented; or a C file to make one of
     options: dict[str, str]
     tests: tuple[tuple[str, ...], ...]  # arguments of pytest
 
@@ -46,6 +48,15 @@ BUILDS = {
         {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0"},
         (("test_compiled_cpu.py", "-k", "threads or python_goes_on"), ("test_binding_fuzz.py", "-k", "calls")),
     ),
+    "amx": Build(
+        "-DATMAN_ASSUME_AMX",
+        "amx_trap.c",
+        {},
+        (
+            ("test_compiled_cpu.py", "-k", "amx and not thousands"),
+            ("test_backends.py", "test_pack.py", "-k", "cpu:amx and not any_ and not ones_change"),
+        ),
+    ),
 }
 
 # pytest on the package of this build, and no other
@@ -67,8 +78,14 @@ def build(name: str, target: Path) -> None:
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
 
 
-def runtime(name: str) -> str:
+def runtime(name: str, target: Path) -> str:
     """What to preload: a sanitizer's library, and the one of C++ whose exceptions it watches from the start."""
+    if name.endswith(".c"):
+        library = target.parent / f"{Path(name).stem}.so"
+        flags = ("-O2", "-Wall", "-Wextra", "-shared", "-fPIC")
+        source = REPOSITORY / "csrc" / name
+        subprocess.run([*compiler(), *flags, "-x", "c", source, "-o", library], check=True)
+        return str(library)
     paths = []
     for library in (f"lib{name}.so", "libstdc++.so"):
         path = subprocess.check_output([*compiler(), f"-print-file-name={library}"], text=True).strip()
@@ -81,7 +98,11 @@ def runtime(name: str) -> str:
 def test(name: str, target: Path) -> None:
     settings = BUILDS[name]
     environment = os.environ | settings.options
-    environment |= {"LD_PRELOAD": runtime(settings.runtime), "PYTHONPATH": str(target), "OMP_WAIT_POLICY": "passive"}
+    environment |= {
+        "LD_PRELOAD": runtime(settings.runtime, target),
+        "PYTHONPATH": str(target),
+        "OMP_WAIT_POLICY": "passive",
+    }
     for arguments in settings.tests:
         files = [a if not a.endswith(".py") else f"python_tests/{a}" for a in arguments]
         # -P: the repository's own package must not come first. -R: ThreadSanitizer cannot bear random addresses.
