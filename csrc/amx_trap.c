@@ -37,7 +37,8 @@ static float widened(uint16_t x) {
 
 static void multiply(int c, int a, int b) {
     if (!usable(c) || !usable(a) || !usable(b) || config.bytes_per_row[a] / 4 != config.rows[b] ||
-        config.rows[a] != config.rows[c] || config.bytes_per_row[b] != config.bytes_per_row[c] || a == b || a == c || b == c)
+        config.rows[a] != config.rows[c] || config.bytes_per_row[b] != config.bytes_per_row[c] || a == b || a == c ||
+        b == c)
         stop("tdpbf16ps: tiles do not fit each other\n");
     for (int m = 0; m < config.rows[c]; ++m)
         for (int k = 0; k < config.rows[b]; ++k)
@@ -56,7 +57,8 @@ static const int kRegisters[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, 
                                    REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
 
 /* Address and stride of a memory operand; returns the length of ModRM, SIB and displacement. */
-static int operand(const uint8_t *code, const greg_t *registers, int rex_x, int rex_b, uint8_t **address, int64_t *stride) {
+static int operand(const uint8_t *code, const greg_t *registers, int rex_x, int rex_b, uint8_t **address,
+                   int64_t *stride) {
     const int mode = code[0] >> 6, rm = code[0] & 7;
     int length = 1, base = rm | rex_b << 3;
     int64_t at = 0;
@@ -107,7 +109,7 @@ static void carry_out(int signal_number, siginfo_t *info, void *context) {
         memcpy(&config, address, sizeof config);
         memset(tiles, 0, sizeof tiles);
         for (int i = 0; i < 16; ++i)
-            if (config.palette != 1 || config.reserved[i % 14] || (i < 8 ? !usable(i) : config.rows[i] || config.bytes_per_row[i]))
+            if (i < 8 ? !usable(i) : config.rows[i] || config.bytes_per_row[i])
                 stop("ldtilecfg: not a configuration of eight tiles\n");
     } else if (opcode == 0x4b && !in_registers) {
         if (!usable(reg)) stop("tile not configured\n");
