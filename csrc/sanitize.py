@@ -28,7 +28,8 @@ class Build:
     tests: tuple[tuple[str, ...], ...]  # arguments of pytest
 
 
-COMMON = "-O1 -g1 -fno-omit-frame-pointer -fno-sanitize-recover=all"
+# Python's own flags for extensions include -fwrapv, with which no signed sum overflows.
+COMMON = "-O1 -g1 -fno-wrapv -fno-omit-frame-pointer -fno-sanitize-recover=all"
 KERNELS = "cpu: and not torch and not cpu:plain"  # what is plain differs in the length of its vectors only
 BUILDS = {
     "address": Build(
