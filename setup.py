@@ -13,7 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 CSRC = Path("csrc")
 PARTS = ("cpu",)
@@ -46,7 +46,7 @@ class BuildModule(build_ext):
     def run(self) -> None:
         try:
             super().run()
-        except (BaseError, OSError, ImportError) as error:
+        except (BaseError, CCompilerError, OSError, ImportError) as error:
             if REQUESTED is not None:
                 raise
             print(f"warning: atman_kernels._C was not built, PyTorch's kernels do its work: {error}", file=sys.stderr)

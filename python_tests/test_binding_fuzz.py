@@ -358,6 +358,25 @@ def test_dtype_codes_are_checked() -> None:
             _C.cpu_instruction_sets(code)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_largest_window_is_none(is_causal: bool, packed: bool) -> None:
+    """Sums of positions and windows must not overflow."""
+    torch.manual_seed(0)
+    call = small_call(packed) | {"is_causal": is_causal}
+    for x in call.values():
+        if isinstance(x, Description) and x.dtype == CODES[torch.float32]:
+            x.tensor.uniform_()
+        if isinstance(x, Description) and x.dtype == CODES[torch.bool]:
+            x.tensor.fill_(True)
+    attend(call)
+    expected = call["output"].tensor.clone()
+    assert expected.abs().max() > 0
+    for window in (2**40, 2**62, 2**63 - 1):
+        attend(call | {"sliding_window": window})
+        assert torch.equal(call["output"].tensor, expected)
+
+
 def test_work_space_beyond_all_memory_is_refused() -> None:
     """One key, repeated with stride 0: its layout for the products would take 2^64 bytes and more."""
     heads, rows, dim = 256, 97, 16384

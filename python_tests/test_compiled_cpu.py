@@ -473,3 +473,26 @@ def test_memory_does_not_grow_with_the_variants(mode: str) -> None:
     allowed = factors + 4 * output + (4 << 20)
     assert allowed < scores / 5
     assert growth <= allowed
+
+
+# --- a processor on which a kernel goes wrong ---
+
+
+def test_a_kernel_that_computes_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = compiled.instruction_sets(torch.float32)
+    fastest, right = before[0], compiled._attend
+
+    def wrong(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        output, lse = right(query, *arguments)
+        return (output * 1.01 if arguments[-1] == fastest else output), lse
+
+    monkeypatch.setattr(compiled, "_attend", wrong)
+    with pytest.warns(RuntimeWarning, match=f"{fastest} is off by .* not used"):
+        assert compiled.instruction_sets.__wrapped__(torch.float32) == before[1:]
+
+
+def test_a_kernel_that_gives_nan_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    nan = torch.full((1, 4, 37, 72), float("nan"))
+    monkeypatch.setattr(compiled, "_attend", lambda *_: (nan, nan))
+    with pytest.warns(RuntimeWarning, match="off by nan"):
+        assert compiled.instruction_sets.__wrapped__(torch.bfloat16) == ()

@@ -20,6 +20,9 @@ static void emulated_store(int tile, void* to, std::int64_t stride) {
     for (int i = 0; i < kTileSize; ++i)
         std::memcpy(static_cast<std::byte*>(to) + i * stride, g_tiles[tile][i], sizeof g_tiles[tile][i]);
 }
+// The instruction takes subnormal numbers for 0.
+static float emulated_read(std::uint16_t x) { return (x & 0x7f80) == 0 ? 0.0f : from_bfloat16(x); }
+
 static void emulated_multiply(int c, int a, int b) {
     for (int i = 0; i < kTileSize; ++i)
         for (int k = 0; k < kTileSize; ++k)
@@ -27,7 +30,7 @@ static void emulated_multiply(int c, int a, int b) {
                 std::uint16_t left[2], right[2];
                 std::memcpy(left, &g_tiles[a][i][k], sizeof left);
                 std::memcpy(right, &g_tiles[b][k][j], sizeof right);
-                for (int e = 0; e < 2; ++e) g_tiles[c][i][j] += from_bfloat16(left[e]) * from_bfloat16(right[e]);
+                for (int e = 0; e < 2; ++e) g_tiles[c][i][j] += emulated_read(left[e]) * emulated_read(right[e]);
             }
 }
 #define ATMAN_TILE_ZERO(tile) std::memset(g_tiles[tile], 0, sizeof g_tiles[tile])

@@ -4,6 +4,7 @@ One tile of query rows at a time meets one block of keys at a time: scores in fl
 the weighted values, without a score leaving the core's cache. `csrc/README.md` says how.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from atman_kernels.errors import BackendUnavailableError
 from atman_kernels.formula import ScoreOptions
@@ -51,7 +53,48 @@ def instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
     module = _load()
     if isinstance(module, str) or dtype not in _FLOATS:
         return ()
-    return tuple(module.cpu_instruction_sets(module.DTYPES[_DTYPES[dtype]]))
+    names = module.cpu_instruction_sets(module.DTYPES[_DTYPES[dtype]])
+    return tuple(name for name in names if _computes_right(name, dtype))
+
+
+def _computes_right(name: str, dtype: torch.dtype) -> bool:
+    """One small call against torch's attention: this may be a kind of processor that nobody has tried it on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+    query, key, value = normal(1, 4, 37, 72), normal(1, 2, 150, 72), normal(1, 2, 150, 72)
+    factor = normal(1, 150).float().abs()
+    options = ScoreOptions("log_additive", False, 72**-0.5, None, None, False)
+    found, _ = _attend(query, key, value, {"factor": factor[:, None]}, options, name)
+    wide = [x.float().repeat_interleave(4 // x.shape[1], dim=1) for x in (query, key, value)]
+    expected = scaled_dot_product_attention(*wide, attn_mask=factor.log()[:, None, None])
+    error = (found.float() - expected).abs().max().item()
+    if error < (1e-4 if dtype == torch.float32 else 2e-2):  # NaN is not
+        return True
+    warnings.warn(
+        f"the compiled CPU kernel for {name} is off by {error:.2g} in {dtype} on this processor and is not used; "
+        "please report it with the output of `atman doctor`",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _chosen(dtype: torch.dtype, instruction_set: str | None) -> str:
+    """The instruction set to use: the one asked for, or the fastest.
+
+    Raises:
+        BackendUnavailableError: there is no module, or it cannot do that.
+    """
+    usable = instruction_sets(dtype)
+    if isinstance(module := _load(), str):
+        raise BackendUnavailableError(f"the compiled CPU module cannot run: {module}")
+    if not usable or instruction_set not in (None, *usable):
+        takers = ", ".join((*usable, "torch"))
+        raise BackendUnavailableError(f"backend 'cpu:{instruction_set}' does not take {dtype}; those that do: {takers}")
+    return instruction_set or usable[0]
 
 
 @dataclass(frozen=True)
@@ -85,7 +128,7 @@ def suppressed_attention(
         "sinks": None if sinks is None else sinks.float().contiguous(),
         "position_bias": None if position_bias is None else _rows(position_bias.float()),
     }
-    return _attend(query, key, value, extras, options, instruction_set)
+    return _attend(query, key, value, extras, options, _chosen(query.dtype, instruction_set))
 
 
 def packed_suppressed_attention(
@@ -116,7 +159,9 @@ def packed_suppressed_attention(
         "sinks": None if sinks is None else sinks.float().contiguous(),
         "position_bias": None if position_bias is None else _rows(position_bias.float())[None],
     }
-    output, lse = _attend(query[None], base_key[None], base_value[None], extras, options, instruction_set)
+    output, lse = _attend(
+        query[None], base_key[None], base_value[None], extras, options, _chosen(query.dtype, instruction_set)
+    )
     return output[0], lse[0] if options.return_lse else lse
 
 
@@ -126,16 +171,10 @@ def _attend(
     value: Tensor,
     extras: dict[str, Tensor | None],
     options: ScoreOptions,
-    instruction_set: str | None,
+    instruction_set: str,
 ) -> tuple[Tensor, Tensor]:
     module = _load()
-    usable = instruction_sets(query.dtype)
-    if isinstance(module, str):
-        raise BackendUnavailableError(f"the compiled CPU module cannot run: {module}")
-    if not usable or instruction_set not in (None, *usable):
-        raise BackendUnavailableError(
-            f"backend 'cpu:{instruction_set}' does not take {query.dtype}; what does: {', '.join((*usable, 'torch'))}"
-        )
+    assert not isinstance(module, str), module
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
     tensors = {"query": _rows(query), "key": _rows(key), "value": _rows(value), "output": output, **extras}
@@ -147,7 +186,7 @@ def _attend(
         scale=options.scale,
         sliding_window=options.sliding_window or 0,
         softcap=options.softcap or 0.0,
-        instruction_set=instruction_set or usable[0],
+        instruction_set=instruction_set,
         threads=torch.get_num_threads(),
     )
     return output, lse
