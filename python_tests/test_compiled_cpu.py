@@ -348,6 +348,7 @@ def test_numbers_that_are_none_show_where_the_reference_shows_them(
     else:
         assert_same_pattern(output, expected)
         assert torch.equal(lse.isfinite(), expected_lse.isfinite())
+        assert torch.equal(lse.isneginf(), expected_lse.isneginf())
         assert same((output[~sees], lse[~sees]), (clean[0][~sees], clean[1][~sees]))
         assert not (output[sees].isfinite().all() and where == "query"), "it left no trace"
 
