@@ -68,8 +68,9 @@ def _computes_right(name: str, dtype: torch.dtype) -> bool:
     factor = normal(1, 150).float().abs()
     options = ScoreOptions("log_additive", False, 72**-0.5, None, None, False)
     found, _ = _attend(query, key, value, {"factor": factor[:, None]}, options, name)
-    wide = [x.float().repeat_interleave(4 // x.shape[1], dim=1) for x in (query, key, value)]
-    expected = scaled_dot_product_attention(*wide, attn_mask=factor.log()[:, None, None])
+    wide_key, wide_value = (x.float().repeat_interleave(2, dim=1) for x in (key, value))
+    mask = factor.log()[:, None, None]
+    expected = scaled_dot_product_attention(query.float(), wide_key, wide_value, attn_mask=mask)
     error = (found.float() - expected).abs().max().item()
     if error < (1e-4 if dtype == torch.float32 else 2e-2):  # NaN is not
         return True
@@ -159,9 +160,8 @@ def packed_suppressed_attention(
         "sinks": None if sinks is None else sinks.float().contiguous(),
         "position_bias": None if position_bias is None else _rows(position_bias.float())[None],
     }
-    output, lse = _attend(
-        query[None], base_key[None], base_value[None], extras, options, _chosen(query.dtype, instruction_set)
-    )
+    chosen = _chosen(query.dtype, instruction_set)
+    output, lse = _attend(query[None], base_key[None], base_value[None], extras, options, chosen)
     return output[0], lse[0] if options.return_lse else lse
 
 
