@@ -86,9 +86,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # An editable install would lend its compiled module to a package that has none.
-ALONE = (
-    "import sys; sys.meta_path[:] = [x for x in sys.meta_path if '__editable__' not in getattr(x, '__module__', '')]; "
-)
+ALONE = """
+import sys
+sys.meta_path[:] = [x for x in sys.meta_path if "__editable__" not in getattr(x, "__module__", "")]
+"""
 
 
 def doctor(package: Path) -> dict:
