@@ -17,6 +17,7 @@ from attention_cases import (
     first_dtype,
     one_thread,
     plain_attention,
+    to_float64,
     variant_by_variant,
 )
 from comparison import assert_same_bits, assert_within, few_roundings
@@ -214,11 +215,13 @@ def test_gradients(kind: str, name: str, mode: str, removed: bool, backend: str)
     leaves = {n: x.detach().clone().requires_grad_() for n, x in differentiable.items()}
     case = PACK_CASES.get(name) if kind == "packed" else None
 
+    exact_leaves = {n: x.detach().double().cpu().requires_grad_() for n, x in leaves.items()}
+
     def plainly() -> tuple[Tensor, Tensor]:
-        inputs = call | leaves
+        inputs = to_float64(call) | exact_leaves
         return variant_by_variant(case, inputs, mode) if case else plain_attention(**inputs, mode=mode)
 
-    expected = gradients_of(plainly, list(leaves.values()))
+    expected = gradients_of(plainly, list(exact_leaves.values()))
     found = gradients_of(lambda: run_op(kind, call | leaves, mode, backend), list(leaves.values()))
     for argument, got, wanted in zip(leaves, found, expected, strict=True):
         assert wanted.isfinite().all(), f"the plain formula has no gradient for {argument}"
