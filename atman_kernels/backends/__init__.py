@@ -19,7 +19,7 @@ import torch
 from atman_kernels.errors import BackendUnavailableError, InputError
 
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
-_BUILT: tuple[str, ...] = ("reference", "cpu")  # the others are named in the design and come later
+_BUILT: tuple[str, ...] = ("reference", "cpu", "triton")  # the others are named in the design and come later
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:

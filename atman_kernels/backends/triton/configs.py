@@ -1,0 +1,145 @@
+"""Which tile sizes a call gets: one table per architecture, read by pure functions.
+
+Nothing is timed while a user waits. `atman bench tune` measures on the machine it runs on and rewrites the table.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "configs"
+HEAD_DIMS = (16, 32, 64, 128, 256)
+DTYPES = ("16-bit", "32-bit")
+# prefill: tiles lie within one variant. packed: a tile spans several. decode: all rows of a call fit into one tile.
+REGIMES = ("prefill", "packed", "decode")
+# Compute capability → table. 8.6 to 8.9 and 12.x have less shared memory per block than their data-centre siblings.
+ARCHITECTURES = {"sm_80": (80, 87), "sm_86": (86, 88, 89, 120, 121), "sm_90": (90,), "sm_100": (100, 101, 103, 110)}
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes per block
+DECODE_ROWS = 64  # the tallest tile of the decode regime
+LONG_SUFFIX = 128  # rows of a variant, on average, from which on most tiles lie within one
+LEAST_SHARE = 256  # keys that are worth a split of their own
+MOST_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Rows and keys of a tile, and how the compiler spreads it over threads and time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a table is asked for; head_dim is the power of two that holds both head dimensions."""
+
+    dtype: str
+    regime: str
+    head_dim: int
+
+
+Table = dict[Key, KernelConfig]
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The table for a compute capability: its own, or that of the newest architecture that is not newer.
+
+    Example:
+        >>> architecture((9, 0)), architecture((8, 9)), architecture((13, 0))
+        ('sm_90', 'sm_86', 'sm_86')
+    """
+    number = 10 * capability[0] + capability[1]
+    for name, numbers in ARCHITECTURES.items():
+        if number in numbers:
+            return name
+    return "sm_86"  # the one that asks least of an unknown device
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that a tile gives to a head dimension."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def regime(rows: int, variants: int, is_packed: bool) -> str:
+    """The kind of work. `rows` are those of one key head, group folded in, of a batch entry or of a whole pack.
+
+    Example:
+        >>> regime(4, 8, False), regime(4096, 8, True), regime(4096, 1000, True)
+        ('decode', 'prefill', 'packed')
+    """
+    if rows <= DECODE_ROWS:
+        return "decode"
+    return "packed" if is_packed and rows < LONG_SUFFIX * variants else "prefill"
+
+
+def choose(table: Table, element_size: int, regime: str, head_dim: int, value_dim: int, rows: int) -> KernelConfig:
+    """A table's entry, with a tile no taller than the power of two that holds the call's rows (group folded in)."""
+    dtype = "16-bit" if element_size == 2 else "32-bit"
+    found = table[Key(dtype, regime, max(padded(head_dim), padded(value_dim)))]
+    block_m = min(found.block_m, padded(rows))
+    return KernelConfig(block_m, found.block_n, found.num_warps, found.num_stages)
+
+
+def choose_splits(programs: int, keys: int, processors: int) -> int:
+    """Over how many programs to spread a row's keys, so that a call with few rows fills the device.
+
+    Example:
+        >>> choose_splits(programs=8, keys=8192, processors=132), choose_splits(1000, 8192, 132)
+        (32, 1)
+    """
+    if 2 * programs > processors:
+        return 1
+    return max(1, min(2 * processors // programs, keys // LEAST_SHARE, MOST_SPLITS))
+
+
+@cache
+def load(name: str) -> Table:
+    """The table of an architecture."""
+    return parse(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def parse(entries: list[dict[str, Any]]) -> Table:
+    return {
+        Key(e["dtype"], e["regime"], e["head_dim"]): KernelConfig(
+            e["block_m"], e["block_n"], e["num_warps"], e["num_stages"]
+        )
+        for e in entries
+    }
+
+
+def dump(table: Table) -> str:
+    """A table as its file holds it: one entry per line."""
+    lines = [json.dumps(asdict(key) | asdict(config)) for key, config in table.items()]
+    return "[\n  " + ",\n  ".join(lines) + "\n]\n"
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What a call uses instead of what the table and the device suggest; None leaves the choice."""
+
+    config: KernelConfig | None = None
+    splits: int | None = None
+
+
+_forced: ContextVar[Forced] = ContextVar("forced", default=Forced())
+
+
+@contextmanager
+def forced(config: KernelConfig | None = None, splits: int | None = None) -> Iterator[None]:
+    """Calls inside use this configuration, or this many splits: for tuning and tests."""
+    token = _forced.set(Forced(config, splits))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_now() -> Forced:
+    return _forced.get()

@@ -1,0 +1,412 @@
+"""The kernel: one tile of rows against the keys of its bases, then against the rows of its own variants.
+
+A tile holds BLOCK_M rows of one key head. A row is one query head of the head's group at one place of the sequence,
+so that a group shares the loads of its keys. Every row sees one interval of base keys and one interval of the pack's
+own rows; that alone is a causal mask, a sliding window, a prefix length and a variant's border. A dense batch is the
+pack in which every batch entry is a variant whose prefix is all keys and which has no rows of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from atman_kernels.backends.triton.primitives import (
+    LN_2,
+    LOG2_E,
+    add_sink,
+    online_softmax,
+    reciprocal,
+    suppress,
+    tanh,
+    visible_positions,
+)
+
+FAR: tl.constexpr = tl.constexpr(2**31 - 1)  # beyond every index
+FLAGS: tl.constexpr = tl.constexpr(64)  # in a word of `touched`
+
+
+@triton.jit
+def _sweep(
+    accumulator,  # [BLOCK_M, BLOCK_DV] weighted values so far
+    extreme,  # [BLOCK_M] largest score so far; in the minimum pass the smallest
+    total,  # [BLOCK_M] sum of weights so far
+    query,  # [BLOCK_M, BLOCK_D]
+    keys_and_values,  # (key pointer of one head, strides, value pointer, strides)
+    first,  # [BLOCK_M] each row sees the keys [first, last) of them
+    last,
+    shift,  # [BLOCK_M] a key's position is its index + shift
+    split,
+    num_splits,
+    factors,  # None, or (pointer, [BLOCK_M] offset of position 0, stride)
+    touched,  # None, or ([BLOCK_M] flags, touched_shift)
+    key_mask,  # None, or (pointer to one sequence's, stride)
+    biases,  # None, or (pointer, [BLOCK_M] offset of position 0, stride)
+    row_minimum,  # [BLOCK_M], read by "shifted"
+    unit,
+    inner_scale,
+    MODE: tl.constexpr,
+    MINIMUM_PASS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """All rows of a tile against one array of keys, or against this split's share of it."""
+    key, key_strides, value, value_strides = keys_and_values
+    seeing = first < last
+    first = tl.where(seeing, first, FAR)
+    last = tl.where(seeing, last, 0)
+    start, stop = tl.min(first), tl.max(last)
+    full_start, full_stop = tl.max(first), tl.min(last)  # what every row sees needs no mask
+    share = tl.cdiv(tl.maximum(stop - start, 0), num_splits * BLOCK_N) * BLOCK_N
+    start += split * share
+    stop = tl.minimum(stop, start + share)
+
+    block_shift = tl.max(shift)
+    if factors is not None:
+        factor, factor_row, factor_stride = factors
+        factor_row += shift.to(tl.int64) * factor_stride
+        first_factor_row = tl.min(factor_row)
+        one_factor_row = first_factor_row == tl.max(factor_row)
+        if touched is not None:
+            flags, touched_shift = touched
+            flags = tl.reduce_or(flags, 0)
+            if tl.min(shift) != block_shift:  # flags of different rows speak of different keys
+                flags = tl.where(flags != 0, tl.full([], -1, tl.int64), flags)
+    if key_mask is not None:
+        mask, mask_stride = key_mask
+    if biases is not None:
+        bias, bias_row, bias_stride = biases
+        bias_row += shift.to(tl.int64) * bias_stride
+        bias_unit = 1 / (unit * LN_2)
+
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_key = key + o_n.to(tl.int64)[:, None] * key_strides[2] + o_d[None, :] * key_strides[3]
+    p_value = value + o_n.to(tl.int64)[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
+
+    for block in tl.range(start, stop, BLOCK_N):
+        keys = block + o_n
+        in_reach = keys[:, None] < stop
+        key_mask_d = in_reach & (o_d[None, :] < D)
+        b_key = tl.load(p_key + tl.cast(block, tl.int64) * key_strides[2], mask=key_mask_d, other=0.0)
+        scores = tl.dot(query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if inner_scale is not None:
+            scores *= inner_scale
+        if SOFTCAP:
+            scores = tanh(scores)
+
+        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
+        needs_mask = (block < full_start) | (block + BLOCK_N > full_stop)
+        if key_mask is not None:
+            b_mask = tl.load(mask + keys.to(tl.int64) * mask_stride, mask=keys < stop, other=0)
+            visible &= (b_mask != 0)[None, :]
+            needs_mask = True
+        if biases is not None:
+            p_bias = bias + bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
+            b_bias = tl.load(p_bias, mask=visible, other=float("-inf")).to(tl.float32)
+            visible &= b_bias > float("-inf")
+            scores += tl.where(visible, b_bias, 0.0) * bias_unit
+            needs_mask = True
+
+        if MINIMUM_PASS:
+            extreme = tl.minimum(extreme, tl.min(tl.where(visible, scores, float("inf")), 1))
+        else:
+            if factors is not None:
+                flagged = True
+                if touched is not None:
+                    # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
+                    first_flag = (block + block_shift) >> touched_shift
+                    last_flag = tl.minimum((block + block_shift + BLOCK_N - 1) >> touched_shift, FLAGS - 1)
+                    flagged = ((flags >> tl.cast(first_flag, tl.int64)) | (flags >> tl.cast(last_flag, tl.int64))) & 1
+                if flagged:
+                    o_factor = keys.to(tl.int64) * factor_stride
+                    if one_factor_row:
+                        p_shared = factor + first_factor_row + o_factor
+                        b_shared = tl.load(p_shared, mask=keys < stop, other=1.0).to(tl.float32)[None, :]
+                        scores = suppress(scores, b_shared, row_minimum, unit, MODE)
+                    else:
+                        p_factor = factor + factor_row[:, None] + o_factor[None, :]
+                        b_factor = tl.load(p_factor, mask=visible, other=1.0).to(tl.float32)
+                        scores = suppress(scores, b_factor, row_minimum, unit, MODE)
+            if needs_mask:
+                scores = tl.where(visible, scores, float("-inf"))
+            weights, extreme, total, rescale = online_softmax(scores, extreme, total, unit)
+            value_mask_d = in_reach & (o_dv[None, :] < DV)
+            b_value = tl.load(p_value + tl.cast(block, tl.int64) * value_strides[2], mask=value_mask_d, other=0.0)
+            accumulator *= rescale[:, None]
+            accumulator = tl.dot(weights.to(b_value.dtype), b_value, accumulator, input_precision=PRECISION)
+    return accumulator, extreme, total
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "window", "touched_shift", "num_splits"])
+def attention(
+    query,  # (B, Hq, rows, D)
+    query_strides,
+    key,  # (1|B, Hkv, keys, D), the base
+    key_strides,
+    value,  # (1|B, Hkv, keys, DV)
+    value_strides,
+    own_key,  # (1, Hkv, rows, D) of a pack; None for a dense batch, as everything down to row_variant
+    own_key_strides,
+    own_value,  # (1, Hkv, rows, DV)
+    own_value_strides,
+    suffix_starts,  # (V + 1,)
+    prefix_lengths,  # (V,)
+    base_starts,  # (V,)
+    row_variant,  # (rows,)
+    factor,  # (V|B, 1|Hq, K) over positions, or None
+    factor_strides,
+    touched,  # (V|B, 1|Hq) int64, see `find_touched`, or None: then every factor is read
+    touched_strides,
+    touched_shift,
+    key_mask,  # (B, keys) uint8, or None
+    key_mask_strides,
+    bias,  # (1|B, 1|Hq, 1|rows, 1|keys), of a pack (1, 1|Hq, 1|P, 1|P) over positions, or None
+    bias_strides,  # 0 where it is broadcast
+    sinks,  # (Hq,), or None
+    sinks_stride,
+    minimum,  # (num_splits, B, Hq, rows): written by the minimum pass, read by "shifted"; else None
+    output,  # (num_splits, B, Hq, rows, DV), float32 if there are several; None in the minimum pass
+    lse,  # (num_splits, B, Hq, rows) natural log, or None
+    rows,
+    keys,
+    num_tiles,
+    num_splits,
+    window,  # or None
+    unit,  # see `launch.score_units`
+    inner_scale,
+    BATCH: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MODE: tl.constexpr,
+    MINIMUM_PASS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    # Later rows reach further, in causal batches as in packs that begin with their longest suffixes: they start first.
+    program = tl.program_id(0)
+    tile = num_tiles - 1 - program % num_tiles
+    kv_head = program // num_tiles % (HEADS // GROUP)
+    batch = program // num_tiles // (HEADS // GROUP) % BATCH
+    split = program // num_tiles // (HEADS // GROUP) // BATCH
+
+    lane = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    stored = lane < rows * GROUP
+    lane = tl.minimum(lane, rows * GROUP - 1)  # past the end the last row is computed again
+    row = lane // GROUP
+    head = (kv_head * GROUP + lane % GROUP).to(tl.int64)
+    kv_head = tl.cast(kv_head, tl.int64)
+
+    # where each row stands
+    if suffix_starts is None:
+        variant = tl.zeros([BLOCK_M], tl.int32) + batch
+        prefix = tl.zeros([BLOCK_M], tl.int32) + keys
+        base_start = tl.zeros([BLOCK_M], tl.int32)
+        position = row + (keys - rows)
+        bias_query = row
+    else:
+        variant = tl.load(row_variant + row)
+        prefix = tl.load(prefix_lengths + variant)
+        base_start = tl.load(base_starts + variant)
+        suffix_start = tl.load(suffix_starts + variant)
+        suffix = tl.load(suffix_starts + variant + 1) - suffix_start
+        position = prefix + row - suffix_start
+        bias_query = position
+    batch = tl.cast(batch, tl.int64)
+
+    # what belongs to each row
+    offset = ((split * BATCH + batch) * HEADS + head) * rows + row  # in (num_splits, B, Hq, rows)
+    o_d = tl.arange(0, BLOCK_D)
+    p_query = query + batch * query_strides[0] + head * query_strides[1] + row.to(tl.int64) * query_strides[2]
+    b_query = tl.load(p_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0)
+    factors = None
+    if factor is not None:
+        factor_row = variant.to(tl.int64) * factor_strides[0] + head * factor_strides[1]
+        factors = (factor, factor_row, factor_strides[2])
+    flags = None
+    if touched is not None:
+        p_touched = touched + variant.to(tl.int64) * touched_strides[0] + head * touched_strides[1]
+        flags = (tl.load(p_touched), touched_shift)
+    masks = None
+    if key_mask is not None:
+        masks = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
+    biases = None
+    if bias is not None:
+        bias_row = batch * bias_strides[0] + head * bias_strides[1] + bias_query.to(tl.int64) * bias_strides[2]
+        biases = (bias, bias_row, bias_strides[3])
+
+    row_minimum = tl.full([BLOCK_M], float("inf"), tl.float32)
+    extreme = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if MINIMUM_PASS:
+        extreme = row_minimum
+    elif minimum is not None:
+        all_rows = tl.cast(BATCH * HEADS, tl.int64) * rows
+        for other in range(num_splits):
+            row_minimum = tl.minimum(row_minimum, tl.load(minimum + offset + (other - split) * all_rows))
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # the base's keys; if the tile's variants have several bases, one base after the other
+    first, last = visible_positions(position, tl.zeros([BLOCK_M], tl.int32), prefix, window, IS_CAUSAL)
+    base_keys = (
+        key + batch * key_strides[0] + kv_head * key_strides[1],
+        key_strides,
+        value + batch * value_strides[0] + kv_head * value_strides[1],
+        value_strides,
+    )
+    base_start = tl.where(first < last, base_start, FAR)
+    base = tl.min(base_start)
+    while base < FAR:
+        here = base_start == base
+        accumulator, extreme, total = _sweep(
+            accumulator,
+            extreme,
+            total,
+            b_query,
+            base_keys,
+            tl.where(here, base + first, 0),
+            tl.where(here, base + last, 0),
+            tl.zeros([BLOCK_M], tl.int32) - base,
+            split,
+            num_splits,
+            factors,
+            flags,
+            masks,
+            biases,
+            row_minimum,
+            unit,
+            inner_scale,
+            MODE,
+            MINIMUM_PASS,
+            SOFTCAP,
+            PRECISION,
+            D,
+            DV,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+        )
+        base = tl.min(tl.where(base_start > base, base_start, FAR))
+
+    # the variants' own rows
+    if suffix_starts is not None:
+        first, last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
+        shift = prefix - suffix_start
+        accumulator, extreme, total = _sweep(
+            accumulator,
+            extreme,
+            total,
+            b_query,
+            (
+                own_key + kv_head * own_key_strides[1],
+                own_key_strides,
+                own_value + kv_head * own_value_strides[1],
+                own_value_strides,
+            ),
+            first - shift,
+            last - shift,
+            shift,
+            split,
+            num_splits,
+            factors,
+            flags,
+            masks,
+            biases,
+            row_minimum,
+            unit,
+            inner_scale,
+            MODE,
+            MINIMUM_PASS,
+            SOFTCAP,
+            PRECISION,
+            D,
+            DV,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+        )
+
+    if MINIMUM_PASS:
+        tl.store(minimum + offset, extreme, mask=stored)
+    else:
+        if sinks is not None:
+            sink = tl.load(sinks + head * sinks_stride).to(tl.float32)
+            extreme, total, rescale = add_sink(sink, extreme, total)
+            accumulator *= rescale[:, None]
+        o_dv = tl.arange(0, BLOCK_DV)
+        p_output = output + offset[:, None] * DV + o_dv[None, :]
+        b_output = (accumulator * reciprocal(total)[:, None]).to(output.dtype.element_ty)
+        tl.store(p_output, b_output, mask=stored[:, None] & (o_dv[None, :] < DV))
+        if lse is not None:
+            tl.store(lse + offset, (extreme + tl.log2(total)) * LN_2, mask=stored)
+
+
+@triton.jit(do_not_specialize=["all_rows", "rows", "num_splits"])
+def merge(
+    partial,  # (num_splits, B, Hq, rows, DV) float32
+    partial_lse,  # (num_splits, B, Hq, rows) natural log
+    sinks,  # (Hq,), or None
+    sinks_stride,
+    output,  # (B, Hq, rows, DV)
+    lse,  # (B, Hq, rows), or None
+    all_rows,  # B * Hq * rows
+    rows,
+    num_splits,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One row of the result from its splits: always in the same order, so the same bits every time."""
+    row = tl.program_id(0).to(tl.int64)
+    o_split = tl.arange(0, BLOCK_SPLITS).to(tl.int64)
+    o_dv = tl.arange(0, BLOCK_DV)
+    is_split = o_split < num_splits
+    # a split's lse is a score, its output the value that goes with it
+    scores = tl.load(partial_lse + o_split * all_rows + row, mask=is_split, other=float("-inf"))
+    start = tl.full([1], float("-inf"), tl.float32)
+    weights, maximum, total, _ = online_softmax(scores[None, :], start, tl.zeros([1], tl.float32), LOG2_E)
+    p_partial = partial + (o_split * all_rows + row)[:, None] * DV + o_dv[None, :]
+    values = tl.load(p_partial, mask=is_split[:, None] & (o_dv[None, :] < DV), other=0.0)
+    mean = tl.sum(tl.reshape(weights, [BLOCK_SPLITS, 1]) * values, 0)[None, :]  # [1, BLOCK_DV]
+    if sinks is not None:
+        sink = tl.load(sinks + row // rows % HEADS * sinks_stride).to(tl.float32)
+        maximum, total, rescale = add_sink(sink, maximum, total)
+        mean *= rescale[:, None]
+    mean = (mean * reciprocal(total)[:, None]).to(output.dtype.element_ty)
+    tl.store(output + row * DV + o_dv[None, :], mean, mask=o_dv[None, :] < DV)
+    if lse is not None:
+        tl.store(lse + row + tl.arange(0, 1), (maximum + tl.log2(total)) * LN_2)
+
+
+@triton.jit(do_not_specialize=["length", "touched_shift"])
+def find_touched(
+    factor,  # (V, H, length)
+    factor_strides,
+    touched,  # (V, H) int64, contiguous
+    length,
+    touched_shift,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Bit i of a word: is there a factor other than 1 at positions [i << touched_shift, (i + 1) << touched_shift)?"""
+    word = tl.program_id(0).to(tl.int64)
+    p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
+    flag = tl.arange(0, FLAGS)
+    found = tl.zeros([FLAGS], tl.int32)
+    for begin in range(0, 1 << touched_shift, BLOCK):
+        position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
+        b_factor = tl.load(p_factor + position.to(tl.int64) * factor_strides[2], mask=position < length, other=1.0)
+        found |= tl.max((b_factor != 1).to(tl.int32), 1)
+    tl.store(touched + word, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))
