@@ -1,4 +1,4 @@
-"""The kernel: one tile of rows against the keys of its bases, then against the rows of its own variants.
+"""The kernels: one tile of rows against the keys of its bases, then against the rows of its own variants.
 
 A tile holds BLOCK_M rows of one key head. A row is one query head of the head's group at one place of the sequence,
 so that a group shares the loads of its keys. Every row sees one interval of base keys and one interval of the pack's
@@ -15,7 +15,9 @@ from atman_kernels.backends.triton.primitives import (
     add_sink,
     online_softmax,
     reciprocal,
+    sees,
     suppress,
+    suppression_term,
     tanh,
     visible_positions,
 )
@@ -27,19 +29,18 @@ FLAGS: tl.constexpr = tl.constexpr(64)  # in a word of `touched`
 @triton.jit
 def _sweep(
     accumulator,  # [BLOCK_M, BLOCK_DV] weighted values so far
-    extreme,  # [BLOCK_M] largest score so far; in the minimum pass the smallest
+    extreme,  # [BLOCK_M] largest score so far, as an exponent; in the minimum pass the smallest score
     total,  # [BLOCK_M] sum of weights so far
     query,  # [BLOCK_M, BLOCK_D]
-    keys_and_values,  # (key pointer of one head, strides, value pointer, strides)
+    keys_and_values,  # (pointer to the keys of one head, strides, pointer to its values, strides)
     first,  # [BLOCK_M] each row sees the keys [first, last) of them
     last,
     shift,  # [BLOCK_M] a key's position is its index + shift
     split,
     num_splits,
-    factors,  # None, or (pointer, [BLOCK_M] offset of position 0, stride)
-    touched,  # None, or ([BLOCK_M] flags, touched_shift)
+    terms,  # None, or (pointer, [BLOCK_M] offset of position 0, [BLOCK_M] flags, touched_shift)
     key_mask,  # None, or (pointer to one sequence's, stride)
-    biases,  # None, or (pointer, [BLOCK_M] offset of position 0, stride)
+    bias,  # None, or (pointer, [BLOCK_M] offset of position 0, stride)
     row_minimum,  # [BLOCK_M], read by "shifted"
     unit,
     inner_scale,
@@ -64,23 +65,23 @@ def _sweep(
     start += split * share
     stop = tl.minimum(stop, start + share)
 
-    block_shift = tl.max(shift)
-    if factors is not None:
-        factor, factor_row, factor_stride = factors
-        factor_row += shift.to(tl.int64) * factor_stride
-        first_factor_row = tl.min(factor_row)
-        one_factor_row = first_factor_row == tl.max(factor_row)
-        if touched is not None:
-            flags, touched_shift = touched
-            flags = tl.reduce_or(flags, 0)
-            if tl.min(shift) != block_shift:  # flags of different rows speak of different keys
-                flags = tl.where(flags != 0, tl.full([], -1, tl.int64), flags)
+    if terms is not None:
+        p_term, term_row, flags, touched_shift = terms
+        term_row += shift
+        first_term_row = tl.min(term_row)
+        one_term_row = first_term_row == tl.max(term_row)
+        block_shift = tl.max(shift)
+        flags = tl.reduce_or(flags, 0)
+        if tl.min(shift) != block_shift:  # flags of different rows speak of different keys
+            flags = tl.where(flags != 0, tl.full([], -1, tl.int64), flags)
     if key_mask is not None:
-        mask, mask_stride = key_mask
-    if biases is not None:
-        bias, bias_row, bias_stride = biases
+        p_mask, mask_stride = key_mask
+    if bias is not None:
+        p_bias, bias_row, bias_stride = bias
         bias_row += shift.to(tl.int64) * bias_stride
         bias_unit = 1 / (unit * LN_2)
+
+    hidden = float("inf") if MINIMUM_PASS else float("-inf")
 
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -90,59 +91,59 @@ def _sweep(
 
     for block in tl.range(start, stop, BLOCK_N):
         keys = block + o_n
-        in_reach = keys[:, None] < stop
-        key_mask_d = in_reach & (o_d[None, :] < D)
-        b_key = tl.load(p_key + tl.cast(block, tl.int64) * key_strides[2], mask=key_mask_d, other=0.0)
+        in_reach = keys < stop
+        # What is read per row and key is read before the product of queries and keys: the compiler then spreads
+        # the scores over threads as the product leaves them, not as these loads would like it.
+        if terms is not None:
+            # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
+            first_flag = (block + block_shift) >> touched_shift
+            last_flag = tl.minimum((block + block_shift + BLOCK_N - 1) >> touched_shift, FLAGS - 1)
+            flagged = (((flags >> tl.cast(first_flag, tl.int64)) | (flags >> tl.cast(last_flag, tl.int64))) & 1) != 0
+            gathered = flagged & (not one_term_row)
+            b_terms = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
+            if gathered:  # at keys that a row does not see this reads terms of other rows, see `prepare_factors`
+                b_terms = tl.load(p_term + (term_row[:, None] + keys[None, :]), mask=in_reach[None, :], other=0.0)
+        if bias is not None:
+            o_bias = bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
+            b_bias = tl.load(p_bias + o_bias, mask=sees(keys, first, last), other=float("-inf")).to(tl.float32)
+
+        p_block = p_key + tl.cast(block, tl.int64) * key_strides[2]
+        b_key = tl.load(p_block, mask=in_reach[:, None] & (o_d[None, :] < D), other=0.0)
         scores = tl.dot(query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if inner_scale is not None:
             scores *= inner_scale
         if SOFTCAP:
             scores = tanh(scores)
+        if bias is not None:
+            scores += tl.where(b_bias > float("-inf"), b_bias, 0.0) * bias_unit
 
-        visible = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
-        needs_mask = (block < full_start) | (block + BLOCK_N > full_stop)
+        if terms is not None:
+            if flagged & one_term_row:
+                b_term = tl.load(p_term + (first_term_row + keys), mask=in_reach, other=0.0)
+                scores = suppress(scores, b_term[None, :], row_minimum, MODE)
+            if gathered:
+                scores = suppress(scores, b_terms, row_minimum, MODE)
+
+        if (block < full_start) | (block + BLOCK_N > full_stop):
+            scores = tl.where(sees(keys, first, last), scores, hidden)
         if key_mask is not None:
-            b_mask = tl.load(mask + keys.to(tl.int64) * mask_stride, mask=keys < stop, other=0)
-            visible &= (b_mask != 0)[None, :]
-            needs_mask = True
-        if biases is not None:
-            p_bias = bias + bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
-            b_bias = tl.load(p_bias, mask=visible, other=float("-inf")).to(tl.float32)
-            visible &= b_bias > float("-inf")
-            scores += tl.where(visible, b_bias, 0.0) * bias_unit
-            needs_mask = True
+            b_mask = tl.load(p_mask + keys.to(tl.int64) * mask_stride, mask=in_reach, other=0)
+            scores = tl.where((b_mask != 0)[None, :], scores, hidden)
+        if bias is not None:
+            scores = tl.where(b_bias > float("-inf"), scores, hidden)
 
         if MINIMUM_PASS:
-            extreme = tl.minimum(extreme, tl.min(tl.where(visible, scores, float("inf")), 1))
+            extreme = tl.minimum(extreme, tl.min(scores, 1))
         else:
-            if factors is not None:
-                flagged = True
-                if touched is not None:
-                    # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
-                    first_flag = (block + block_shift) >> touched_shift
-                    last_flag = tl.minimum((block + block_shift + BLOCK_N - 1) >> touched_shift, FLAGS - 1)
-                    flagged = ((flags >> tl.cast(first_flag, tl.int64)) | (flags >> tl.cast(last_flag, tl.int64))) & 1
-                if flagged:
-                    o_factor = keys.to(tl.int64) * factor_stride
-                    if one_factor_row:
-                        p_shared = factor + first_factor_row + o_factor
-                        b_shared = tl.load(p_shared, mask=keys < stop, other=1.0).to(tl.float32)[None, :]
-                        scores = suppress(scores, b_shared, row_minimum, unit, MODE)
-                    else:
-                        p_factor = factor + factor_row[:, None] + o_factor[None, :]
-                        b_factor = tl.load(p_factor, mask=visible, other=1.0).to(tl.float32)
-                        scores = suppress(scores, b_factor, row_minimum, unit, MODE)
-            if needs_mask:
-                scores = tl.where(visible, scores, float("-inf"))
             weights, extreme, total, rescale = online_softmax(scores, extreme, total, unit)
-            value_mask_d = in_reach & (o_dv[None, :] < DV)
-            b_value = tl.load(p_value + tl.cast(block, tl.int64) * value_strides[2], mask=value_mask_d, other=0.0)
+            p_block = p_value + tl.cast(block, tl.int64) * value_strides[2]
+            b_value = tl.load(p_block, mask=in_reach[:, None] & (o_dv[None, :] < DV), other=0.0)
             accumulator *= rescale[:, None]
             accumulator = tl.dot(weights.to(b_value.dtype), b_value, accumulator, input_precision=PRECISION)
     return accumulator, extreme, total
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "window", "touched_shift", "num_splits"])
+@triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "num_splits", "window", "touched_shift", "positions"])
 def attention(
     query,  # (B, Hq, rows, D)
     query_strides,
@@ -158,11 +159,10 @@ def attention(
     prefix_lengths,  # (V,)
     base_starts,  # (V,)
     row_variant,  # (rows,)
-    factor,  # (V|B, 1|Hq, K) over positions, or None
-    factor_strides,
-    touched,  # (V|B, 1|Hq) int64, see `find_touched`, or None: then every factor is read
-    touched_strides,
+    terms,  # (V|B, TERM_HEADS, positions) float32 from `prepare_factors`, or None; so are the next three
+    touched,  # (V|B, TERM_HEADS) int64
     touched_shift,
+    positions,
     key_mask,  # (B, keys) uint8, or None
     key_mask_strides,
     bias,  # (1|B, 1|Hq, 1|rows, 1|keys), of a pack (1, 1|Hq, 1|P, 1|P) over positions, or None
@@ -170,7 +170,7 @@ def attention(
     sinks,  # (Hq,), or None
     sinks_stride,
     minimum,  # (num_splits, B, Hq, rows): written by the minimum pass, read by "shifted"; else None
-    output,  # (num_splits, B, Hq, rows, DV), float32 if there are several; None in the minimum pass
+    output,  # (num_splits, B, Hq, rows, DV), float32 if there are several splits; None in the minimum pass
     lse,  # (num_splits, B, Hq, rows) natural log, or None
     rows,
     keys,
@@ -182,6 +182,7 @@ def attention(
     BATCH: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    TERM_HEADS: tl.constexpr,  # 1 or HEADS
     MODE: tl.constexpr,
     MINIMUM_PASS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -230,21 +231,17 @@ def attention(
     o_d = tl.arange(0, BLOCK_D)
     p_query = query + batch * query_strides[0] + head * query_strides[1] + row.to(tl.int64) * query_strides[2]
     b_query = tl.load(p_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0)
-    factors = None
-    if factor is not None:
-        factor_row = variant.to(tl.int64) * factor_strides[0] + head * factor_strides[1]
-        factors = (factor, factor_row, factor_strides[2])
-    flags = None
-    if touched is not None:
-        p_touched = touched + variant.to(tl.int64) * touched_strides[0] + head * touched_strides[1]
-        flags = (tl.load(p_touched), touched_shift)
-    masks = None
+    term_rows = None
+    if terms is not None:
+        word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
+        term_rows = (terms, word * positions, tl.load(touched + word), touched_shift)
+    mask_row = None
     if key_mask is not None:
-        masks = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
-    biases = None
+        mask_row = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
+    bias_rows = None
     if bias is not None:
         bias_row = batch * bias_strides[0] + head * bias_strides[1] + bias_query.to(tl.int64) * bias_strides[2]
-        biases = (bias, bias_row, bias_strides[3])
+        bias_rows = (bias, bias_row, bias_strides[3])
 
     row_minimum = tl.full([BLOCK_M], float("inf"), tl.float32)
     extreme = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -280,10 +277,9 @@ def attention(
             tl.zeros([BLOCK_M], tl.int32) - base,
             split,
             num_splits,
-            factors,
-            flags,
-            masks,
-            biases,
+            term_rows,
+            mask_row,
+            bias_rows,
             row_minimum,
             unit,
             inner_scale,
@@ -303,26 +299,26 @@ def attention(
     if suffix_starts is not None:
         first, last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
         shift = prefix - suffix_start
+        own_keys = (
+            own_key + kv_head * own_key_strides[1],
+            own_key_strides,
+            own_value + kv_head * own_value_strides[1],
+            own_value_strides,
+        )
         accumulator, extreme, total = _sweep(
             accumulator,
             extreme,
             total,
             b_query,
-            (
-                own_key + kv_head * own_key_strides[1],
-                own_key_strides,
-                own_value + kv_head * own_value_strides[1],
-                own_value_strides,
-            ),
+            own_keys,
             first - shift,
             last - shift,
             shift,
             split,
             num_splits,
-            factors,
-            flags,
-            masks,
-            biases,
+            term_rows,
+            mask_row,
+            bias_rows,
             row_minimum,
             unit,
             inner_scale,
@@ -345,9 +341,8 @@ def attention(
             extreme, total, rescale = add_sink(sink, extreme, total)
             accumulator *= rescale[:, None]
         o_dv = tl.arange(0, BLOCK_DV)
-        p_output = output + offset[:, None] * DV + o_dv[None, :]
         b_output = (accumulator * reciprocal(total)[:, None]).to(output.dtype.element_ty)
-        tl.store(p_output, b_output, mask=stored[:, None] & (o_dv[None, :] < DV))
+        tl.store(output + offset[:, None] * DV + o_dv[None, :], b_output, mask=stored[:, None] & (o_dv[None, :] < DV))
         if lse is not None:
             tl.store(lse + offset, (extreme + tl.log2(total)) * LN_2, mask=stored)
 
@@ -375,38 +370,48 @@ def merge(
     is_split = o_split < num_splits
     # a split's lse is a score, its output the value that goes with it
     scores = tl.load(partial_lse + o_split * all_rows + row, mask=is_split, other=float("-inf"))
-    start = tl.full([1], float("-inf"), tl.float32)
-    weights, maximum, total, _ = online_softmax(scores[None, :], start, tl.zeros([1], tl.float32), LOG2_E)
+    extreme = tl.full([1], float("-inf"), tl.float32)
+    weights, extreme, total, _ = online_softmax(scores[None, :], extreme, tl.zeros([1], tl.float32), LOG2_E)
     p_partial = partial + (o_split * all_rows + row)[:, None] * DV + o_dv[None, :]
     values = tl.load(p_partial, mask=is_split[:, None] & (o_dv[None, :] < DV), other=0.0)
     mean = tl.sum(tl.reshape(weights, [BLOCK_SPLITS, 1]) * values, 0)[None, :]  # [1, BLOCK_DV]
     if sinks is not None:
         sink = tl.load(sinks + row // rows % HEADS * sinks_stride).to(tl.float32)
-        maximum, total, rescale = add_sink(sink, maximum, total)
+        extreme, total, rescale = add_sink(sink, extreme, total)
         mean *= rescale[:, None]
     mean = (mean * reciprocal(total)[:, None]).to(output.dtype.element_ty)
     tl.store(output + row * DV + o_dv[None, :], mean, mask=o_dv[None, :] < DV)
     if lse is not None:
-        tl.store(lse + row + tl.arange(0, 1), (maximum + tl.log2(total)) * LN_2)
+        tl.store(lse + row + tl.arange(0, 1), (extreme + tl.log2(total)) * LN_2)
 
 
-@triton.jit(do_not_specialize=["length", "touched_shift"])
-def find_touched(
-    factor,  # (V, H, length)
+@triton.jit(do_not_specialize=["positions", "touched_shift"])
+def prepare_factors(
+    factor,  # (V, H, positions)
     factor_strides,
+    terms,  # (V, H, positions) float32, contiguous: what `suppress` wants to know of each factor
     touched,  # (V, H) int64, contiguous
-    length,
+    positions,
     touched_shift,
+    unit,
     HEADS: tl.constexpr,
+    MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Bit i of a word: is there a factor other than 1 at positions [i << touched_shift, (i + 1) << touched_shift)?"""
+    """One row of factors. Bit i of touched: is one at positions [i << touched_shift, (i + 1) << touched_shift) not 1?
+
+    A tile of many variants reads a rectangle of terms and masks afterwards. At own rows that a row does not see, key
+    indices are not its positions, yet what is read lies within `terms`: suffixes are at most `positions` long, so v
+    of them end no later than v rows of terms do.
+    """
     word = tl.program_id(0).to(tl.int64)
     p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
     flag = tl.arange(0, FLAGS)
     found = tl.zeros([FLAGS], tl.int32)
     for begin in range(0, 1 << touched_shift, BLOCK):
         position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
-        b_factor = tl.load(p_factor + position.to(tl.int64) * factor_strides[2], mask=position < length, other=1.0)
+        exists = position < positions
+        b_factor = tl.load(p_factor + position.to(tl.int64) * factor_strides[2], mask=exists, other=1.0).to(tl.float32)
         found |= tl.max((b_factor != 1).to(tl.int32), 1)
+        tl.store(terms + word * positions + position, suppression_term(b_factor, unit, MODE), mask=exists)
     tl.store(touched + word, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))

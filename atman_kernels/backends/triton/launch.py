@@ -18,7 +18,7 @@ INTERPRETED = type(forward.attention).__name__ == "InterpretedFunction"
 INTERPRETED_ARCHITECTURE, INTERPRETED_PROCESSORS = "sm_90", 4
 LEAST_SCALE = 1e-6
 LARGEST_WINDOW = 1 << 30  # positions plus a window stay within 32 bits
-TOUCHED_BLOCK = 64
+PREPARED_BLOCK = 64  # times 64 flags: factors that are read at once
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,11 @@ def attend(
     grid = (tiles * kv_heads * batch * splits,)
     with _on(query.device):
         if extras.factor is not None:
-            # a summary of the factors pays where several tiles read them
-            summarized = layout is not None or tiles * kv_heads > 1
-            arguments |= _factor_arguments(extras.factor, summarized)
+            arguments |= _prepared(extras.factor, arguments["unit"], options.mode)
         if options.mode == "shifted" and extras.factor is not None:
             minimum = query.new_empty((splits, batch, heads, rows), dtype=torch.float32)
             arguments["minimum"] = minimum
-            without = {"factor": None, "touched": None, "sinks": None}
+            without = {"terms": None, "touched": None, "sinks": None}
             run(forward.attention, grid, arguments | without | {"MINIMUM_PASS": True})
         if splits == 1:
             arguments |= {"output": output, "lse": lse if options.return_lse else None}
@@ -142,9 +140,11 @@ def _arguments(
         **_with_strides("own_key", own_key, 4),
         **_with_strides("own_value", own_value, 4),
         **dict(zip(names, indices, strict=True)),
-        **_with_strides("factor", None, 3),
-        **_with_strides("touched", None, 2),
+        "terms": None,
+        "touched": None,
         "touched_shift": 0,
+        "positions": 0,
+        "TERM_HEADS": 1,
         **_with_strides("key_mask", None if extras.key_mask is None else extras.key_mask.view(torch.uint8), 2),
         **_with_strides("bias", extras.bias, 4),
         "sinks": extras.sinks,
@@ -190,29 +190,26 @@ def _with_strides(name: str, tensor: Tensor | None, rank: int) -> dict[str, Any]
     return {name: tensor, f"{name}_strides": strides}
 
 
-def _factor_arguments(factor: Tensor, summarized: bool) -> dict[str, Any]:
-    """Factors as (V, 1|Hq, K), with flags that tell which of them are 1."""
+def _prepared(factor: Tensor, unit: float, mode: str) -> dict[str, Any]:
+    """Factors as the kernel wants them, with flags that tell which of them are 1: made anew in every call."""
     factor = factor if factor.ndim == 3 else factor.unsqueeze(1)
-    arguments = _with_strides("factor", factor, 3)
-    if not summarized:
-        return arguments
-    variants, heads, length = factor.shape
-    shift = touched_shift(length)
+    variants, heads, positions = factor.shape
+    terms = factor.new_empty(factor.shape, dtype=torch.float32)
     touched = factor.new_empty((variants, heads), dtype=torch.int64)
-    run(
-        forward.find_touched,
-        (variants * heads,),
-        {
-            "factor": factor,
-            "factor_strides": arguments["factor_strides"],
-            "touched": touched,
-            "length": length,
-            "touched_shift": shift,
-            "HEADS": heads,
-            "BLOCK": TOUCHED_BLOCK,
-        },
-    )
-    return arguments | _with_strides("touched", touched, 2) | {"touched_shift": shift}
+    shift = touched_shift(positions)
+    arguments = {
+        **_with_strides("factor", factor, 3),
+        "terms": terms,
+        "touched": touched,
+        "positions": positions,
+        "touched_shift": shift,
+        "unit": unit,
+        "HEADS": heads,
+        "MODE": mode,
+        "BLOCK": PREPARED_BLOCK,
+    }
+    run(forward.prepare_factors, (variants * heads,), arguments)
+    return {"terms": terms, "touched": touched, "touched_shift": shift, "positions": positions, "TERM_HEADS": heads}
 
 
 def touched_shift(length: int) -> int:

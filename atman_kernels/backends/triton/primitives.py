@@ -25,6 +25,12 @@ def visible_positions(position, first, last, window, IS_CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def sees(keys, first, last):
+    """[M, N]: whether a row sees a key, from the interval [first, last) of each row."""
+    return (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
+
+
+@triton.jit
 def tanh(x):
     """To a few roundings of float32, near zero too, where the quotient cancels."""
     square = x * x
@@ -35,15 +41,25 @@ def tanh(x):
 
 
 @triton.jit
-def suppress(scores, factor, row_minimum, unit, MODE: tl.constexpr):
-    """`formula.suppress_scores`: [M, N] scores by factors [1|M, N]; a factor of 1 leaves every bit alone."""
+def suppression_term(factor, unit, MODE: tl.constexpr):
+    """All of `formula.suppress_scores` that does not depend on a score; computed once per factor."""
     if MODE == "log_additive":
-        suppressed = scores + tl.log2(factor) / unit
+        return tl.log2(factor) / unit
     elif MODE == "multiplicative":
-        suppressed = scores * factor
+        return factor
     else:
-        suppressed = scores + (factor - 1) * (scores - row_minimum[:, None])
-    return tl.where(factor == 1, scores, suppressed)
+        return factor - 1
+
+
+@triton.jit
+def suppress(scores, term, row_minimum, MODE: tl.constexpr):
+    """`formula.suppress_scores`: [M, N] scores, [1|M, N] terms. The term of a factor of 1 changes no bit."""
+    if MODE == "log_additive":
+        return scores + term
+    elif MODE == "multiplicative":
+        return scores * term
+    else:
+        return scores + term * (scores - row_minimum[:, None])
 
 
 @triton.jit
