@@ -23,6 +23,7 @@ from atman_kernels.backends.triton.primitives import (
 )
 
 FAR: tl.constexpr = tl.constexpr(2**31 - 1)  # beyond every index
+ALIGNED: tl.constexpr = tl.constexpr(4)  # terms that are read at once
 FLAGS: tl.constexpr = tl.constexpr(64)  # in a word of `touched`
 
 
@@ -35,12 +36,14 @@ def _sweep(
     keys_and_values,  # (pointer to the keys of one head, strides, pointer to its values, strides)
     first,  # [BLOCK_M] each row sees the keys [first, last) of them
     last,
-    shift,  # [BLOCK_M] a key's position is its index + shift
     split,
     num_splits,
-    terms,  # None, or (pointer, [BLOCK_M] offset of position 0, [BLOCK_M] flags, touched_shift)
+    origin,  # index of the key at position 0
+    terms,  # None, or pointer to the terms of the first row
+    term_row,  # None if all rows have the same terms; else [BLOCK_M] offset of each row's
+    flags,  # None if all terms are read; else (flags of all rows, touched_shift)
     key_mask,  # None, or (pointer to one sequence's, stride)
-    bias,  # None, or (pointer, [BLOCK_M] offset of position 0, stride)
+    bias,  # None, or (pointer, [BLOCK_M] offset of key 0, stride)
     row_minimum,  # [BLOCK_M], read by "shifted"
     unit,
     inner_scale,
@@ -59,28 +62,23 @@ def _sweep(
     seeing = first < last
     first = tl.where(seeing, first, FAR)
     last = tl.where(seeing, last, 0)
-    start, stop = tl.min(first), tl.max(last)
+    stop = tl.max(last)
+    # Blocks begin where terms are aligned. FAR - 1 is no key, but a start that has no blocks after it.
+    start = origin + ((tl.minimum(tl.min(first), FAR - 1) - origin) & -ALIGNED)
     full_start, full_stop = tl.max(first), tl.min(last)  # what every row sees needs no mask
     share = tl.cdiv(tl.maximum(stop - start, 0), num_splits * BLOCK_N) * BLOCK_N
     start += split * share
     stop = tl.minimum(stop, start + share)
 
-    if terms is not None:
-        p_term, term_row, flags, touched_shift = terms
-        term_row += shift
-        first_term_row = tl.min(term_row)
-        one_term_row = first_term_row == tl.max(term_row)
-        block_shift = tl.max(shift)
-        flags = tl.reduce_or(flags, 0)
-        if tl.min(shift) != block_shift:  # flags of different rows speak of different keys
-            flags = tl.where(flags != 0, tl.full([], -1, tl.int64), flags)
+    if term_row is not None:
+        one_term_row = tl.max(term_row) == 0
+    if flags is not None:
+        touched, touched_shift = flags
     if key_mask is not None:
         p_mask, mask_stride = key_mask
     if bias is not None:
         p_bias, bias_row, bias_stride = bias
-        bias_row += shift.to(tl.int64) * bias_stride
         bias_unit = 1 / (unit * LN_2)
-
     hidden = float("inf") if MINIMUM_PASS else float("-inf")
 
     o_n = tl.arange(0, BLOCK_N)
@@ -95,14 +93,21 @@ def _sweep(
         # What is read per row and key is read before the product of queries and keys: the compiler then spreads
         # the scores over threads as the product leaves them, not as these loads would like it.
         if terms is not None:
-            # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
-            first_flag = (block + block_shift) >> touched_shift
-            last_flag = tl.minimum((block + block_shift + BLOCK_N - 1) >> touched_shift, FLAGS - 1)
-            flagged = (((flags >> tl.cast(first_flag, tl.int64)) | (flags >> tl.cast(last_flag, tl.int64))) & 1) != 0
-            gathered = flagged & (not one_term_row)
-            b_terms = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
-            if gathered:  # at keys that a row does not see this reads terms of other rows, see `prepare_factors`
-                b_terms = tl.load(p_term + (term_row[:, None] + keys[None, :]), mask=in_reach[None, :], other=0.0)
+            position = tl.multiple_of(block - origin, ALIGNED)
+            p_terms = terms + position + o_n
+            flagged = True
+            if flags is not None:
+                # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
+                first_flag = tl.cast(position >> touched_shift, tl.int64)
+                last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
+                flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
+            shared = flagged
+            if term_row is not None:
+                shared = flagged & one_term_row
+                gathered = flagged & (not one_term_row)
+                row_terms = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
+                if gathered:
+                    row_terms = tl.load(term_row[:, None] + p_terms[None, :])
         if bias is not None:
             o_bias = bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
             b_bias = tl.load(p_bias + o_bias, mask=sees(keys, first, last), other=float("-inf")).to(tl.float32)
@@ -118,12 +123,11 @@ def _sweep(
             scores += tl.where(b_bias > float("-inf"), b_bias, 0.0) * bias_unit
 
         if terms is not None:
-            if flagged & one_term_row:
-                b_term = tl.load(p_term + (first_term_row + keys), mask=in_reach, other=0.0)
-                scores = suppress(scores, b_term[None, :], row_minimum, MODE)
-            if gathered:
-                scores = suppress(scores, b_terms, row_minimum, MODE)
-
+            if shared:
+                scores = suppress(scores, tl.load(p_terms)[None, :], row_minimum, MODE)
+            if term_row is not None:
+                if gathered:
+                    scores = suppress(scores, row_terms, row_minimum, MODE)
         if (block < full_start) | (block + BLOCK_N > full_stop):
             scores = tl.where(sees(keys, first, last), scores, hidden)
         if key_mask is not None:
@@ -159,10 +163,11 @@ def attention(
     prefix_lengths,  # (V,)
     base_starts,  # (V,)
     row_variant,  # (rows,)
-    terms,  # (V|B, TERM_HEADS, positions) float32 from `prepare_factors`, or None; so are the next three
+    terms,  # (V|B, TERM_HEADS, positions) float32 from `prepare_factors`, or None; so are the next four
     touched,  # (V|B, TERM_HEADS) int64
     touched_shift,
-    positions,
+    positions,  # a multiple of ALIGNED
+    own_terms,  # (TERM_HEADS, rows) float32 from `prepare_own_factors`; None for a dense batch
     key_mask,  # (B, keys) uint8, or None
     key_mask_strides,
     bias,  # (1|B, 1|Hq, 1|rows, 1|keys), of a pack (1, 1|Hq, 1|P, 1|P) over positions, or None
@@ -181,8 +186,9 @@ def attention(
     inner_scale,
     BATCH: tl.constexpr,
     HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TERM_HEADS: tl.constexpr,  # 1 or HEADS
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads that are folded into a tile's rows: all that share a key head, or 1
+    TERM_HEADS: tl.constexpr,  # 1, or HEADS; then GROUP is 1
     MODE: tl.constexpr,
     MINIMUM_PASS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -198,7 +204,7 @@ def attention(
     # Later rows reach further, in causal batches as in packs that begin with their longest suffixes: they start first.
     program = tl.program_id(0)
     tile = num_tiles - 1 - program % num_tiles
-    kv_head = program // num_tiles % (HEADS // GROUP)
+    first_head = program // num_tiles % (HEADS // GROUP) * GROUP
     batch = program // num_tiles // (HEADS // GROUP) % BATCH
     split = program // num_tiles // (HEADS // GROUP) // BATCH
 
@@ -206,8 +212,8 @@ def attention(
     stored = lane < rows * GROUP
     lane = tl.minimum(lane, rows * GROUP - 1)  # past the end the last row is computed again
     row = lane // GROUP
-    head = (kv_head * GROUP + lane % GROUP).to(tl.int64)
-    kv_head = tl.cast(kv_head, tl.int64)
+    head = (first_head + lane % GROUP).to(tl.int64)
+    kv_head = tl.cast(first_head // (HEADS // KV_HEADS), tl.int64)
 
     # where each row stands
     if suffix_starts is None:
@@ -231,17 +237,12 @@ def attention(
     o_d = tl.arange(0, BLOCK_D)
     p_query = query + batch * query_strides[0] + head * query_strides[1] + row.to(tl.int64) * query_strides[2]
     b_query = tl.load(p_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0)
-    term_rows = None
-    if terms is not None:
-        word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
-        term_rows = (terms, word * positions, tl.load(touched + word), touched_shift)
     mask_row = None
     if key_mask is not None:
         mask_row = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
     bias_rows = None
     if bias is not None:
         bias_row = batch * bias_strides[0] + head * bias_strides[1] + bias_query.to(tl.int64) * bias_strides[2]
-        bias_rows = (bias, bias_row, bias_strides[3])
 
     row_minimum = tl.full([BLOCK_M], float("inf"), tl.float32)
     extreme = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -262,10 +263,22 @@ def attention(
         value + batch * value_strides[0] + kv_head * value_strides[1],
         value_strides,
     )
+    p_terms = None
+    term_row = None
+    flags = None
+    if terms is not None:
+        word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
+        first_word = tl.min(word)
+        p_terms = terms + first_word * positions
+        if suffix_starts is not None:
+            term_row = tl.multiple_of((word - first_word) * positions, ALIGNED)
+        flags = (tl.reduce_or(tl.load(touched + word), 0), touched_shift)
     base_start = tl.where(first < last, base_start, FAR)
     base = tl.min(base_start)
     while base < FAR:
         here = base_start == base
+        if bias is not None:
+            bias_rows = (bias, bias_row - base * bias_strides[3], bias_strides[3])
         accumulator, extreme, total = _sweep(
             accumulator,
             extreme,
@@ -274,10 +287,12 @@ def attention(
             base_keys,
             tl.where(here, base + first, 0),
             tl.where(here, base + last, 0),
-            tl.zeros([BLOCK_M], tl.int32) - base,
             split,
             num_splits,
-            term_rows,
+            base,
+            p_terms,
+            term_row,
+            flags,
             mask_row,
             bias_rows,
             row_minimum,
@@ -298,13 +313,18 @@ def attention(
     # the variants' own rows
     if suffix_starts is not None:
         first, last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
-        shift = prefix - suffix_start
+        shift = prefix - suffix_start  # from an index to its position
         own_keys = (
             own_key + kv_head * own_key_strides[1],
             own_key_strides,
             own_value + kv_head * own_value_strides[1],
             own_value_strides,
         )
+        p_terms = None
+        if terms is not None:
+            p_terms = own_terms + tl.min(head) % TERM_HEADS * rows
+        if bias is not None:
+            bias_rows = (bias, bias_row + shift.to(tl.int64) * bias_strides[3], bias_strides[3])
         accumulator, extreme, total = _sweep(
             accumulator,
             extreme,
@@ -313,10 +333,12 @@ def attention(
             own_keys,
             first - shift,
             last - shift,
-            shift,
             split,
             num_splits,
-            term_rows,
+            0,
+            p_terms,
+            None,
+            None,
             mask_row,
             bias_rows,
             row_minimum,
@@ -385,12 +407,13 @@ def merge(
         tl.store(lse + row + tl.arange(0, 1), (extreme + tl.log2(total)) * LN_2)
 
 
-@triton.jit(do_not_specialize=["positions", "touched_shift"])
+@triton.jit(do_not_specialize=["length", "positions", "touched_shift"])
 def prepare_factors(
-    factor,  # (V, H, positions)
+    factor,  # (V, H, length)
     factor_strides,
     terms,  # (V, H, positions) float32, contiguous: what `suppress` wants to know of each factor
     touched,  # (V, H) int64, contiguous
+    length,
     positions,
     touched_shift,
     unit,
@@ -398,20 +421,40 @@ def prepare_factors(
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of factors. Bit i of touched: is one at positions [i << touched_shift, (i + 1) << touched_shift) not 1?
-
-    A tile of many variants reads a rectangle of terms and masks afterwards. At own rows that a row does not see, key
-    indices are not its positions, yet what is read lies within `terms`: suffixes are at most `positions` long, so v
-    of them end no later than v rows of terms do.
-    """
+    """One row of factors. Bit i of touched: is one at positions [i << touched_shift, (i + 1) << touched_shift) not 1?"""
     word = tl.program_id(0).to(tl.int64)
     p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
     flag = tl.arange(0, FLAGS)
     found = tl.zeros([FLAGS], tl.int32)
     for begin in range(0, 1 << touched_shift, BLOCK):
         position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
-        exists = position < positions
+        exists = position < length
         b_factor = tl.load(p_factor + position.to(tl.int64) * factor_strides[2], mask=exists, other=1.0).to(tl.float32)
         found |= tl.max((b_factor != 1).to(tl.int32), 1)
         tl.store(terms + word * positions + position, suppression_term(b_factor, unit, MODE), mask=exists)
     tl.store(touched + word, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def prepare_own_factors(
+    factor,  # (V, H, length)
+    factor_strides,
+    own_terms,  # (H, rows) float32, contiguous
+    suffix_starts,
+    prefix_lengths,
+    row_variant,
+    rows,
+    unit,
+    HEADS: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The terms of a pack's own rows as keys: they are seen by their own variant only, so each has but one."""
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
+    exists = row < rows
+    variant = tl.load(row_variant + row, mask=exists, other=0)
+    position = tl.load(prefix_lengths + variant) + row - tl.load(suffix_starts + variant)
+    o_factor = variant.to(tl.int64) * factor_strides[0] + position.to(tl.int64) * factor_strides[2]
+    b_factor = tl.load(factor + head * factor_strides[1] + o_factor, mask=exists, other=1.0).to(tl.float32)
+    tl.store(own_terms + head * rows + row, suppression_term(b_factor, unit, MODE), mask=exists)

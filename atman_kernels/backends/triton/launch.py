@@ -18,6 +18,9 @@ INTERPRETED = type(forward.attention).__name__ == "InterpretedFunction"
 INTERPRETED_ARCHITECTURE, INTERPRETED_PROCESSORS = "sm_90", 4
 LEAST_SCALE = 1e-6
 LARGEST_WINDOW = 1 << 30  # positions plus a window stay within 32 bits
+ALIGNED = forward.ALIGNED.value
+MOST_KEYS = 128  # of a block
+OWN_BLOCK = 256
 PREPARED_BLOCK = 64  # times 64 flags: factors that are read at once
 
 
@@ -63,18 +66,21 @@ def attend(
         if layout is not None:
             layout = Layout(layout.own_key.float(), layout.own_value.float(), *_indices(layout))
 
-    config = _config(query, value_dim, layout, heads // kv_heads)
-    tiles = -(-rows * (heads // kv_heads) // config.block_m)
-    splits = _splits(query.device, tiles * kv_heads * batch, keys)
-    arguments = _arguments(query, key, value, layout, extras, options, config, tiles, splits)
-    grid = (tiles * kv_heads * batch * splits,)
+    per_head = extras.factor is not None and extras.factor.ndim == 3
+    group = 1 if per_head else heads // kv_heads  # rows of a tile differ in their factors by variant only
+    config = _config(query, value_dim, layout, group)
+    tiles = -(-rows * group // config.block_m)
+    programs = tiles * (heads // group) * batch
+    splits = _splits(query.device, programs, keys)
+    arguments = _arguments(query, key, value, layout, extras, options, config, group, tiles, splits)
+    grid = (programs * splits,)
     with _on(query.device):
         if extras.factor is not None:
-            arguments |= _prepared(extras.factor, arguments["unit"], options.mode)
+            arguments |= _prepared(extras.factor, layout, arguments["unit"], options.mode)
         if options.mode == "shifted" and extras.factor is not None:
             minimum = query.new_empty((splits, batch, heads, rows), dtype=torch.float32)
             arguments["minimum"] = minimum
-            without = {"terms": None, "touched": None, "sinks": None}
+            without = {"terms": None, "sinks": None}
             run(forward.attention, grid, arguments | without | {"MINIMUM_PASS": True})
         if splits == 1:
             arguments |= {"output": output, "lse": lse if options.return_lse else None}
@@ -122,6 +128,7 @@ def _arguments(
     extras: Extras,
     options: ScoreOptions,
     config: KernelConfig,
+    group: int,
     tiles: int,
     splits: int,
 ) -> dict[str, Any]:
@@ -144,6 +151,7 @@ def _arguments(
         "touched": None,
         "touched_shift": 0,
         "positions": 0,
+        "own_terms": None,
         "TERM_HEADS": 1,
         **_with_strides("key_mask", None if extras.key_mask is None else extras.key_mask.view(torch.uint8), 2),
         **_with_strides("bias", extras.bias, 4),
@@ -161,7 +169,8 @@ def _arguments(
         "inner_scale": inner_scale,
         "BATCH": batch,
         "HEADS": heads,
-        "GROUP": heads // kv_heads,
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
         "MODE": options.mode,
         "MINIMUM_PASS": False,
         "IS_CAUSAL": options.is_causal,
@@ -190,26 +199,48 @@ def _with_strides(name: str, tensor: Tensor | None, rank: int) -> dict[str, Any]
     return {name: tensor, f"{name}_strides": strides}
 
 
-def _prepared(factor: Tensor, unit: float, mode: str) -> dict[str, Any]:
+def _prepared(factor: Tensor, layout: Layout | None, unit: float, mode: str) -> dict[str, Any]:
     """Factors as the kernel wants them, with flags that tell which of them are 1: made anew in every call."""
     factor = factor if factor.ndim == 3 else factor.unsqueeze(1)
-    variants, heads, positions = factor.shape
-    terms = factor.new_empty(factor.shape, dtype=torch.float32)
+    variants, heads, length = factor.shape
+    positions = -(-length // ALIGNED) * ALIGNED
+    # A block of keys may reach past the last position, and what it reads there is masked afterwards.
+    terms = factor.new_empty(variants * heads * positions + MOST_KEYS, dtype=torch.float32)
     touched = factor.new_empty((variants, heads), dtype=torch.int64)
-    shift = touched_shift(positions)
-    arguments = {
-        **_with_strides("factor", factor, 3),
-        "terms": terms,
-        "touched": touched,
-        "positions": positions,
-        "touched_shift": shift,
-        "unit": unit,
-        "HEADS": heads,
-        "MODE": mode,
-        "BLOCK": PREPARED_BLOCK,
-    }
-    run(forward.prepare_factors, (variants * heads,), arguments)
-    return {"terms": terms, "touched": touched, "touched_shift": shift, "positions": positions, "TERM_HEADS": heads}
+    shift = touched_shift(length)
+    common = {**_with_strides("factor", factor, 3), "unit": unit, "HEADS": heads, "MODE": mode}
+    run(
+        forward.prepare_factors,
+        (variants * heads,),
+        common
+        | {
+            "terms": terms,
+            "touched": touched,
+            "length": length,
+            "positions": positions,
+            "touched_shift": shift,
+            "BLOCK": PREPARED_BLOCK,
+        },
+    )
+    prepared = {"terms": terms, "touched": touched, "touched_shift": shift, "positions": positions, "TERM_HEADS": heads}
+    if layout is None:
+        return prepared
+    rows = layout.row_variant.shape[0]
+    own_terms = factor.new_empty(heads * rows + MOST_KEYS, dtype=torch.float32)
+    run(
+        forward.prepare_own_factors,
+        (heads * -(-rows // OWN_BLOCK),),
+        common
+        | {
+            "own_terms": own_terms,
+            "suffix_starts": layout.suffix_starts,
+            "prefix_lengths": layout.prefix_lengths,
+            "row_variant": layout.row_variant,
+            "rows": rows,
+            "BLOCK": OWN_BLOCK,
+        },
+    )
+    return prepared | {"own_terms": own_terms}
 
 
 def touched_shift(length: int) -> int:
