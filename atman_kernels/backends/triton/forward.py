@@ -147,7 +147,7 @@ def _sweep(
     return accumulator, extreme, total
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "num_splits", "window", "touched_shift", "positions"])
+@triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "num_splits", "window", "touched_shift"])
 def attention(
     query,  # (B, Hq, rows, D)
     query_strides,
@@ -166,7 +166,7 @@ def attention(
     terms,  # (V|B, TERM_HEADS, positions) float32 from `prepare_factors`, or None; so are the next four
     touched,  # (V|B, TERM_HEADS) int64
     touched_shift,
-    positions,  # a multiple of ALIGNED
+    positions,  # a multiple of 16, which the compiler is told
     own_terms,  # (TERM_HEADS, rows) float32 from `prepare_own_factors`; None for a dense batch
     key_mask,  # (B, keys) uint8, or None
     key_mask_strides,
@@ -271,7 +271,7 @@ def attention(
         first_word = tl.min(word)
         p_terms = terms + first_word * positions
         if suffix_starts is not None:
-            term_row = tl.multiple_of((word - first_word) * positions, ALIGNED)
+            term_row = (word - first_word) * positions
         flags = (tl.reduce_or(tl.load(touched + word), 0), touched_shift)
     base_start = tl.where(first < last, base_start, FAR)
     base = tl.min(base_start)
@@ -407,7 +407,7 @@ def merge(
         tl.store(lse + row + tl.arange(0, 1), (extreme + tl.log2(total)) * LN_2)
 
 
-@triton.jit(do_not_specialize=["length", "positions", "touched_shift"])
+@triton.jit(do_not_specialize=["length", "touched_shift"])
 def prepare_factors(
     factor,  # (V, H, length)
     factor_strides,

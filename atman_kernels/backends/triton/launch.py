@@ -18,7 +18,7 @@ INTERPRETED = type(forward.attention).__name__ == "InterpretedFunction"
 INTERPRETED_ARCHITECTURE, INTERPRETED_PROCESSORS = "sm_90", 4
 LEAST_SCALE = 1e-6
 LARGEST_WINDOW = 1 << 30  # positions plus a window stay within 32 bits
-ALIGNED = forward.ALIGNED.value
+POSITIONS_STEP = 16  # the alignment that Triton recognizes in an argument
 MOST_KEYS = 128  # of a block
 OWN_BLOCK = 256
 PREPARED_BLOCK = 64  # times 64 flags: factors that are read at once
@@ -203,7 +203,7 @@ def _prepared(factor: Tensor, layout: Layout | None, unit: float, mode: str) -> 
     """Factors as the kernel wants them, with flags that tell which of them are 1: made anew in every call."""
     factor = factor if factor.ndim == 3 else factor.unsqueeze(1)
     variants, heads, length = factor.shape
-    positions = -(-length // ALIGNED) * ALIGNED
+    positions = -(-length // POSITIONS_STEP) * POSITIONS_STEP
     # A block of keys may reach past the last position, and what it reads there is masked afterwards.
     terms = factor.new_empty(variants * heads * positions + MOST_KEYS, dtype=torch.float32)
     touched = factor.new_empty((variants, heads), dtype=torch.int64)
