@@ -61,12 +61,12 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml setup.py $(PINS)
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml setup.py $(PINS)
 	@echo "Installing atman-kernels for development ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,gguf,plots]'
+	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,gguf,plots,triton]'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/dev
 	@echo "Installing what the benchmarks compare with ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,gguf,plots]'
+	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,gguf,plots,triton]'
 	@touch $@
 
 # torch goes first and alone, so that TORCH_INDEX decides which build of it everything else meets.

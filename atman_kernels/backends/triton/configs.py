@@ -15,13 +15,12 @@ from typing import Any
 FOLDER = Path(__file__).parent / "configs"
 HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = ("16-bit", "32-bit")
-# prefill: tiles lie within one variant. packed: a tile spans several. decode: all rows of a call fit into one tile.
-REGIMES = ("prefill", "packed", "decode")
+# decode: all rows of a key head fit into one tile. Else a dense batch, or a pack, whose tiles may span many variants.
+REGIMES = ("dense", "packed", "decode")
 # Compute capability → table. 8.6 to 8.9 and 12.x have less shared memory per block than their data-centre siblings.
 ARCHITECTURES = {"sm_80": (80, 87), "sm_86": (86, 88, 89, 120, 121), "sm_90": (90,), "sm_100": (100, 101, 103, 110)}
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes per block
 DECODE_ROWS = 64  # the tallest tile of the decode regime
-LONG_SUFFIX = 128  # rows of a variant, on average, from which on most tiles lie within one
 LEAST_SHARE = 256  # keys that are worth a split of their own
 MOST_SPLITS = 64
 
@@ -67,16 +66,16 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def regime(rows: int, variants: int, is_packed: bool) -> str:
+def regime(rows: int, is_packed: bool) -> str:
     """The kind of work. `rows` are those of one key head, group folded in, of a batch entry or of a whole pack.
 
     Example:
-        >>> regime(4, 8, False), regime(4096, 8, True), regime(4096, 1000, True)
-        ('decode', 'prefill', 'packed')
+        >>> regime(4, False), regime(4096, False), regime(4096, True)
+        ('decode', 'dense', 'packed')
     """
     if rows <= DECODE_ROWS:
         return "decode"
-    return "packed" if is_packed and rows < LONG_SUFFIX * variants else "prefill"
+    return "packed" if is_packed else "dense"
 
 
 def choose(table: Table, element_size: int, regime: str, head_dim: int, value_dim: int, rows: int) -> KernelConfig:

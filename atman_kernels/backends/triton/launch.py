@@ -16,6 +16,7 @@ LOG2_E = math.log2(math.e)
 INTERPRETED = type(forward.attention).__name__ == "InterpretedFunction"
 # What the interpreter stands for: a device of few processors, so that small calls are split there too.
 INTERPRETED_ARCHITECTURE, INTERPRETED_PROCESSORS = "sm_90", 4
+MOST_REGISTERS = 255  # of a thread: told so, the assembler does not spill to fit more blocks on a processor
 LEAST_SCALE = 1e-6
 LARGEST_WINDOW = 1 << 30  # positions plus a window stay within 32 bits
 POSITIONS_STEP = 16  # the alignment that Triton recognizes in an argument
@@ -184,6 +185,7 @@ def _arguments(
         "BLOCK_DV": configs.padded(value_dim),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": MOST_REGISTERS,
     }
 
 
@@ -281,13 +283,12 @@ def _config(query: Tensor, value_dim: int, layout: Layout | None, group: int) ->
     forced = configs.forced_now().config
     if forced is not None:
         return forced
-    batch, _, rows, dim = query.shape
-    variants = batch if layout is None else layout.prefix_lengths.shape[0]
+    _, _, rows, dim = query.shape
     if INTERPRETED:
         name = INTERPRETED_ARCHITECTURE
     else:
         name = configs.architecture(torch.cuda.get_device_capability(query.device))
-    regime = configs.regime(rows * group, variants, layout is not None)
+    regime = configs.regime(rows * group, layout is not None)
     return configs.choose(configs.load(name), query.element_size(), regime, dim, value_dim, rows * group)
 
 
