@@ -48,7 +48,7 @@ Table = dict[Key, KernelConfig]
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """The table for a compute capability: its own, or that of the newest architecture that is not newer.
+    """The table for a compute capability; unknown ones get the one that asks least of a device.
 
     Example:
         >>> architecture((9, 0)), architecture((8, 9)), architecture((13, 0))
@@ -58,7 +58,7 @@ def architecture(capability: tuple[int, int]) -> str:
     for name, numbers in ARCHITECTURES.items():
         if number in numbers:
             return name
-    return "sm_86"  # the one that asks least of an unknown device
+    return "sm_86"
 
 
 def padded(dim: int) -> int:

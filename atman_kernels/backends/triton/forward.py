@@ -240,7 +240,6 @@ def attention(
     mask_row = None
     if key_mask is not None:
         mask_row = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
-    bias_rows = None
     if bias is not None:
         bias_row = batch * bias_strides[0] + head * bias_strides[1] + bias_query.to(tl.int64) * bias_strides[2]
 
@@ -277,8 +276,9 @@ def attention(
     base = tl.min(base_start)
     while base < FAR:
         here = base_start == base
+        base_bias = None
         if bias is not None:
-            bias_rows = (bias, bias_row - base * bias_strides[3], bias_strides[3])
+            base_bias = (bias, bias_row - tl.cast(base, tl.int64) * bias_strides[3], bias_strides[3])
         accumulator, extreme, total = _sweep(
             accumulator,
             extreme,
@@ -294,7 +294,7 @@ def attention(
             term_row,
             flags,
             mask_row,
-            bias_rows,
+            base_bias,
             row_minimum,
             unit,
             inner_scale,
@@ -323,8 +323,9 @@ def attention(
         p_terms = None
         if terms is not None:
             p_terms = own_terms + tl.min(head) % TERM_HEADS * rows
+        own_bias = None
         if bias is not None:
-            bias_rows = (bias, bias_row + shift.to(tl.int64) * bias_strides[3], bias_strides[3])
+            own_bias = (bias, bias_row + shift.to(tl.int64) * bias_strides[3], bias_strides[3])
         accumulator, extreme, total = _sweep(
             accumulator,
             extreme,
@@ -340,7 +341,7 @@ def attention(
             None,
             None,
             mask_row,
-            bias_rows,
+            own_bias,
             row_minimum,
             unit,
             inner_scale,

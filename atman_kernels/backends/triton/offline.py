@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,10 @@ def compile_call(capability: int, call: Call) -> list[Compiled]:
     """Every kernel of a call, compiled for ``sm_<capability>``."""
     if launch.INTERPRETED:
         raise RuntimeError("kernels are interpreted in this process; compile without TRITON_INTERPRET")
+    if call.config is None:
+        table = configs.load(configs.architecture(divmod(capability, 10)))
+        dims = call.head_dim, call.value_dim or call.head_dim
+        call = replace(call, config=configs.choose(table, call.dtype.itemsize, call.kind, *dims, rows=ROWS))
     with _target(capability), _collected() as kernels:
         call.launch()
     return [_measured(kernel) for kernel in kernels]
