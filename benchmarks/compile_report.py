@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from atman_kernels.backends.triton import configs
-from atman_kernels.backends.triton.configs import Key, KernelConfig
+from atman_kernels.backends.triton.configs import KernelConfig, Key
 from atman_kernels.backends.triton.offline import Call, compile_call
 
 DTYPES = {"16-bit": torch.bfloat16, "32-bit": torch.float32}
@@ -46,7 +46,8 @@ def calls(key: Key, config: KernelConfig) -> Iterator[Call]:
 def feature_calls(key: Key, config: KernelConfig) -> Iterator[Call]:
     for call in calls(key, config):
         for changes in FEATURES:
-            yield replace(call, **changes)
+            changed = replace(call, **changes)
+            yield replace(changed, config=configs.beside_bias(config, key.head_dim)) if changed.bias else changed
         if call.kind == "dense":
             yield replace(call, key_mask=True)
 
@@ -83,7 +84,8 @@ def main() -> int:
         print(
             f"{row['architecture']:7} {row['regime']:8} {row['kind']:7} {row['dtype']:9}{row['head_dim']:4}"
             f"{config['block_m']:5}{config['block_n']:5}{config['num_warps']:6}{config['num_stages']:7}"
-            f"{row['registers']:11}{row['spilled']:8}{row['shared'] / 1024:12.1f}{'' if row['fits'] else '  does not fit'}",
+            f"{row['registers']:11}{row['spilled']:8}{row['shared'] / 1024:12.1f}"
+            f"{'' if row['fits'] else '  does not fit'}",
             flush=True,
         )
     if options.json:

@@ -1,8 +1,6 @@
 """The Triton kernels compile for GPUs that are not here, fit into their registers and their shared memory."""
 
 import os
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 from atman_kernels.backends.triton import configs
-from atman_kernels.backends.triton.configs import Key, KernelConfig
+from atman_kernels.backends.triton.configs import KernelConfig, Key
 from atman_kernels.backends.triton.offline import Call, compile_call
 from benchmarks import compile_report
 
@@ -32,11 +30,11 @@ def test_common_entries_fit(regime: str, architecture: str) -> None:
         assert row["fits"], row
 
 
-@pytest.mark.parametrize("changes", compile_report.FEATURES, ids=str)
-def test_features_compile(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("index", range(len(compile_report.FEATURES)), ids=map(str, compile_report.FEATURES))
+def test_features_fit(index: int) -> None:
     key = Key("16-bit", "packed", 64)
-    call = Call("packed", torch.bfloat16, 64, config=entry("sm_90", key))
-    row = compile_report.measure("sm_90", key, replace(call, **changes))
+    call = list(compile_report.feature_calls(key, entry("sm_90", key)))[index]
+    row = compile_report.measure("sm_90", key, call)
     assert row["fits"], row
 
 

@@ -15,7 +15,7 @@ from atman_kernels.errors import BackendUnavailableError
 pytest.importorskip("triton")
 
 from atman_kernels.backends.triton import configs
-from atman_kernels.backends.triton.configs import Key, KernelConfig
+from atman_kernels.backends.triton.configs import KernelConfig, Key
 
 
 def is_power_of_two(number: int) -> bool:
@@ -55,10 +55,19 @@ def test_tiles_are_no_taller_than_the_rows() -> None:
     assert [configs.choose(table, 2, "decode", 64, 33, rows).block_m for rows in (1, 17, 64, 999)] == [16, 32, 64, 64]
 
 
+def test_a_bias_takes_a_smaller_tile() -> None:
+    table = configs.load("sm_90")
+    for regime, dim in product(configs.REGIMES, configs.HEAD_DIMS):
+        without = configs.choose(table, 2, regime, dim, dim, 1000)
+        beside = configs.choose(table, 2, regime, dim, dim, 1000, has_bias=True)
+        assert beside.block_m <= min(without.block_m, 64)
+        assert beside.block_n <= min(without.block_n, 32)
+
+
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"),
-     ((12, 0), "sm_86"), ((15, 0), "sm_86")],
+    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
+     ((10, 3), "sm_100"), ((12, 0), "sm_86"), ((15, 0), "sm_86")],
 )  # fmt: skip
 def test_architectures(capability: tuple[int, int], name: str) -> None:
     assert configs.architecture(capability) == name
@@ -66,10 +75,10 @@ def test_architectures(capability: tuple[int, int], name: str) -> None:
 
 @pytest.mark.parametrize(
     ("programs", "keys", "processors", "splits"),
-    [(1, 255, 132, 1), (1, 256, 132, 1), (1, 512, 132, 2), (1, 10**6, 132, 64), (66, 10**6, 132, 4), (67, 10**6, 132, 1),
-     (33, 2048, 132, 8), (5000, 10**6, 132, 1), (1, 0, 132, 1)],
+    [(1, 255, 132, 1), (1, 256, 132, 1), (1, 512, 132, 2), (1, 10**6, 132, 64), (66, 10**6, 132, 4),
+     (67, 10**6, 132, 1), (33, 2048, 132, 8), (5000, 10**6, 132, 1), (1, 0, 132, 1)],
 )  # fmt: skip
-def test_splits(programs: int, keys: int, processors: int, splits: int) -> None:
+def test_splits_of_few_rows(programs: int, keys: int, processors: int, splits: int) -> None:
     assert configs.choose_splits(programs, keys, processors) == splits
 
 
@@ -78,6 +87,35 @@ def test_forced_configs_end_with_their_block() -> None:
     with configs.forced(config, 3):
         assert configs.forced_now() == configs.Forced(config, 3)
     assert configs.forced_now() == configs.Forced()
+
+
+# --- tuning ---
+
+
+def test_tuning_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atman_kernels.backends.triton import tuning
+
+    slow, fast, too_large = KernelConfig(64, 32, 4, 2), KernelConfig(64, 64, 4, 2), KernelConfig(128, 128, 4, 4)
+    times = {slow: 2.0, fast: 1.0, too_large: 0.5}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(tuning, "workload", lambda key, device: None)
+    monkeypatch.setattr(tuning, "milliseconds", lambda call, config: times.get(config, 3.0))
+    monkeypatch.setattr(tuning, "fits", lambda key, config, capability: config != too_large)
+    key, other = Key("16-bit", "dense", 64), Key("16-bit", "packed", 64)
+    found = list(tuning.tune({key: slow, other: fast}, [key, other], torch.device("cuda")))
+    assert found == [tuning.Tuned(key, slow, 2.0, fast, 1.0), tuning.Tuned(other, fast, 1.0, fast, 1.0)]
+
+
+def test_tuning_ignores_what_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atman_kernels.backends.triton import tuning
+
+    old = KernelConfig(64, 32, 4, 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(tuning, "workload", lambda key, device: None)
+    monkeypatch.setattr(tuning, "milliseconds", lambda call, config: 1.0 if config == old else 0.99)
+    monkeypatch.setattr(tuning, "fits", lambda key, config, capability: True)
+    key = Key("32-bit", "decode", 16)
+    assert [found.new for found in tuning.tune({key: old}, [key], torch.device("cuda"))] == [old]
 
 
 # --- availability ---

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,12 +78,22 @@ def regime(rows: int, is_packed: bool) -> str:
     return "packed" if is_packed else "dense"
 
 
-def choose(table: Table, element_size: int, regime: str, head_dim: int, value_dim: int, rows: int) -> KernelConfig:
+def choose(
+    table: Table, element_size: int, regime: str, head_dim: int, value_dim: int, rows: int, has_bias: bool = False
+) -> KernelConfig:
     """A table's entry, with a tile no taller than the power of two that holds the call's rows (group folded in)."""
     dtype = "16-bit" if element_size == 2 else "32-bit"
-    found = table[Key(dtype, regime, max(padded(head_dim), padded(value_dim)))]
-    block_m = min(found.block_m, padded(rows))
-    return KernelConfig(block_m, found.block_n, found.num_warps, found.num_stages)
+    dim = max(padded(head_dim), padded(value_dim))
+    found = table[Key(dtype, regime, dim)]
+    if has_bias:
+        found = beside_bias(found, dim)
+    return replace(found, block_m=min(found.block_m, padded(rows)))
+
+
+def beside_bias(config: KernelConfig, head_dim: int) -> KernelConfig:
+    """A smaller tile: a bias is one more number, and one more address, per row and key in a thread's registers."""
+    most_rows = 64 if head_dim <= 64 else 32
+    return replace(config, block_m=min(config.block_m, most_rows), block_n=min(config.block_n, 32))
 
 
 def choose_splits(programs: int, keys: int, processors: int) -> int:
@@ -127,7 +137,8 @@ class Forced:
     splits: int | None = None
 
 
-_forced: ContextVar[Forced] = ContextVar("forced", default=Forced())
+_NOTHING = Forced()
+_forced: ContextVar[Forced] = ContextVar("forced", default=_NOTHING)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def _sweep(
         if terms is not None:
             if shared:
                 scores = suppress(scores, tl.load(p_terms)[None, :], row_minimum, MODE)
-            if term_row is not None:
+            if term_row is not None:  # noqa: SIM102, the first is decided when compiling
                 if gathered:
                     scores = suppress(scores, row_terms, row_minimum, MODE)
         if (block < full_start) | (block + BLOCK_N > full_stop):
@@ -422,7 +422,7 @@ def prepare_factors(
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of factors. Bit i of touched: is one at positions [i << touched_shift, (i + 1) << touched_shift) not 1?"""
+    """One row of factors. Bit i of touched: is one of [i << touched_shift, (i + 1) << touched_shift) not 1?"""
     word = tl.program_id(0).to(tl.int64)
     p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
     flag = tl.arange(0, FLAGS)

@@ -69,7 +69,7 @@ def attend(
 
     per_head = extras.factor is not None and extras.factor.ndim == 3
     group = 1 if per_head else heads // kv_heads  # rows of a tile differ in their factors by variant only
-    config = _config(query, value_dim, layout, group)
+    config = _config(query, value_dim, group, layout is not None, extras.bias is not None)
     tiles = -(-rows * group // config.block_m)
     programs = tiles * (heads // group) * batch
     splits = _splits(query.device, programs, keys)
@@ -279,7 +279,7 @@ def _merge(partial: Tensor, partial_lse: Tensor, sinks: Tensor | None, output: T
     )
 
 
-def _config(query: Tensor, value_dim: int, layout: Layout | None, group: int) -> KernelConfig:
+def _config(query: Tensor, value_dim: int, group: int, is_packed: bool, has_bias: bool) -> KernelConfig:
     forced = configs.forced_now().config
     if forced is not None:
         return forced
@@ -288,8 +288,10 @@ def _config(query: Tensor, value_dim: int, layout: Layout | None, group: int) ->
         name = INTERPRETED_ARCHITECTURE
     else:
         name = configs.architecture(torch.cuda.get_device_capability(query.device))
-    regime = configs.regime(rows * group, layout is not None)
-    return configs.choose(configs.load(name), query.element_size(), regime, dim, value_dim, rows * group)
+    regime = configs.regime(rows * group, is_packed)
+    return configs.choose(
+        configs.load(name), query.element_size(), regime, dim, value_dim, rows * group, has_bias=has_bias
+    )
 
 
 def _splits(device: torch.device, programs: int, keys: int) -> int:

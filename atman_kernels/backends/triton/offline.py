@@ -96,7 +96,7 @@ def compile_call(capability: int, call: Call) -> list[Compiled]:
     if call.config is None:
         table = configs.load(configs.architecture(divmod(capability, 10)))
         dims = call.head_dim, call.value_dim or call.head_dim
-        call = replace(call, config=configs.choose(table, call.dtype.itemsize, call.kind, *dims, rows=ROWS))
+        call = replace(call, config=configs.choose(table, call.dtype.itemsize, call.kind, *dims, ROWS, call.bias))
     with _target(capability), _collected() as kernels:
         call.launch()
     return [_measured(kernel) for kernel in kernels]
