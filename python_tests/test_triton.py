@@ -186,6 +186,21 @@ def test_a_factor_far_out_is_found() -> None:
     assert (exact - untouched).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("touched", [201, 262])
+def test_blocks_between_two_flags(touched: int) -> None:
+    """The window begins at key 200: the first block of 64 keys lies across the border of two flags, at 256."""
+    case = DenseCase(batch=1, key_batch=1, query_length=1, key_length=300, is_causal=True, sliding_window=100,
+                     factor_values="1")  # fmt: skip
+    call = case.build(torch.float32, "keys", DEVICE)
+    call["factor"][0, touched] = 20.0
+    with configs.forced(KernelConfig(16, 64, 4, 2), 1):
+        output, _ = run_dense("triton", call)
+    exact, _ = plain_attention(**to_float64(call))
+    untouched, _ = plain_attention(**to_float64(call) | {"factor": None})
+    assert_within(output.cpu(), exact.float(), few_roundings(torch.float32))
+    assert (exact - untouched).abs().max() > 0.01
+
+
 # --- scores ---
 
 
