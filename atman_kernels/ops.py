@@ -344,7 +344,7 @@ def _unpacked(options: ScoreOptions) -> tuple[Any, ...]:
 def _run_dense(*arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, mode, is_causal, scale, window, softcap, return_lse, backend = arguments
     _check_factor_values(tensors[3])
-    module = backends.load(backend, tensors[0].device.type)
+    module = backends.load_for(backend, tensors[0], tensors[2])
     options = ScoreOptions(mode, is_causal, scale, window, softcap, return_lse)
     return module.suppressed_attention(*tensors, options)
 
@@ -352,7 +352,7 @@ def _run_dense(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _run_packed(*arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, mode, is_causal, scale, window, softcap, return_lse, backend = arguments
     _check_factor_values(tensors[10])
-    module = backends.load(backend, tensors[0].device.type)
+    module = backends.load_for(backend, tensors[0], tensors[2])
     options = ScoreOptions(mode, is_causal, scale, window, softcap, return_lse)
     return module.packed_suppressed_attention(*tensors, options)
 

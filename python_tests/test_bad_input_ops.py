@@ -85,6 +85,7 @@ SHARED = [
     ("mode", to(None), "mode 'log_additive' None"),
     ("backend", to("cudnn"), "backend 'reference' 'cpu' 'triton' 'cuda' 'cudnn'"),
     ("backend", to(3), "backend 'reference' 3"),
+    ("backend", to("reference:fast"), "backend 'reference' variants 'reference:fast'"),
     ("scale", to(math.nan), "scale finite nan"),
     ("scale", to(math.inf), "scale finite inf"),
     ("scale", to("0.1"), "scale '0.1'"),

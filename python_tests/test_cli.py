@@ -378,6 +378,13 @@ def test_bench_ops_compares_before_it_times(monkeypatch):
         bench.measure(16, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_bench_tune_needs_a_gpu():
+    result = atman("bench", "tune")
+    assert result.exit_code == 3
+    assert "tuning needs a GPU" in result.stderr
+
+
 def test_bench_outside_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(atman_kernels, "__file__", str(tmp_path / "atman_kernels" / "__init__.py"))
     result = atman("bench")

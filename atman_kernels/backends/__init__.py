@@ -8,10 +8,13 @@ A backend is a module with two functions::
 
 Both receive validated tensors (shapes in `atman_kernels.ops`) and a `formula.ScoreOptions`, and return
 ``(output, lse)``; lse has no elements unless ``options.return_lse``. `unavailable_reason` of a module says why it
-cannot run on a device type, or returns None. A backend with variants, named after a colon ("cpu:avx2"), has a function
+cannot run on a device type, or returns None. A module that does not take everything also has
+``unsupported_reason(query, value)``. A backend with variants, named after a colon ("cpu:avx2"), has a function
 `variant` that returns an object with the two functions.
 """
 
+import warnings
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch
 from atman_kernels.errors import BackendUnavailableError, InputError
 
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
-_BUILT: tuple[str, ...] = ("reference", "cpu")  # the others are named in the design and come later
+_BUILT: tuple[str, ...] = ("reference", "cpu", "triton")  # the others are named in the design and come later
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:
@@ -53,16 +56,49 @@ def load(name: str | None, device_type: str) -> Any:
         BackendUnavailableError: it cannot run on that device type, or has no such variant.
     """
     if name is None:
-        name = "cpu" if device_type == "cpu" else "reference"
-    family, _, variant = name.partition(":") if isinstance(name, str) else (name, "", "")
+        name = _fastest(device_type)
+    family, colon, variant = name.partition(":") if isinstance(name, str) else (name, "", "")
     if family not in NAMES:
         raise InputError(f"backend must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
     reason = unavailable_reason(family, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {family!r} cannot run on {device_type!r} tensors: {reason}")
     module = import_module(f"atman_kernels.backends.{family}")
-    if not variant:
+    if not colon:
         return module
     if not hasattr(module, "variant"):
         raise InputError(f"backend {family!r} has no variants, got {name!r}")
     return module.variant(variant)
+
+
+def load_for(name: str | None, query: torch.Tensor, value: torch.Tensor) -> Any:
+    """`load` for a call: a backend that was asked for and does not take these tensors raises, a default gives way.
+
+    Raises:
+        InputError, BackendUnavailableError: as `load`.
+    """
+    module = load(name, query.device.type)
+    reason = module.unsupported_reason(query, value) if hasattr(module, "unsupported_reason") else None
+    if reason is None:
+        return module
+    if name is not None:
+        instead = "'reference' takes it" if query.device.type != "cpu" else "'cpu' and 'reference' take it"
+        raise BackendUnavailableError(f"backend {name!r} cannot do this call: {reason}; {instead}")
+    _say_once(f"attention on {query.device.type!r} runs without a kernel, holding all scores: {reason}")
+    return load("reference", query.device.type)
+
+
+def _fastest(device_type: str) -> str:
+    if device_type == "cpu":
+        return "cpu"
+    if device_type != "cuda":
+        return "reference"
+    reason = unavailable_reason("triton", device_type)
+    if reason is not None:
+        _say_once(f"attention on 'cuda' runs without a kernel, holding all scores: backend 'triton': {reason}")
+    return "triton" if reason is None else "reference"
+
+
+@cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)

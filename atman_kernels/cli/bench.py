@@ -58,6 +58,59 @@ def ops(as_json: bool, lengths: tuple[int, ...], device: str | None, dtype: str)
         _print(rows, f"{dtype} on {target}, {HEADS} heads of {HEAD_DIM} over {KV_HEADS} key-value heads")
 
 
+@command.command("tune")
+@click.option("--dry-run", is_flag=True, help="Measure and print, write nothing.")
+@click.option(
+    "--regime", "regimes", type=click.Choice(["dense", "packed", "decode"]), multiple=True, help="Repeatable."
+)
+@click.option("--dtype", "dtypes", type=click.Choice(["16-bit", "32-bit"]), multiple=True, help="Repeatable.")
+@click.option(
+    "--head-dim", "dims", type=click.Choice(["16", "32", "64", "128", "256"]), multiple=True, help="Repeatable."
+)
+def tune(dry_run: bool, regimes: tuple[str, ...], dtypes: tuple[str, ...], dims: tuple[str, ...]) -> None:
+    """Find the fastest tile sizes of the Triton kernels on this GPU, and put them into the package's table.
+
+    Options restrict it to some entries and may be repeated; without them, every entry is measured.
+    """
+    import torch
+
+    from atman_kernels import backends
+    from atman_kernels.errors import BackendUnavailableError
+
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("tuning needs a GPU: torch sees no CUDA device")
+    backends.load("triton", "cuda")
+    from atman_kernels.backends.triton import configs, tuning
+
+    device = torch.device("cuda")
+    name = configs.architecture(torch.cuda.get_device_capability(device))
+    table = dict(configs.load(name))
+    wanted = [
+        key
+        for key in table
+        if (not regimes or key.regime in regimes)
+        and (not dtypes or key.dtype in dtypes)
+        and (not dims or str(key.head_dim) in dims)
+    ]
+    say(f"{torch.cuda.get_device_name(device)}, {len(wanted)} of {len(table)} entries of {name}")
+    for found in tuning.tune(table, wanted, device):
+        table[found.key] = found.new
+        click.echo(
+            f"{found.key.dtype} {found.key.regime:6} {found.key.head_dim:3}  "
+            f"{_tile(found.old)} {found.old_milliseconds:.3f} ms -> {_tile(found.new)} {found.new_milliseconds:.3f} ms"
+        )
+    if dry_run:
+        say("nothing was written")
+        return
+    path = configs.FOLDER / f"{name}.json"
+    path.write_text(configs.dump(table), encoding="utf-8")
+    say(f"wrote {path}")
+
+
+def _tile(config: Any) -> str:
+    return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
+
+
 def measure(length: int, device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
     """Milliseconds per variant at one prompt length, once both ways have given the same result."""
     import torch

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -135,7 +136,7 @@ def _print(found: dict[str, Any]) -> None:
     for name, reason in found["backends"].items():
         row(f"backend {name}", "no" if reason else "can run", reason or "", "yellow" if reason else "green")
     row("cache", found["cache"], "converted GGUF files")
-    Console(soft_wrap=True).print(table)
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)  # rows stay whole in a pipe
 
 
 _WORDS = {True: "yes", False: "no", None: "unknown"}

@@ -1,0 +1,461 @@
+"""The kernels: one tile of rows against the keys of its bases, then against the rows of its own variants.
+
+A tile holds BLOCK_M rows of one key head. A row is one query head of the head's group at one place of the sequence,
+so that a group shares the loads of its keys. Every row sees one interval of base keys and one interval of the pack's
+own rows; that alone is a causal mask, a sliding window, a prefix length and a variant's border. A dense batch is the
+pack in which every batch entry is a variant whose prefix is all keys and which has no rows of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from atman_kernels.backends.triton.primitives import (
+    LN_2,
+    LOG2_E,
+    add_sink,
+    online_softmax,
+    reciprocal,
+    sees,
+    suppress,
+    suppression_term,
+    tanh,
+    visible_positions,
+)
+
+FAR: tl.constexpr = tl.constexpr(2**31 - 1)  # beyond every index
+ALIGNED: tl.constexpr = tl.constexpr(4)  # terms that are read at once
+FLAGS: tl.constexpr = tl.constexpr(64)  # in a word of `touched`
+
+
+@triton.jit
+def _sweep(
+    accumulator,  # [BLOCK_M, BLOCK_DV] weighted values so far
+    extreme,  # [BLOCK_M] largest score so far, as an exponent; in the minimum pass the smallest score
+    total,  # [BLOCK_M] sum of weights so far
+    query,  # [BLOCK_M, BLOCK_D]
+    keys_and_values,  # (pointer to the keys of one head, strides, pointer to its values, strides)
+    first,  # [BLOCK_M] each row sees the keys [first, last) of them
+    last,
+    split,
+    num_splits,
+    origin,  # index of the key at position 0
+    terms,  # None, or pointer to the terms of the first row
+    term_row,  # None if all rows have the same terms; else [BLOCK_M] offset of each row's
+    flags,  # None if all terms are read; else (flags of all rows, touched_shift)
+    key_mask,  # None, or (pointer to one sequence's, stride)
+    bias,  # None, or (pointer, [BLOCK_M] offset of key 0, stride)
+    row_minimum,  # [BLOCK_M], read by "shifted"
+    unit,
+    inner_scale,
+    MODE: tl.constexpr,
+    MINIMUM_PASS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """All rows of a tile against one array of keys, or against this split's share of it."""
+    key, key_strides, value, value_strides = keys_and_values
+    seeing = first < last
+    first = tl.where(seeing, first, FAR)
+    last = tl.where(seeing, last, 0)
+    stop = tl.max(last)
+    # Blocks begin where terms are aligned. FAR - 1 is no key, but a start that has no blocks after it.
+    start = origin + ((tl.minimum(tl.min(first), FAR - 1) - origin) & -ALIGNED)
+    full_start, full_stop = tl.max(first), tl.min(last)  # what every row sees needs no mask
+    share = tl.cdiv(tl.maximum(stop - start, 0), num_splits * BLOCK_N) * BLOCK_N
+    start += split * share
+    stop = tl.minimum(stop, start + share)
+
+    if term_row is not None:
+        one_term_row = tl.max(term_row) == 0
+    if flags is not None:
+        touched, touched_shift = flags
+    if key_mask is not None:
+        p_mask, mask_stride = key_mask
+    if bias is not None:
+        p_bias, bias_row, bias_stride = bias
+        bias_unit = 1 / (unit * LN_2)
+    hidden = float("inf") if MINIMUM_PASS else float("-inf")
+
+    o_n = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_key = key + o_n.to(tl.int64)[:, None] * key_strides[2] + o_d[None, :] * key_strides[3]
+    p_value = value + o_n.to(tl.int64)[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
+
+    for block in tl.range(start, stop, BLOCK_N):
+        keys = block + o_n
+        in_reach = keys < stop
+        # What is read per row and key is read before the product of queries and keys: the compiler then spreads
+        # the scores over threads as the product leaves them, not as these loads would like it.
+        if terms is not None:
+            position = tl.multiple_of(block - origin, ALIGNED)
+            p_terms = terms + position + o_n
+            flagged = True
+            if flags is not None:
+                # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
+                first_flag = tl.cast(position >> touched_shift, tl.int64)
+                last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
+                flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
+            shared = flagged
+            if term_row is not None:
+                shared = flagged & one_term_row
+                gathered = flagged & (not one_term_row)
+                row_terms = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
+                if gathered:
+                    row_terms = tl.load(term_row[:, None] + p_terms[None, :])
+        if bias is not None:
+            o_bias = bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
+            b_bias = tl.load(p_bias + o_bias, mask=sees(keys, first, last), other=float("-inf")).to(tl.float32)
+
+        p_block = p_key + tl.cast(block, tl.int64) * key_strides[2]
+        b_key = tl.load(p_block, mask=in_reach[:, None] & (o_d[None, :] < D), other=0.0)
+        scores = tl.dot(query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if inner_scale is not None:
+            scores *= inner_scale
+        if SOFTCAP:
+            scores = tanh(scores)
+        if bias is not None:
+            scores += tl.where(b_bias > float("-inf"), b_bias, 0.0) * bias_unit
+
+        if terms is not None:
+            if shared:
+                scores = suppress(scores, tl.load(p_terms)[None, :], row_minimum, MODE)
+            if term_row is not None:  # noqa: SIM102, the first is decided when compiling
+                if gathered:
+                    scores = suppress(scores, row_terms, row_minimum, MODE)
+        if (block < full_start) | (block + BLOCK_N > full_stop):
+            scores = tl.where(sees(keys, first, last), scores, hidden)
+        if key_mask is not None:
+            b_mask = tl.load(p_mask + keys.to(tl.int64) * mask_stride, mask=in_reach, other=0)
+            scores = tl.where((b_mask != 0)[None, :], scores, hidden)
+        if bias is not None:
+            scores = tl.where(b_bias > float("-inf"), scores, hidden)
+
+        if MINIMUM_PASS:
+            extreme = tl.minimum(extreme, tl.min(scores, 1))
+        else:
+            weights, extreme, total, rescale = online_softmax(scores, extreme, total, unit)
+            p_block = p_value + tl.cast(block, tl.int64) * value_strides[2]
+            b_value = tl.load(p_block, mask=in_reach[:, None] & (o_dv[None, :] < DV), other=0.0)
+            accumulator *= rescale[:, None]
+            accumulator = tl.dot(weights.to(b_value.dtype), b_value, accumulator, input_precision=PRECISION)
+    return accumulator, extreme, total
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "num_splits", "window", "touched_shift"])
+def attention(
+    query,  # (B, Hq, rows, D)
+    query_strides,
+    key,  # (1|B, Hkv, keys, D), the base
+    key_strides,
+    value,  # (1|B, Hkv, keys, DV)
+    value_strides,
+    own_key,  # (1, Hkv, rows, D) of a pack; None for a dense batch, as everything down to row_variant
+    own_key_strides,
+    own_value,  # (1, Hkv, rows, DV)
+    own_value_strides,
+    suffix_starts,  # (V + 1,)
+    prefix_lengths,  # (V,)
+    base_starts,  # (V,)
+    row_variant,  # (rows,)
+    terms,  # (V|B, TERM_HEADS, positions) float32 from `prepare_factors`, or None; so are the next four
+    touched,  # (V|B, TERM_HEADS) int64
+    touched_shift,
+    positions,  # a multiple of 16, which the compiler is told
+    own_terms,  # (TERM_HEADS, rows) float32 from `prepare_own_factors`; None for a dense batch
+    key_mask,  # (B, keys) uint8, or None
+    key_mask_strides,
+    bias,  # (1|B, 1|Hq, 1|rows, 1|keys), of a pack (1, 1|Hq, 1|P, 1|P) over positions, or None
+    bias_strides,  # 0 where it is broadcast
+    sinks,  # (Hq,), or None
+    sinks_stride,
+    minimum,  # (num_splits, B, Hq, rows): written by the minimum pass, read by "shifted"; else None
+    output,  # (num_splits, B, Hq, rows, DV), float32 if there are several splits; None in the minimum pass
+    lse,  # (num_splits, B, Hq, rows) natural log, or None
+    rows,
+    keys,
+    num_tiles,
+    num_splits,
+    window,  # or None
+    unit,  # see `launch.score_units`
+    inner_scale,
+    BATCH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads that are folded into a tile's rows: all that share a key head, or 1
+    TERM_HEADS: tl.constexpr,  # 1, or HEADS; then GROUP is 1
+    MODE: tl.constexpr,
+    MINIMUM_PASS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    # Later rows reach further, in causal batches as in packs that begin with their longest suffixes: they start first.
+    program = tl.program_id(0)
+    tile = num_tiles - 1 - program % num_tiles
+    first_head = program // num_tiles % (HEADS // GROUP) * GROUP
+    batch = program // num_tiles // (HEADS // GROUP) % BATCH
+    split = program // num_tiles // (HEADS // GROUP) // BATCH
+
+    lane = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    stored = lane < rows * GROUP
+    lane = tl.minimum(lane, rows * GROUP - 1)  # past the end the last row is computed again
+    row = lane // GROUP
+    head = (first_head + lane % GROUP).to(tl.int64)
+    kv_head = tl.cast(first_head // (HEADS // KV_HEADS), tl.int64)
+
+    # where each row stands
+    if suffix_starts is None:
+        variant = tl.zeros([BLOCK_M], tl.int32) + batch
+        prefix = tl.zeros([BLOCK_M], tl.int32) + keys
+        base_start = tl.zeros([BLOCK_M], tl.int32)
+        position = row + (keys - rows)
+        bias_query = row
+    else:
+        variant = tl.load(row_variant + row)
+        prefix = tl.load(prefix_lengths + variant)
+        base_start = tl.load(base_starts + variant)
+        suffix_start = tl.load(suffix_starts + variant)
+        suffix = tl.load(suffix_starts + variant + 1) - suffix_start
+        position = prefix + row - suffix_start
+        bias_query = position
+    batch = tl.cast(batch, tl.int64)
+
+    # what belongs to each row
+    offset = ((split * BATCH + batch) * HEADS + head) * rows + row  # in (num_splits, B, Hq, rows)
+    o_d = tl.arange(0, BLOCK_D)
+    p_query = query + batch * query_strides[0] + head * query_strides[1] + row.to(tl.int64) * query_strides[2]
+    b_query = tl.load(p_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0)
+    mask_row = None
+    if key_mask is not None:
+        mask_row = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
+    if bias is not None:
+        bias_row = batch * bias_strides[0] + head * bias_strides[1] + bias_query.to(tl.int64) * bias_strides[2]
+
+    row_minimum = tl.full([BLOCK_M], float("inf"), tl.float32)
+    extreme = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if MINIMUM_PASS:
+        extreme = row_minimum
+    elif minimum is not None:
+        all_rows = tl.cast(BATCH * HEADS, tl.int64) * rows
+        for other in range(num_splits):
+            row_minimum = tl.minimum(row_minimum, tl.load(minimum + offset + (other - split) * all_rows))
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # the base's keys; if the tile's variants have several bases, one base after the other
+    first, last = visible_positions(position, tl.zeros([BLOCK_M], tl.int32), prefix, window, IS_CAUSAL)
+    base_keys = (
+        key + batch * key_strides[0] + kv_head * key_strides[1],
+        key_strides,
+        value + batch * value_strides[0] + kv_head * value_strides[1],
+        value_strides,
+    )
+    p_terms = None
+    term_row = None
+    flags = None
+    if terms is not None:
+        word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
+        first_word = tl.min(word)
+        p_terms = terms + first_word * positions
+        if suffix_starts is not None:
+            term_row = (word - first_word) * positions
+        flags = (tl.reduce_or(tl.load(touched + word), 0), touched_shift)
+    base_start = tl.where(first < last, base_start, FAR)
+    base = tl.min(base_start)
+    while base < FAR:
+        here = base_start == base
+        base_bias = None
+        if bias is not None:
+            base_bias = (bias, bias_row - tl.cast(base, tl.int64) * bias_strides[3], bias_strides[3])
+        accumulator, extreme, total = _sweep(
+            accumulator,
+            extreme,
+            total,
+            b_query,
+            base_keys,
+            tl.where(here, base + first, 0),
+            tl.where(here, base + last, 0),
+            split,
+            num_splits,
+            base,
+            p_terms,
+            term_row,
+            flags,
+            mask_row,
+            base_bias,
+            row_minimum,
+            unit,
+            inner_scale,
+            MODE,
+            MINIMUM_PASS,
+            SOFTCAP,
+            PRECISION,
+            D,
+            DV,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+        )
+        base = tl.min(tl.where(base_start > base, base_start, FAR))
+
+    # the variants' own rows
+    if suffix_starts is not None:
+        first, last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
+        shift = prefix - suffix_start  # from an index to its position
+        own_keys = (
+            own_key + kv_head * own_key_strides[1],
+            own_key_strides,
+            own_value + kv_head * own_value_strides[1],
+            own_value_strides,
+        )
+        p_terms = None
+        if terms is not None:
+            p_terms = own_terms + tl.min(head) % TERM_HEADS * rows
+        own_bias = None
+        if bias is not None:
+            own_bias = (bias, bias_row + shift.to(tl.int64) * bias_strides[3], bias_strides[3])
+        accumulator, extreme, total = _sweep(
+            accumulator,
+            extreme,
+            total,
+            b_query,
+            own_keys,
+            first - shift,
+            last - shift,
+            split,
+            num_splits,
+            0,
+            p_terms,
+            None,
+            None,
+            mask_row,
+            own_bias,
+            row_minimum,
+            unit,
+            inner_scale,
+            MODE,
+            MINIMUM_PASS,
+            SOFTCAP,
+            PRECISION,
+            D,
+            DV,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+        )
+
+    if MINIMUM_PASS:
+        tl.store(minimum + offset, extreme, mask=stored)
+    else:
+        if sinks is not None:
+            sink = tl.load(sinks + head * sinks_stride).to(tl.float32)
+            extreme, total, rescale = add_sink(sink, extreme, total)
+            accumulator *= rescale[:, None]
+        o_dv = tl.arange(0, BLOCK_DV)
+        b_output = (accumulator * reciprocal(total)[:, None]).to(output.dtype.element_ty)
+        tl.store(output + offset[:, None] * DV + o_dv[None, :], b_output, mask=stored[:, None] & (o_dv[None, :] < DV))
+        if lse is not None:
+            tl.store(lse + offset, (extreme + tl.log2(total)) * LN_2, mask=stored)
+
+
+@triton.jit(do_not_specialize=["all_rows", "rows", "num_splits"])
+def merge(
+    partial,  # (num_splits, B, Hq, rows, DV) float32
+    partial_lse,  # (num_splits, B, Hq, rows) natural log
+    sinks,  # (Hq,), or None
+    sinks_stride,
+    output,  # (B, Hq, rows, DV)
+    lse,  # (B, Hq, rows), or None
+    all_rows,  # B * Hq * rows
+    rows,
+    num_splits,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One row of the result from its splits: always in the same order, so the same bits every time."""
+    row = tl.program_id(0).to(tl.int64)
+    o_split = tl.arange(0, BLOCK_SPLITS).to(tl.int64)
+    o_dv = tl.arange(0, BLOCK_DV)
+    is_split = o_split < num_splits
+    # a split's lse is a score, its output the value that goes with it
+    scores = tl.load(partial_lse + o_split * all_rows + row, mask=is_split, other=float("-inf"))
+    extreme = tl.full([1], float("-inf"), tl.float32)
+    weights, extreme, total, _ = online_softmax(scores[None, :], extreme, tl.zeros([1], tl.float32), LOG2_E)
+    p_partial = partial + (o_split * all_rows + row)[:, None] * DV + o_dv[None, :]
+    values = tl.load(p_partial, mask=is_split[:, None] & (o_dv[None, :] < DV), other=0.0)
+    mean = tl.sum(tl.reshape(weights, [BLOCK_SPLITS, 1]) * values, 0)[None, :]  # [1, BLOCK_DV]
+    if sinks is not None:
+        sink = tl.load(sinks + row // rows % HEADS * sinks_stride).to(tl.float32)
+        extreme, total, rescale = add_sink(sink, extreme, total)
+        mean *= rescale[:, None]
+    mean = (mean * reciprocal(total)[:, None]).to(output.dtype.element_ty)
+    tl.store(output + row * DV + o_dv[None, :], mean, mask=o_dv[None, :] < DV)
+    if lse is not None:
+        tl.store(lse + row + tl.arange(0, 1), (extreme + tl.log2(total)) * LN_2)
+
+
+@triton.jit(do_not_specialize=["length", "touched_shift"])
+def prepare_factors(
+    factor,  # (V, H, length)
+    factor_strides,
+    terms,  # (V, H, positions) float32, contiguous: what `suppress` wants to know of each factor
+    touched,  # (V, H) int64, contiguous
+    length,
+    positions,
+    touched_shift,
+    unit,
+    HEADS: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of factors. Bit i of touched: is one of [i << touched_shift, (i + 1) << touched_shift) not 1?"""
+    word = tl.program_id(0).to(tl.int64)
+    p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
+    flag = tl.arange(0, FLAGS)
+    found = tl.zeros([FLAGS], tl.int32)
+    for begin in range(0, 1 << touched_shift, BLOCK):
+        position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
+        exists = position < length
+        b_factor = tl.load(p_factor + position.to(tl.int64) * factor_strides[2], mask=exists, other=1.0).to(tl.float32)
+        found |= tl.max((b_factor != 1).to(tl.int32), 1)
+        tl.store(terms + word * positions + position, suppression_term(b_factor, unit, MODE), mask=exists)
+    tl.store(touched + word, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def prepare_own_factors(
+    factor,  # (V, H, length)
+    factor_strides,
+    own_terms,  # (H, rows) float32, contiguous
+    suffix_starts,
+    prefix_lengths,
+    row_variant,
+    rows,
+    unit,
+    HEADS: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The terms of a pack's own rows as keys: they are seen by their own variant only, so each has but one."""
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
+    exists = row < rows
+    variant = tl.load(row_variant + row, mask=exists, other=0)
+    position = tl.load(prefix_lengths + variant) + row - tl.load(suffix_starts + variant)
+    o_factor = variant.to(tl.int64) * factor_strides[0] + position.to(tl.int64) * factor_strides[2]
+    b_factor = tl.load(factor + head * factor_strides[1] + o_factor, mask=exists, other=1.0).to(tl.float32)
+    tl.store(own_terms + head * rows + row, suppression_term(b_factor, unit, MODE), mask=exists)
