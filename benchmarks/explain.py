@@ -33,10 +33,10 @@ from benchmarks.measure import (
     metered,
 )
 from benchmarks.memory import memory_record
-from benchmarks.peers import BiasedSdpa, CaptumAblation, Contender, DenseEager, Ours
+from benchmarks.peers import BiasedSdpa, CaptumAblation, Contender, DenseEager, Ours, OursWithoutModule
 from benchmarks.prompts import Case, find_squad, long_case, sample_positions
 
-CONTENDERS = ("eager", "eager_full_logits", "sdpa", "captum", "ours")
+CONTENDERS = ("eager", "eager_full_logits", "sdpa", "captum", "ours_torch", "ours")
 FLOAT32_TOLERANCE = 1e-4
 SAMPLED_TOKENS = 8192  # how many tokens of whole variants each contender gets per round unless --sample says it
 BATCH_TOKENS = (1, 1024, 2048, 4096)  # batches of about so many tokens are tried, and the fastest is taken
@@ -66,6 +66,7 @@ def make_contenders(model: Any, tokenizer: Any, plan: Plan) -> list[Contender]:
         "eager_full_logits": lambda: DenseEager(model, plan.factor, plan.mode, full_logits=True),
         "sdpa": lambda: BiasedSdpa(model, plan.factor, plan.mode),
         "captum": lambda: CaptumAblation(model, tokenizer),
+        "ours_torch": lambda: OursWithoutModule(model, tokenizer, plan.factor, plan.mode, plan.token_budget),
         "ours": lambda: Ours(model, tokenizer, plan.factor, plan.mode, plan.token_budget),
     }
     return [make[name]() for name in CONTENDERS if name in plan.contenders]
@@ -151,7 +152,7 @@ def scale_up(
     total, measured = case.prompt_tokens, quantity(entry["meters"][name])
     if len(positions) == total:
         return measured
-    if name != "ours":
+    if not name.startswith("ours"):
         return measured * (total + 1) / (len(positions) + 1)
     length, fixed = len(case.inputs), quantity(entry["single"])
     share = sum(length - position for position in range(total)) / sum(length - position for position in positions)
@@ -196,8 +197,8 @@ def case_record(
         "agreement": checked,
         "contenders": {c.name: contender_record(c, case, positions, rounds, checked["agree"]) for c in contenders},
     }
-    ours = next((c for c in contenders if isinstance(c, Ours)), None)
-    if ours is not None:
+    ours = next((c for c in contenders if c.name == "ours"), None)
+    if isinstance(ours, Ours):
         record["efficiency"] = efficiency_record(model, case, positions, rounds)
         record["path"], record["token_budget"] = ours.path, ours.stats.get("token_budget")
     return record

@@ -43,7 +43,7 @@ def memory_record(
         peaks[name], labels[name] = run["peak_bytes"], f"ours, {units} units"
     batches = _batches(timed, dtype, tokens)
     for name in plan.contenders:
-        if name not in ("ours", "eager_full_logits"):
+        if name not in ("ours", "ours_torch", "eager_full_logits"):
             batch = batches.get(name, 1)
             peaks[name] = measure(name, units=2 * batch - 1, batch=batch)["peak_bytes"]
             labels[name] = name if batch == 1 else f"{name} × {batch}"

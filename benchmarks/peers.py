@@ -9,12 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from atman_kernels.backends import cpu
+from atman_kernels.backends.cpu import blocked
 from benchmarks.prompts import Case
 
 DENSE_FACTOR = "atman_bench_dense_factor"
@@ -222,6 +225,16 @@ class Ours:
             raise RuntimeError(f"units do not own the tokens at {list(positions)}, but {owned}")
         self.stats, self.path = explanation.stats, str(explanation.settings.get("path"))
         return explanation.scores
+
+
+class OursWithoutModule(Ours):
+    """The same with attention made of torch's products, as where the compiled module was not built."""
+
+    name = "ours_torch"
+
+    def scores(self, case: Case, positions: Sequence[int]) -> Tensor:
+        with patch.object(cpu, "_implementation", lambda _: blocked):
+            return super().scores(case, positions)
 
 
 # Switches -------------------------------------------------------------------------------------------------------
