@@ -83,11 +83,14 @@ ATMAN_INLINE std::int32_t count_blocks(const TileKeys& keys, int block_keys) {
 }
 
 // The base first, then the own rows; blocks begin at the first key that is seen, at no multiple of anything.
+// Written without an index that is known at run time only: the arrays stay in registers.
 ATMAN_INLINE Block block_at(const TileKeys& keys, std::int32_t index, int block_keys) {
     const std::int32_t in_base = blocks_in(keys, 0, block_keys);
-    const std::int32_t range = index < in_base ? 0 : 1;
-    const std::int32_t first = keys.first[range] + (index - (range ? in_base : 0)) * block_keys;
-    return {range, first, first < keys.all_first[range] || first + block_keys > keys.all_last[range]};
+    const bool own = index >= in_base;
+    const std::int32_t first = own ? keys.first[1] + (index - in_base) * block_keys : keys.first[0] + index * block_keys;
+    const std::int32_t all_first = own ? keys.all_first[1] : keys.all_first[0];
+    const std::int32_t all_last = own ? keys.all_last[1] : keys.all_last[0];
+    return {own ? 1 : 0, first, first < all_first || first + block_keys > all_last};
 }
 
 // The blocks [first, last) of one of `splits` parts of a tile's keys.

@@ -19,7 +19,7 @@ constexpr int kWarpgroup = 128;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kConsumerRows = 64;
 constexpr int kSlab = 64;  // features in 128 bytes
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // 24 + 2 * 240 of 512 for each lane of a warp quad
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 64 K: 128 * (40 + 2 * 232)
 constexpr std::size_t kSharedLimit = 227 * 1024;
 static_assert(kConsumers * kConsumerRows == kTileRows);
 
@@ -45,6 +45,14 @@ struct RowKeys {
     ATMAN_INLINE_MEMBER bool sees(int range, std::int32_t key) const { return key >= first[range] && key < last[range]; }
 };
 
+// Part of a tile for one key head.
+struct Item {
+    TileKeys keys;
+    std::int32_t batch, first_row, last_row;  // of the query
+    std::int32_t key_head, split;
+    BlockSpan span;
+};
+
 // What runs beside the softmax: nothing; the warpgroup's own next products; and those of the other warpgroup, by turns.
 enum class Overlap { none, within, between };
 
@@ -61,21 +69,19 @@ struct Config {
         alignas(1024) T key[kStages][kSlabs][kKeys][kSlab];
         alignas(1024) T value[kStages][kSlabs][kKeys][kSlab];
         RowKeys rows[kTileRows];
+        Item item[kConsumers];
         std::uint64_t key_full[kStages], key_free[kStages], value_full[kStages], value_free[kStages];
     };
     static_assert(sizeof(Shared) <= kSharedLimit);
 };
 
-// Where a ring of stages stands.
+// Where a ring of stages stands: one number, since registers are what there is least of.
 template <int kStages>
 struct Stage {
-    int index = 0;
-    std::uint32_t parity = 0;
-    ATMAN_INLINE_MEMBER void advance() {
-        if (++index < kStages) return;
-        index = 0;
-        parity ^= 1;
-    }
+    std::uint32_t count = 0;
+    static_assert((kStages & (kStages - 1)) == 0);
+    ATMAN_INLINE_MEMBER std::uint32_t index() const { return count % kStages; }
+    ATMAN_INLINE_MEMBER std::uint32_t parity() const { return count / kStages % 2; }
 };
 
 // Named barriers. kTurn + g: warpgroup g may issue its products; kRows + g: the warpgroup among itself.

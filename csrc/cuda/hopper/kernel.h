@@ -27,14 +27,6 @@ struct Maps {
     CUtensorMap key[2], value[2];  // base, own
 };
 
-// Part of a tile for one key head.
-struct Item {
-    TileKeys keys;
-    TileRows rows;
-    BlockSpan span;
-    std::int32_t key_head, split;
-};
-
 template <class C>
 __device__ Item item_at(const KernelParams& k, std::int32_t index) {
     const auto key_heads = static_cast<std::int32_t>(k.attention.key_heads);
@@ -43,7 +35,10 @@ __device__ Item item_at(const KernelParams& k, std::int32_t index) {
     item.split = index % k.splits;
     item.key_head = index / k.splits % key_heads;
     item.keys = k.tiles[tile];
-    item.rows = tile_rows(k.attention, tile);
+    const TileRows rows = tile_rows(k.attention, tile);
+    item.batch = static_cast<std::int32_t>(rows.batch);
+    item.first_row = static_cast<std::int32_t>(rows.first);
+    item.last_row = static_cast<std::int32_t>(rows.last);
     item.span = split_span(count_blocks(item.keys, C::kKeys), item.split, k.splits);
     return item;
 }
@@ -75,24 +70,24 @@ __device__ void produce(const KernelParams& k, const Maps& maps, typename C::Sha
     }
     Ring<C> ring;
     const auto load_key = [&](const Item& item, const Block& block, int batch) {
-        const int s = ring.key.index;
+        const std::uint32_t s = ring.key.index();
         load_block<C>(maps.key[block.range], block, item.key_head, batch, shared.key[s], &shared.key_full[s],
-                      &shared.key_free[s], ring.key.parity);
-        ring.key.advance();
+                      &shared.key_free[s], ring.key.parity());
+        ++ring.key.count;
     };
     for (std::int32_t index = blockIdx.x; index < k.items; index += gridDim.x) {
         const Item item = item_at<C>(k, index);
-        const int base_batch = k.attention.key_batch > 1 ? static_cast<int>(item.rows.batch) : 0;
+        const int base_batch = k.attention.key_batch > 1 ? item.batch : 0;
         for (int pass = needs_minimum(k.attention) ? 0 : 1; pass < 2; ++pass) {
             for (std::int32_t i = item.span.first; i < item.span.last; ++i) {
                 const Block block = block_at(item.keys, i, C::kKeys);
                 const int batch = block.range ? 0 : base_batch;
                 load_key(item, block, batch);
                 if (pass == 0) continue;
-                const int s = ring.value.index;
+                const std::uint32_t s = ring.value.index();
                 load_block<C>(maps.value[block.range], block, item.key_head, batch, shared.value[s],
-                              &shared.value_full[s], &shared.value_free[s], ring.value.parity);
-                ring.value.advance();
+                              &shared.value_full[s], &shared.value_free[s], ring.value.parity());
+                ++ring.value.count;
             }
         }
     }
@@ -106,8 +101,19 @@ __device__ __forceinline__ float exponential2(float x) {
     return y;
 }
 
+__device__ __forceinline__ float logarithm2(float x) {
+    float y;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// To some 1e-7, not relative to the result: it is a score.
+__device__ __forceinline__ float hyperbolic_tangent(float x) {
+    return 1.0f - __fdividef(2.0f, 1.0f + exponential2(2.8853900817779268f * x));
+}
+
 template <class C>
-__device__ __forceinline__ void multiply_scores(const typename C::Shared& shared, int group, int stage,
+__device__ __forceinline__ void multiply_scores(const typename C::Shared& shared, int group, std::uint32_t stage,
                                                 float (&scores)[C::kKeys / 2]) {
     const std::uint64_t query = describe_matrix(shared.query[group], 16, 1024);
     const std::uint64_t key = describe_matrix(shared.key[stage], 16, 1024);
@@ -120,7 +126,7 @@ __device__ __forceinline__ void multiply_scores(const typename C::Shared& shared
 }
 
 template <class C>
-__device__ __forceinline__ void multiply_values(const typename C::Shared& shared, int stage,
+__device__ __forceinline__ void multiply_values(const typename C::Shared& shared, std::uint32_t stage,
                                                 const std::uint32_t (&weights)[C::kKeys / 4],
                                                 float (&output)[C::kHeadDim / 2]) {
     const std::uint64_t value = describe_matrix(shared.value[stage], C::kKeys * 128, 1024);
@@ -150,7 +156,7 @@ __device__ __forceinline__ void suppress(const AttentionParams& p, const RowKeys
         const int h = half_of(i);
         if (!rows[8 * h].sees(range, key + column_of(i))) continue;
         const float factor = factors[h][key + column_of(i)];
-        if (p.mode == Mode::log_additive) scores[i] = suppress_log_additive(scores[i], log2f(factor));
+        if (p.mode == Mode::log_additive) scores[i] = suppress_log_additive(scores[i], logarithm2(factor));
         else if (p.mode == Mode::multiplicative) scores[i] = suppress_multiplicative(scores[i], factor);
         else scores[i] = suppress_shifted(scores[i], factor, minimum[h]);
     }
@@ -182,7 +188,7 @@ __device__ __forceinline__ void scale_scores(const AttentionParams& p, float (&s
     if (p.softcap > 0.0f) {
         const float inside = p.scale / p.softcap, outside = p.softcap * kLog2E;
 #pragma unroll
-        for (float& score : scores) score = outside * tanhf(score * inside);
+        for (float& score : scores) score = outside * hyperbolic_tangent(score * inside);
         return;
     }
     const float scale = p.scale * kLog2E;
@@ -229,11 +235,12 @@ struct Consumer {
     int group;   // warpgroup: 0 or 1
     int thread;  // in the warpgroup
     const RowKeys* rows;
+    const Item& item;  // in shared memory
 
     __device__ Consumer(const KernelParams& params, typename C::Shared& memory)
         : k(params), shared(memory), group(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
           thread(static_cast<int>(threadIdx.x) % kWarpgroup),
-          rows(memory.rows + group * kConsumerRows + thread / 32 * 16 + thread % 32 / 4) {}
+          rows(memory.rows + group * kConsumerRows + thread / 32 * 16 + thread % 32 / 4), item(memory.item[group]) {}
 
     __device__ void release(std::uint64_t* free) const {
         __syncwarp();
@@ -251,15 +258,15 @@ struct Consumer {
 
     // --- a tile's beginning ---
 
-    __device__ void describe_rows(const Item& item) const {
+    __device__ void describe_rows() const {
         if (thread >= kConsumerRows) return;
         const AttentionParams& p = k.attention;
         const auto heads = static_cast<std::int32_t>(group_size(p));
         const std::int32_t m = group * kConsumerRows + thread;
         RowKeys row{};
         row.head = -1;
-        if (m / heads < item.rows.last - item.rows.first) {
-            const Row full = describe_row(p, item.rows.batch, item.rows.first + m / heads);
+        if (m / heads < item.last_row - item.first_row) {
+            const Row full = describe_row(p, item.batch, item.first_row + m / heads);
             const Visible* seen[2] = {&full.base, &full.own};
 #pragma unroll
             for (int range = 0; range < 2; ++range) {
@@ -280,14 +287,15 @@ struct Consumer {
         return reinterpret_cast<uint4*>(&shared.query[group][chunk / 8][r][(chunk % 8 ^ r % 8) * 8]);
     }
 
-    __device__ void load_queries(const Item& item) const {
+    __device__ void load_queries() const {
         const Strides& strides = k.attention.query_strides;
-        for (int i = thread; i < kConsumerRows * C::kHeadDim / 8; i += kWarpgroup) {
-            const int r = i / (C::kHeadDim / 8), chunk = i % (C::kHeadDim / 8);
+        const int chunk = thread % (C::kHeadDim / 8);
+#pragma unroll 1
+        for (int r = thread / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
             const RowKeys& row = shared.rows[group * kConsumerRows + r];
             uint4 loaded{0, 0, 0, 0};
             if (row.head >= 0) {
-                const T* from = static_cast<const T*>(k.attention.query) + item.rows.batch * strides.batch +
+                const T* from = static_cast<const T*>(k.attention.query) + item.batch * strides.batch +
                                 row.head * strides.head + row.index * strides.row;
                 loaded = __ldg(reinterpret_cast<const uint4*>(from) + chunk);
             }
@@ -297,7 +305,7 @@ struct Consumer {
 
     // --- scores ---
 
-    __device__ void finish_scores(const Item& item, const Block& block, float (&scores)[C::kKeys / 2],
+    __device__ void finish_scores(const Block& block, float (&scores)[C::kKeys / 2],
                                   const float (&minimum)[2]) const {
         const AttentionParams& p = k.attention;
         scale_scores(p, scores);
@@ -305,33 +313,33 @@ struct Consumer {
             const bool any = touched(k, rows[0], block, C::kKeys) || touched(k, rows[8], block, C::kKeys);
             if (__any_sync(0xffffffffu, any)) suppress(p, rows, block, scores, minimum);
         }
-        if (block.masked || p.key_mask) hide(p, item.rows.batch, rows, block, scores, kNegativeInfinity);
+        if (block.masked || p.key_mask) hide(p, item.batch, rows, block, scores, kNegativeInfinity);
     }
 
     __device__ void issue_scores(float (&scores)[C::kKeys / 2]) {
-        barrier_wait(&shared.key_full[ring.key.index], ring.key.parity);
+        barrier_wait(&shared.key_full[ring.key.index()], ring.key.parity());
         take_turn();
         products_begin();
-        multiply_scores<C>(shared, group, ring.key.index, scores);
+        multiply_scores<C>(shared, group, ring.key.index(), scores);
         products_commit();
     }
     __device__ void release_key() {
-        release(&shared.key_free[ring.key.index]);
-        ring.key.advance();
+        release(&shared.key_free[ring.key.index()]);
+        ++ring.key.count;
     }
     __device__ void issue_values(const std::uint32_t (&weights)[C::kKeys / 4], float (&output)[C::kHeadDim / 2]) {
-        barrier_wait(&shared.value_full[ring.value.index], ring.value.parity);
+        barrier_wait(&shared.value_full[ring.value.index()], ring.value.parity());
         products_begin();
-        multiply_values<C>(shared, ring.value.index, weights, output);
+        multiply_values<C>(shared, ring.value.index(), weights, output);
         products_commit();
     }
     __device__ void release_value() {
-        release(&shared.value_free[ring.value.index]);
-        ring.value.advance();
+        release(&shared.value_free[ring.value.index()]);
+        ++ring.value.count;
     }
 
     // Smallest visible score of each row, over all of the item's blocks.
-    __device__ void find_minimum(const Item& item, float (&minimum)[2]) {
+    __device__ void find_minimum(float (&minimum)[2]) {
         for (std::int32_t i = item.span.first; i < item.span.last; ++i) {
             float scores[C::kKeys / 2];
             issue_scores(scores);
@@ -340,7 +348,7 @@ struct Consumer {
             pin(scores);
             release_key();
             scale_scores(k.attention, scores);
-            hide(k.attention, item.rows.batch, rows, block_at(item.keys, i, C::kKeys), scores, -kNegativeInfinity);
+            hide(k.attention, item.batch, rows, block_at(item.keys, i, C::kKeys), scores, -kNegativeInfinity);
 #pragma unroll
             for (int s = 0; s < C::kKeys / 2; ++s) minimum[half_of(s)] = fminf(minimum[half_of(s)], scores[s]);
         }
@@ -353,7 +361,7 @@ struct Consumer {
 
     // --- a tile's end ---
 
-    __device__ void finish(const Item& item, Softmax& softmax, float (&output)[C::kHeadDim / 2]) const {
+    __device__ void finish(Softmax& softmax, float (&output)[C::kHeadDim / 2]) const {
         const AttentionParams& p = k.attention;
         const std::int64_t all_rows = p.batch * p.query_heads * p.rows;
         const int pair = thread % 4;
@@ -367,7 +375,7 @@ struct Consumer {
             const bool with_sink = p.sinks && k.splits == 1 && row.head >= 0;
             const SoftmaxEnd end = with_sink ? finish_softmax(maximum, sum, p.sinks[row.head]) : finish_softmax(maximum, sum);
             const int r = thread / 32 * 16 + thread % 32 / 4 + 8 * h;
-            const std::int64_t at = (item.rows.batch * p.query_heads + row.head) * p.rows + row.index;
+            const std::int64_t at = (item.batch * p.query_heads + row.head) * p.rows + row.index;
             float* lse = k.splits > 1 ? k.partial_lse + item.split * all_rows : p.lse;
             if (lse && row.head >= 0 && pair == 0) lse[at] = end.lse;
             float* partial = k.partial + (item.split * all_rows + at) * C::kHeadDim;
@@ -378,18 +386,19 @@ struct Consumer {
                 else if (row.head >= 0) *reinterpret_cast<float2*>(partial + 8 * j + 2 * pair) = make_float2(low, high);
             }
         }
-        if (k.splits == 1) store_output(item);
+        if (k.splits == 1) store_output();
     }
 
     // From shared memory, so that a row's bytes leave together.
-    __device__ void store_output(const Item& item) const {
+    __device__ void store_output() const {
         const Strides& strides = k.attention.output_strides;
         named_sync<kWarpgroup>(kRows + group);
-        for (int i = thread; i < kConsumerRows * C::kHeadDim / 8; i += kWarpgroup) {
-            const int r = i / (C::kHeadDim / 8), chunk = i % (C::kHeadDim / 8);
+        const int chunk = thread % (C::kHeadDim / 8);
+#pragma unroll 1
+        for (int r = thread / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
             const RowKeys& row = shared.rows[group * kConsumerRows + r];
             if (row.head < 0) continue;
-            T* to = static_cast<T*>(k.attention.output) + item.rows.batch * strides.batch + row.head * strides.head +
+            T* to = static_cast<T*>(k.attention.output) + item.batch * strides.batch + row.head * strides.head +
                     row.index * strides.row;
             reinterpret_cast<uint4*>(to)[chunk] = *chunk_at(r, chunk);
         }
@@ -397,24 +406,25 @@ struct Consumer {
 
     // --- a tile ---
 
-    __device__ void attend(const Item& item) {
-        named_sync<kWarpgroup>(kRows + group);  // the last tile's rows and output have been read
-        describe_rows(item);
+    __device__ void begin(std::int32_t index) {
+        named_sync<kWarpgroup>(kRows + group);  // the last tile's item, rows and output have been read
+        if (thread == 0) shared.item[group] = item_at<C>(k, index);
         named_sync<kWarpgroup>(kRows + group);
-        load_queries(item);
+        describe_rows();
+        named_sync<kWarpgroup>(kRows + group);
+        load_queries();
         fence_async_proxy();
         named_sync<kWarpgroup>(kRows + group);
+    }
 
+    __device__ void attend(std::int32_t index) {
+        begin(index);
         float minimum[2] = {-kNegativeInfinity, -kNegativeInfinity};
-        if (needs_minimum(k.attention)) find_minimum(item, minimum);
+        if (needs_minimum(k.attention)) find_minimum(minimum);
 
         Softmax softmax;
         float output[C::kHeadDim / 2] = {}, scores[C::kKeys / 2], shrink[2];
-        std::uint32_t weights[C::kKeys / 4];
-        const auto weigh_block = [&](std::int32_t i) {
-            finish_scores(item, block_at(item.keys, i, C::kKeys), scores, minimum);
-            softmax.weigh(scores, shrink);
-        };
+        std::uint32_t weights[C::kKeys / 4] = {};
         const auto shrink_output = [&] {
 #pragma unroll
             for (int i = 0; i < C::kHeadDim / 2; ++i) output[i] *= shrink[half_of(i)];
@@ -430,37 +440,43 @@ struct Consumer {
             release_value();
         };
 
-        if (item.span.first < item.span.last) {
+        const auto weigh_block = [&](std::int32_t i) {
+            pin(scores);
+            release_key();
+            finish_scores(block_at(item.keys, i, C::kKeys), scores, minimum);
+            softmax.weigh(scores, shrink);
+        };
+
+        // The first block stands apart: a branch around products would make the compiler wait for each of them.
+        const std::int32_t first = item.span.first, last = item.span.last;
+        if (first < last) {
             issue_scores(scores);
             pass_turn();
             products_wait<0>();
-            pin(scores);
-            release_key();
-            weigh_block(item.span.first);
+            weigh_block(first);
             round_weights();
-            for (std::int32_t i = item.span.first + 1; i < item.span.last; ++i) {
+            for (std::int32_t i = first + 1; i < last; ++i) {
                 if constexpr (C::kOverlap == Overlap::none) {
                     issue_values(weights, output);
                     end_values();
                     issue_scores(scores);
                     products_wait<0>();
+                    weigh_block(i);
                 } else {
                     issue_scores(scores);
                     issue_values(weights, output);
                     pass_turn();
                     products_wait<1>();
+                    weigh_block(i);
+                    end_values();
                 }
-                pin(scores);
-                release_key();
-                weigh_block(i);
-                if constexpr (C::kOverlap != Overlap::none) end_values();
                 shrink_output();
                 round_weights();
             }
             issue_values(weights, output);
             end_values();
         }
-        finish(item, softmax, output);
+        finish(softmax, output);
     }
 };
 
@@ -487,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         Consumer<C> consumer(k, shared);
         if (consumer.group == 1) consumer.pass_turn();  // the first turn is warpgroup 0's
         for (std::int32_t index = blockIdx.x; index < k.items; index += gridDim.x)
-            consumer.attend(item_at<C>(k, index));
+            consumer.attend(index);
         if (consumer.group == 0) consumer.take_turn();  // the one that warpgroup 1 passed last
     }
 }
