@@ -96,10 +96,13 @@ __device__ __forceinline__ void pin(std::uint32_t (&registers)[kCount]) {
 
 // A matrix in shared memory, rows of 128 bytes, 16-byte chunks exclusive-ored with the row's number modulo 8
 // (128-byte swizzle): `near` and `far` as in config.h, in bytes.
+// Worked out anew at each use: kept through a loop, a descriptor for every step would fill the registers.
 __device__ __forceinline__ std::uint64_t describe_matrix(const void* start, int near, int far) {
     constexpr std::uint64_t swizzle_128 = std::uint64_t{1} << 62;
+    std::uint32_t address = shared_address(start);
+    asm volatile("" : "+r"(address));
     return swizzle_128 | (static_cast<std::uint64_t>(far >> 4) << 32) | (static_cast<std::uint64_t>(near >> 4) << 16) |
-           ((shared_address(start) & 0x3ffffu) >> 4);
+           ((address & 0x3ffffu) >> 4);
 }
 
 // clang-format off

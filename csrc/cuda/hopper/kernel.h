@@ -162,9 +162,9 @@ __device__ __forceinline__ void suppress(const AttentionParams& p, const RowKeys
     }
 }
 
+// Scores of keys that a row does not see become `with`.
 template <int kCount>
-__device__ __forceinline__ void hide(const AttentionParams& p, std::int64_t batch, const RowKeys* rows,
-                                     const Block& block, float (&scores)[kCount], float with) {
+__device__ __forceinline__ void hide(const RowKeys* rows, const Block& block, float (&scores)[kCount], float with) {
     const int key = block.first + 2 * (threadIdx.x % 4), range = block.range;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -172,10 +172,23 @@ __device__ __forceinline__ void hide(const AttentionParams& p, std::int64_t batc
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             if (half_of(i) != h) continue;
-            const int column = column_of(i);
-            const bool seen = column >= first && column < last &&
-                              (!p.key_mask || p.key_mask[batch * p.keys + key + column]);
-            scores[i] = seen ? scores[i] : with;
+            if (column_of(i) < first || column_of(i) >= last) scores[i] = with;
+        }
+    }
+}
+
+// The same of keys that the key mask hides from all rows.
+template <int kCount>
+__device__ __forceinline__ void hide_masked(const AttentionParams& p, std::int64_t batch, const Block& block,
+                                            float (&scores)[kCount], float with) {
+    const int key = block.first + 2 * (threadIdx.x % 4);
+    const std::uint8_t* mask = p.key_mask + batch * p.keys + key;
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            if (key + 8 * j + e < p.keys && mask[8 * j + e]) continue;
+            scores[4 * j + e] = scores[4 * j + 2 + e] = with;
         }
     }
 }
@@ -242,6 +255,13 @@ struct Consumer {
           thread(static_cast<int>(threadIdx.x) % kWarpgroup),
           rows(memory.rows + group * kConsumerRows + thread / 32 * 16 + thread % 32 / 4), item(memory.item[group]) {}
 
+    // The thread's number anew: what is worked out from it is not kept in registers through the main loop.
+    __device__ int thread_again() const {
+        int again = thread;
+        asm volatile("" : "+r"(again));
+        return again;
+    }
+
     __device__ void release(std::uint64_t* free) const {
         __syncwarp();
         if (thread % 32 == 0) barrier_arrive(free);
@@ -289,9 +309,9 @@ struct Consumer {
 
     __device__ void load_queries() const {
         const Strides& strides = k.attention.query_strides;
-        const int chunk = thread % (C::kHeadDim / 8);
+        const int self = thread_again(), chunk = self % (C::kHeadDim / 8);
 #pragma unroll 1
-        for (int r = thread / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
+        for (int r = self / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
             const RowKeys& row = shared.rows[group * kConsumerRows + r];
             uint4 loaded{0, 0, 0, 0};
             if (row.head >= 0) {
@@ -313,7 +333,8 @@ struct Consumer {
             const bool any = touched(k, rows[0], block, C::kKeys) || touched(k, rows[8], block, C::kKeys);
             if (__any_sync(0xffffffffu, any)) suppress(p, rows, block, scores, minimum);
         }
-        if (block.masked || p.key_mask) hide(p, item.batch, rows, block, scores, kNegativeInfinity);
+        if (block.masked) hide(rows, block, scores, kNegativeInfinity);
+        if (p.key_mask) hide_masked(p, item.batch, block, scores, kNegativeInfinity);
     }
 
     __device__ void issue_scores(float (&scores)[C::kKeys / 2]) {
@@ -348,7 +369,9 @@ struct Consumer {
             pin(scores);
             release_key();
             scale_scores(k.attention, scores);
-            hide(k.attention, item.batch, rows, block_at(item.keys, i, C::kKeys), scores, -kNegativeInfinity);
+            const Block block = block_at(item.keys, i, C::kKeys);
+            hide(rows, block, scores, -kNegativeInfinity);
+            if (k.attention.key_mask) hide_masked(k.attention, item.batch, block, scores, -kNegativeInfinity);
 #pragma unroll
             for (int s = 0; s < C::kKeys / 2; ++s) minimum[half_of(s)] = fminf(minimum[half_of(s)], scores[s]);
         }
@@ -364,7 +387,7 @@ struct Consumer {
     __device__ void finish(Softmax& softmax, float (&output)[C::kHeadDim / 2]) const {
         const AttentionParams& p = k.attention;
         const std::int64_t all_rows = p.batch * p.query_heads * p.rows;
-        const int pair = thread % 4;
+        const int self = thread_again(), pair = self % 4;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             float sum = softmax.sum[h];
@@ -374,7 +397,7 @@ struct Consumer {
             const float maximum = softmax.maximum[h] * kLn2;
             const bool with_sink = p.sinks && k.splits == 1 && row.head >= 0;
             const SoftmaxEnd end = with_sink ? finish_softmax(maximum, sum, p.sinks[row.head]) : finish_softmax(maximum, sum);
-            const int r = thread / 32 * 16 + thread % 32 / 4 + 8 * h;
+            const int r = self / 32 * 16 + self % 32 / 4 + 8 * h;
             const std::int64_t at = (item.batch * p.query_heads + row.head) * p.rows + row.index;
             float* lse = k.splits > 1 ? k.partial_lse + item.split * all_rows : p.lse;
             if (lse && row.head >= 0 && pair == 0) lse[at] = end.lse;
@@ -393,9 +416,9 @@ struct Consumer {
     __device__ void store_output() const {
         const Strides& strides = k.attention.output_strides;
         named_sync<kWarpgroup>(kRows + group);
-        const int chunk = thread % (C::kHeadDim / 8);
+        const int self = thread_again(), chunk = self % (C::kHeadDim / 8);
 #pragma unroll 1
-        for (int r = thread / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
+        for (int r = self / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
             const RowKeys& row = shared.rows[group * kConsumerRows + r];
             if (row.head < 0) continue;
             T* to = static_cast<T*>(k.attention.output) + item.batch * strides.batch + row.head * strides.head +
