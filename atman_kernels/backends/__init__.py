@@ -20,7 +20,7 @@ import torch
 from atman_kernels.errors import BackendUnavailableError, InputError
 
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
-_BUILT: tuple[str, ...] = ("reference", "cpu")  # the others are named in the design and come later
+_BUILT: tuple[str, ...] = ("reference", "cpu", "cuda")  # the other is named in the design and comes later
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:

@@ -24,6 +24,8 @@ struct Launch {
 // One warp per row and head, every feature, any head dimension up to kPlainDims: slow and plain.
 constexpr std::int64_t kPlainDims = 1024;
 void attend_plain(const AttentionParams& params, const Launch& launch);
+// Whether there is code for the current device.
+bool has_code();
 
 // Fills tiles, order and flags of the work space.
 void make_plan(const AttentionParams& params, const Launch& launch);

@@ -138,4 +138,14 @@ void attend_plain(const AttentionParams& p, const Launch& launch) {
     check_launch("attend_rows");
 }
 
+bool has_code() {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, attend_rows<__half>);
+    if (status == cudaSuccess) return true;
+    cudaGetLastError();  // it is answered here
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) return false;
+    check(status, "cudaFuncGetAttributes");
+    return false;
+}
+
 }  // namespace atman::cuda
