@@ -88,7 +88,7 @@ class BuildModule(build_ext):
         objects.append(self._compile_cuda(nvcc, "cuda/attention.cu", ARCHS, macros))
         if "90a" in ARCHS:
             objects += [self._compile_cuda(nvcc, f"cuda/hopper/{name}.cu", ["90a"], []) for name in HOPPER_SOURCES]
-        objects += self._compile("tensor.cpp", [])
+        objects += [*self._compile("tensor.cpp", []), *self._compile("cuda/call.cpp", [])]
         objects += self._compile("cuda/binding.cpp", [], include)
         # CUDA's runtime goes in whole: the module shares none with torch, and so works beside every build of it.
         link = [nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL", "-o", target, *objects]

@@ -165,7 +165,7 @@ def _attend(
     if isinstance(module, str):
         raise BackendUnavailableError(f"backend 'cuda' cannot run: {module}")
     query, value = vectors["query"], vectors["value"]
-    reason = unsupported_reason(query, value) or _device_problem(query.device.index)
+    reason = unsupported_reason(query, value) or _device_problem(_device_index(query))
     if reason:
         raise BackendUnavailableError(f"backend 'cuda' cannot do this call: {reason}; 'triton' and 'reference' may")
     vectors = {name: aligned(tensor) for name, tensor in vectors.items()}
@@ -191,7 +191,7 @@ def _attend(
     call.attend(
         kernel=kernel,
         workspace=_described(module, workspace),
-        device=query.device.index,
+        device=_device_index(query),
         multiprocessors=multiprocessors,
         stream=torch.cuda.current_stream(query.device).cuda_stream,
     )
@@ -211,6 +211,10 @@ def aligned(tensor: Tensor) -> Tensor:
     if tensor.data_ptr() % _ALIGNMENT == 0 and all(stride > 0 and stride % step == 0 for stride in strides):
         return _rows(tensor)
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _device_index(tensor: Tensor) -> int:
+    return tensor.get_device()
 
 
 def _described(module: ModuleType, tensor: Tensor) -> Any:

@@ -42,7 +42,8 @@ PYBIND11_MODULE(_cuda, module) {
     const py::object none = py::none();
     py::class_<AttentionParams>(module, "Call",
                                 "One call, described; it keeps no tensor alive. See csrc/params.h for the shapes. The "
-                                "pack's integers are in device memory and are not checked.")
+                                "pack's integers are in device memory and are not checked.",
+                                py::module_local())
         .def(py::init(&describe), py::arg("query"), py::arg("key"), py::arg("value"), py::arg("output"),
              py::arg("lse") = none, py::arg("own_key") = none, py::arg("own_value") = none,
              py::arg("suffix_starts") = none, py::arg("prefix_lengths") = none, py::arg("base_starts") = none,

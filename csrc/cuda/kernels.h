@@ -21,8 +21,7 @@ struct Launch {
     }
 };
 
-// One warp per row and head, every feature, any head dimension up to kPlainDims: slow and plain.
-constexpr std::int64_t kPlainDims = 1024;
+// One warp per row and head, every feature, any head dimension up to kPlainDims (plan.h): slow and plain.
 void attend_plain(const AttentionParams& params, const Launch& launch);
 // Whether there is code for the current device.
 bool has_code();

@@ -11,6 +11,7 @@
 
 namespace atman::cuda {
 
+constexpr std::int64_t kPlainDims = 1024;  // largest head dimension of the plain kernel
 constexpr int kTileRows = 128;
 constexpr int kFlagKeys = 64;    // one bit of a factor's flags says whether any of so many is not 1
 constexpr int kMostSplits = 32;  // of one tile's keys

@@ -9,7 +9,11 @@
 
 #include "../elements.h"
 #include "config.h"
-#include "instructions.h"
+// A model of the instructions for the host can stand in (checks/).
+#if !defined(ATMAN_INSTRUCTIONS)
+#define ATMAN_INSTRUCTIONS "instructions.h"
+#endif
+#include ATMAN_INSTRUCTIONS
 
 namespace atman::cuda::hopper {
 
@@ -94,18 +98,6 @@ __device__ void produce(const KernelParams& k, const Maps& maps, typename C::Sha
 }
 
 // --- consumers ---
-
-__device__ __forceinline__ float exponential2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float logarithm2(float x) {
-    float y;
-    asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // To some 1e-7, not relative to the result: it is a score.
 __device__ __forceinline__ float hyperbolic_tangent(float x) {
