@@ -16,6 +16,7 @@ bool aligned(const void* data, const Strides& strides, std::int64_t batch, std::
     const auto fits = [](std::int64_t stride, std::int64_t size) {
         return size <= 1 || (stride > 0 && stride * 2 % kAlignment == 0);
     };
+    if (!data) return true;  // nothing is there to be read
     return reinterpret_cast<std::uintptr_t>(data) % kAlignment == 0 && fits(strides.batch, batch) &&
            fits(strides.head, heads) && fits(strides.row, rows);
 }
@@ -24,8 +25,8 @@ bool all_aligned(const AttentionParams& p) {
     return aligned(p.query, p.query_strides, p.batch, p.query_heads, p.rows) &&
            aligned(p.key, p.key_strides, p.key_batch, p.key_heads, p.keys) &&
            aligned(p.value, p.value_strides, p.key_batch, p.key_heads, p.keys) &&
-           aligned(p.own_key, p.own_key_strides, 1, p.key_heads, p.variants ? p.rows : 0) &&
-           aligned(p.own_value, p.own_value_strides, 1, p.key_heads, p.variants ? p.rows : 0) &&
+           aligned(p.own_key, p.own_key_strides, 1, p.key_heads, p.rows) &&
+           aligned(p.own_value, p.own_value_strides, 1, p.key_heads, p.rows) &&
            aligned(p.output, p.output_strides, p.batch, p.query_heads, p.rows);
 }
 
