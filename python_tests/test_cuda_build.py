@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BACKEND_DTYPES, DENSE_CASES, MODES, PACK_CASES, PackCase, poisoned_memory
+from attention_cases import DENSE_CASES, MODES, PACK_CASES, PackCase, poisoned_memory
 from comparison import assert_same_bits
 from test_backends import check as check_dense
 from test_pack import check as check_packed
@@ -101,7 +101,7 @@ def on_the_model(modelled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
     monkeypatch.setattr(cuda, "_device_index", lambda tensor: 0)
-    monkeypatch.setitem(BACKEND_DTYPES, "cuda:hopper", (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with poisoned_memory():
         yield
 
@@ -115,6 +115,7 @@ def fitting(case: Any, head_dim: int = 64) -> Any:
 PACKED = {name: fitting(case) for name, case in PACK_CASES.items() if case.position_bias == "none"}
 DENSE = {name: fitting(case) for name, case in DENSE_CASES.items() if case.position_bias == "none"}
 LONG = {
+    "a_row_without_prefix": PackCase((2, 3), (300, 0)),
     "across_blocks": PackCase((130, 3, 201, 1), (17, 300, 0, 90), factor_values="sparse"),
     "window": PackCase((150, 40), (70, 210), sliding_window=40),
     "both_ways": PackCase((150, 40), (70, 210), is_causal=False),
@@ -241,8 +242,54 @@ def test_aligned_rows_are_not_copied() -> None:
 
 
 def test_unmeasured_kernels_are_not_dispatched_to() -> None:
+    """When something has been measured, this test says so too."""
     assert cuda.MEASURED == {}
-    assert backends.load(None, "cpu").__name__ != cuda.__name__
+    assert all(backends.load(None, device) is not cuda for device in ("cpu", "cuda"))
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture
+def on_hopper() -> Iterator[None]:
+    if "hopper" not in cuda.variants():
+        pytest.skip(f"'cuda:hopper' cannot run here: {cuda.unavailable_reason('cuda') or 'the GPU is of another kind'}")
+    with poisoned_memory():
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", [*PACKED, *LONG, *SPLIT])
+def test_packed_on_a_gpu(name: str, head_dim: int, dtype: torch.dtype, mode: str) -> None:
+    check_packed("cuda:hopper", fitting((PACKED | LONG | SPLIT)[name], head_dim), mode, "keys", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_on_a_gpu(name: str, head_dim: int, mode: str) -> None:
+    check_dense("cuda:hopper", fitting(DENSE[name], head_dim), mode, "heads", torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("name", ["across_blocks", "one_row"])
+def test_in_a_graph(name: str) -> None:
+    """Captured once and replayed on new numbers: nothing is allocated, read back or waited for."""
+    call = fitting((LONG | SPLIT)[name], 128).build(torch.bfloat16, "keys", "cuda")
+    packed_suppressed_attention(**call, backend="cuda:hopper")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = packed_suppressed_attention(**call, backend="cuda:hopper")
+    call["query"].copy_(torch.randn_like(call["query"]))
+    graph.replay()
+    assert_same_bits(output, packed_suppressed_attention(**call, backend="cuda:hopper"))
 
 
 # --- what nvcc makes of it ---
