@@ -174,6 +174,20 @@ def test_split_over_keys(name: str, mode: str, modelled: ModuleType, monkeypatch
 
 
 @pytest.mark.usefixtures("on_the_model")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in PACK_CASES if not name.startswith("long")])
+def test_plain_packed(name: str, mode: str) -> None:
+    check_packed("cuda:plain", PACK_CASES[name], mode, "keys", torch.bfloat16)
+
+
+@pytest.mark.usefixtures("on_the_model")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in DENSE_CASES if not name.startswith("odd")])
+def test_plain_dense(name: str, mode: str) -> None:
+    check_dense("cuda:plain", DENSE_CASES[name], mode, "heads", torch.bfloat16)
+
+
+@pytest.mark.usefixtures("on_the_model")
 def test_factors_of_one_change_no_bit() -> None:
     """Neither where nothing is touched, nor in the untouched variants of a tile where something is."""
     call = fitting(LONG["across_blocks"]).build(torch.bfloat16, "keys")

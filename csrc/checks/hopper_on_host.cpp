@@ -1,9 +1,14 @@
-// The module `_cuda` for the host: the Hopper kernel itself, run over a model of its instructions. For tests.
+// The module `_cuda` for the host: the kernels themselves, run over a model of their instructions. For tests.
 
 #define ATMAN_INSTRUCTIONS "../../checks/instructions_model.h"
 #include "../cuda/attention.h"
 #include "../cuda/hopper/kernel.h"
 #include "../cuda/merge.h"
+#include "../cuda/plain.h"
+
+namespace atman::cuda::plain {
+float shared[kWarps * 2 * kPlainDims];
+}
 
 namespace atman::cuda {
 namespace {
@@ -92,11 +97,22 @@ void attend_type(const AttentionParams& p, std::byte* workspace, int multiproces
     else attend_with<hopper::Config<T, 256>>(p, workspace, multiprocessors);
 }
 
+template <class T>
+void attend_plain(const AttentionParams& p) {
+    const auto blocks = static_cast<unsigned>(divide_up(p.batch * p.query_heads * p.rows, plain::kWarps));
+    for (unsigned block = 0; block < blocks; ++block) {
+        std::memset(plain::shared, 0xff, sizeof plain::shared);  // NaN
+        model::run_block(plain::kWarps * 32, {block}, {blocks}, [&] { plain::attend_rows<T>(p); });
+    }
+}
+
 }  // namespace
 
 void attend(const AttentionParams& p, Kernel kernel, const Tensor& workspace, int, int multiprocessors, std::uintptr_t) {
     const std::string reason = refusal(p, kernel);
     if (!reason.empty()) throw std::invalid_argument("the kernel " + reason);
+    if (kernel == Kernel::plain)
+        return p.dtype == DType::bfloat16 ? attend_plain<__nv_bfloat16>(p) : attend_plain<__half>(p);
     auto* memory = reinterpret_cast<std::byte*>(workspace.address);
     if (p.dtype == DType::bfloat16) attend_type<__nv_bfloat16>(p, memory, multiprocessors);
     else attend_type<__half>(p, memory, multiprocessors);

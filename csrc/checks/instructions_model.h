@@ -179,6 +179,7 @@ inline void settle(Mbarrier& barrier) {
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return model::exchange(value)[model::lane() ^ static_cast<unsigned>(mask)];
 }
+inline float __shfl_sync(unsigned, float value, int from) { return model::exchange(value)[from]; }
 inline bool __any_sync(unsigned, bool value) {
     const float* all = model::exchange(value ? 1.0f : 0.0f);
     return std::any_of(all, all + 32, [](float x) { return x != 0.0f; });
