@@ -7,9 +7,11 @@
 
 #if defined(__CUDACC__)
 #define ATMAN_INLINE static __host__ __device__ __forceinline__
+#define ATMAN_INLINE_MEMBER __host__ __device__ __forceinline__
 #else
 // Always inlined: translation units built for different instruction sets must not share a copy.
 #define ATMAN_INLINE static inline __attribute__((always_inline))
+#define ATMAN_INLINE_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace atman {

@@ -245,12 +245,12 @@ Tensor Tensor::checked(std::uintptr_t address, std::int64_t bytes, std::int64_t 
     return {address, bytes, element_type, std::move(shape), std::move(strides)};
 }
 
-AttentionParams make_params(const AttentionArguments& a) {
+AttentionParams make_params(const AttentionArguments& a, Memory memory) {
     AttentionParams p;
     read_shapes(a, p);
     read_pack(a, p);
     read_extras(a, p);
-    if (p.variants > 0) check_variants(a, p);
+    if (p.variants > 0 && memory == Memory::host) check_variants(a, p);
     p.mode = read_mode(a.mode);
     p.is_causal = a.is_causal;
     constexpr double most = std::numeric_limits<float>::max();

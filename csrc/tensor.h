@@ -30,7 +30,7 @@ struct Tensor {
     }
 };
 
-// Everything that `atman_kernels._C.attend_cpu` takes.
+// Everything that a call takes beside where and with what it is to run.
 struct AttentionArguments {
     Tensor query, key, value, output;
     std::optional<Tensor> lse, own_key, own_value, suffix_starts, prefix_lengths, base_starts;
@@ -42,7 +42,9 @@ struct AttentionArguments {
     double softcap = 0.0;
 };
 
-// Throws std::invalid_argument that names the argument. The pack's integers are read and checked too.
-AttentionParams make_params(const AttentionArguments& arguments);
+enum class Memory { host, device };
+
+// Throws std::invalid_argument that names the argument. In host memory the pack's integers are read and checked too.
+AttentionParams make_params(const AttentionArguments& arguments, Memory memory = Memory::host);
 
 }  // namespace atman

@@ -32,6 +32,8 @@ BACKEND_DTYPES = {  # the most precise one first
     "cpu:plain": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16, torch.float16),
+    "cuda:hopper": (torch.bfloat16, torch.float16),
+    "cuda:plain": (torch.bfloat16, torch.float16),
 }
 HARDWARE_BACKENDS = ("triton", "cuda")
 # Those that can run here. `test_every_backend_is_tested` skips the others, each once, with its reason.
@@ -56,7 +58,7 @@ def device_for(backend: str, dtype: torch.dtype) -> str:
     """The device to test a backend on; skips the test if the backend does not take the dtype."""
     if dtype not in BACKEND_DTYPES[backend]:
         pytest.skip(f"{backend} does not take {dtype}")
-    return "cuda" if backend in HARDWARE_BACKENDS and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend.partition(":")[0] in HARDWARE_BACKENDS and torch.cuda.is_available() else "cpu"
 
 
 def first_dtype(backend: str) -> torch.dtype:

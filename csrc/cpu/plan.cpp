@@ -5,35 +5,6 @@
 namespace atman::cpu {
 namespace {
 
-Row dense_row(const AttentionParams& p, std::int64_t batch, std::int64_t index) {
-    const std::int64_t position = index + p.keys - p.rows;  // the last query stands at the last key
-    Row row;
-    row.index = row.bias_row = index;
-    row.variant = batch;
-    row.base.last = p.keys;
-    if (p.is_causal) row.base.last = std::min(p.keys, position + 1);
-    if (p.sliding_window > 0) {
-        row.base.first = std::max<std::int64_t>(0, position - p.sliding_window + 1);
-        if (!p.is_causal) row.base.last = std::min(p.keys, position + p.sliding_window);
-    }
-    return row;
-}
-
-Row packed_row(const AttentionParams& p, std::int64_t variant, std::int64_t index) {
-    const std::int64_t start = p.suffix_starts[variant], end = p.suffix_starts[variant + 1];
-    const std::int64_t prefix = p.prefix_lengths[variant], base = p.base_starts[variant];
-    const std::int64_t position = prefix + index - start;
-    const std::int64_t lowest = p.sliding_window > 0 ? std::max<std::int64_t>(0, position - p.sliding_window + 1) : 0;
-    Row row;
-    row.index = index;
-    row.variant = variant;
-    row.bias_row = position;
-    row.base = {base + lowest, base + prefix, -base};
-    row.own = {start + std::max<std::int64_t>(0, lowest - prefix), p.is_causal ? index + 1 : end, prefix - start};
-    if (!p.is_causal && p.sliding_window > 0) row.own.last = std::min(end, index + p.sliding_window);
-    return row;
-}
-
 std::int64_t seen(const Visible& keys) { return std::max<std::int64_t>(0, keys.last - keys.first); }
 
 // [first, last) in equal tiles of at most `limit` rows
@@ -57,16 +28,7 @@ void cut_pack(const AttentionParams& p, std::int64_t limit, std::vector<Tile>& t
 }  // namespace
 
 void describe_rows(const AttentionParams& p, const Tile& tile, Row* rows) {
-    if (p.variants == 0) {
-        for (std::int64_t i = tile.first_row; i < tile.last_row; ++i) *rows++ = dense_row(p, tile.batch, i);
-        return;
-    }
-    const std::int32_t* end = p.suffix_starts + p.variants + 1;
-    std::int64_t variant = std::upper_bound(p.suffix_starts, end, tile.first_row) - p.suffix_starts - 1;
-    for (std::int64_t i = tile.first_row; i < tile.last_row; ++i) {
-        while (p.suffix_starts[variant + 1] <= i) ++variant;  // passes over empty suffixes
-        *rows++ = packed_row(p, variant, i);
-    }
+    for (std::int64_t i = tile.first_row; i < tile.last_row; ++i) *rows++ = describe_row(p, tile.batch, i);
 }
 
 std::int64_t most_rows(const AttentionParams& p, std::int64_t tile_rows) {

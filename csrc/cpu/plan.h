@@ -8,26 +8,12 @@
 #include <vector>
 
 #include "../params.h"
+#include "../rows.h"
 
 namespace atman::cpu {
 
 // Keys are laid out and visited in blocks of this many. Two blocks (K and V) of a 64-wide head are within an L1 or L2.
 constexpr int kBlockKeys = 128;
-
-// The keys that one row sees in one key range (the base, or the pack's own rows): [first, last), and what must be
-// added to a key's index to get its absolute position.
-struct Visible {
-    std::int64_t first = 0, last = 0, to_position = 0;
-    bool empty() const { return first >= last; }
-};
-
-// One query row: where its factors and biases are found, and what it sees.
-struct Row {
-    std::int64_t index = 0;     // in the query
-    std::int64_t variant = 0;   // row of the factors: variant, or batch entry
-    std::int64_t bias_row = 0;  // row of the position bias
-    Visible base, own;
-};
 
 // Consecutive rows of one batch entry that visit the same blocks of keys.
 struct Tile {

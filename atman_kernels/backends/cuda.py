@@ -1,0 +1,236 @@
+"""CUDA backend: the kernels of csrc/cuda, where they were built (`ATMAN_KERNELS_BUILD=cpu,cuda`).
+
+``backend="cuda"`` takes, of the kernels that can do a call, the one that was measured to be faster. A variant after a
+colon insists on one: ``"cuda:plain"`` does everything and is no fast kernel, ``"cuda:hopper"`` is written for compute
+capability 9.0. No call gets here unless it asks for it by name.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atman_kernels.errors import BackendUnavailableError
+from atman_kernels.formula import ScoreOptions
+
+KERNELS = ("hopper", "plain")
+# Where which kernel was measured to be the fastest: (compute capability, head dimension, "packed" | "dense") -> kernel.
+# Nothing has been measured yet.
+MEASURED: dict[tuple[tuple[int, int], int, str], str] = {}
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.int32: "int32",
+    torch.bool: "bool",
+    torch.uint8: "bool",  # one byte
+}
+_TAKEN = (torch.bfloat16, torch.float16)
+_ALIGNMENT = 16  # bytes: tensor maps and 16-byte loads
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        from atman_kernels import _cuda
+    except ImportError as error:
+        if "cannot import name" in str(error):
+            return "it was not built; ATMAN_KERNELS_BUILD=cpu,cuda before pip install builds it, with CUDA's nvcc"
+        return f"it cannot be loaded: {error}"
+    return _cuda
+
+
+@cache
+def _device_problem(device: int) -> str:
+    module = _load()
+    return module if isinstance(module, str) else module.device_problem(device)
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    module = _load()
+    if isinstance(module, str):
+        return module
+    if device_type != "cuda":
+        return "it needs a CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _device_problem(torch.cuda.current_device()) or None
+
+
+def unsupported_reason(query: Tensor, value: Tensor) -> str | None:
+    """What no kernel of this backend takes."""
+    if query.dtype not in _TAKEN:
+        return f"it takes bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
+    return None
+
+
+def variants() -> tuple[str, ...]:
+    """What can stand after ``"cuda:"`` here."""
+    if isinstance(_load(), str) or not torch.cuda.is_available() or _device_problem(torch.cuda.current_device()):
+        return ()
+    return KERNELS if torch.cuda.get_device_capability() == (9, 0) else KERNELS[1:]
+
+
+def variant(name: str) -> "Pinned":
+    """The two ops with one kernel pinned.
+
+    Raises:
+        BackendUnavailableError: there is no such kernel, or this GPU cannot run it.
+    """
+    if name not in variants():
+        raise BackendUnavailableError(f"backend 'cuda:{name}' cannot run here; what can: {variants() or 'nothing'}")
+    return Pinned(name)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The two ops on one kernel."""
+
+    kernel: str
+
+    def suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return suppressed_attention(*arguments, kernel=self.kernel)
+
+    def packed_suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return packed_suppressed_attention(*arguments, kernel=self.kernel)
+
+
+def suppressed_attention(
+    query: Tensor,  # (B, Hq, Lq, D)
+    key: Tensor,  # (1|B, Hkv, Lk, D)
+    value: Tensor,  # (1|B, Hkv, Lk, Dv)
+    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
+    key_mask: Tensor | None,  # (B, Lk) bool
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
+    options: ScoreOptions,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    extras = {
+        "factor": _factor(factor),
+        "key_mask": None if key_mask is None else key_mask.contiguous(),
+        "sinks": None if sinks is None else sinks.float().contiguous(),
+        "position_bias": None if position_bias is None else _rows(position_bias.float()),
+    }
+    return _attend({"query": query, "key": key, "value": value}, extras, options, kernel)
+
+
+def packed_suppressed_attention(
+    query: Tensor,  # (Hq, T, D)
+    key: Tensor,  # (Hkv, T, D)
+    value: Tensor,  # (Hkv, T, Dv)
+    base_key: Tensor,  # (Hkv, S, D)
+    base_value: Tensor,  # (Hkv, S, Dv)
+    suffix_starts: Tensor,  # (V + 1,)
+    prefix_lengths: Tensor,  # (V,)
+    base_starts: Tensor,  # (V,)
+    row_variant: Tensor,  # (T,)
+    row_position: Tensor,  # (T,)
+    factor: Tensor | None,  # (V, K) or (V, Hq, K)
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
+    options: ScoreOptions,
+    *,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    vectors = {
+        "query": query[None],
+        "key": base_key[None],
+        "value": base_value[None],
+        "own_key": key,
+        "own_value": value,
+    }
+    extras = {
+        "suffix_starts": suffix_starts.contiguous(),
+        "prefix_lengths": prefix_lengths.contiguous(),
+        "base_starts": base_starts.contiguous(),
+        "factor": _factor(factor),
+        "sinks": None if sinks is None else sinks.float().contiguous(),
+        "position_bias": None if position_bias is None else _rows(position_bias.float())[None],
+    }
+    output, lse = _attend(vectors, extras, options, kernel)
+    return output[0], lse[0] if options.return_lse else lse
+
+
+def _attend(
+    vectors: dict[str, Tensor], extras: dict[str, Tensor | None], options: ScoreOptions, kernel: str | None
+) -> tuple[Tensor, Tensor]:
+    module = _load()
+    if isinstance(module, str):
+        raise BackendUnavailableError(f"backend 'cuda' cannot run: {module}")
+    query, value = vectors["query"], vectors["value"]
+    reason = unsupported_reason(query, value) or _device_problem(_device_index(query))
+    if reason:
+        raise BackendUnavailableError(f"backend 'cuda' cannot do this call: {reason}; 'triton' and 'reference' may")
+    vectors = {name: aligned(tensor) for name, tensor in vectors.items()}
+    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
+    tensors = {**vectors, "output": output, "lse": lse if options.return_lse else None, **extras}
+    call = module.Call(
+        **{name: None if tensor is None else _described(module, tensor) for name, tensor in tensors.items()},
+        mode=options.mode,
+        is_causal=options.is_causal,
+        scale=options.scale,
+        sliding_window=options.sliding_window or 0,
+        softcap=options.softcap or 0.0,
+    )
+    kernel = kernel or _measured_kernel(call, query, "suffix_starts" in extras)
+    refusal = call.refusal(kernel)
+    if refusal:
+        raise BackendUnavailableError(
+            f"backend 'cuda:{kernel}' cannot do this call: it {refusal}; 'cuda:plain', 'triton' and 'reference' may"
+        )
+    multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    workspace = query.new_empty(call.workspace_bytes(kernel, multiprocessors), dtype=torch.uint8)
+    call.attend(
+        kernel=kernel,
+        workspace=_described(module, workspace),
+        device=_device_index(query),
+        multiprocessors=multiprocessors,
+        stream=torch.cuda.current_stream(query.device).cuda_stream,
+    )
+    return output, lse
+
+
+def _measured_kernel(call: Any, query: Tensor, packed: bool) -> str:
+    capability = torch.cuda.get_device_capability(query.device)
+    measured = MEASURED.get((capability, query.shape[-1], "packed" if packed else "dense"), "plain")
+    return "plain" if call.refusal(measured) else measured
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """As it is if whole rows can be read from it in steps of 16 bytes, else a copy of which that is true."""
+    step = _ALIGNMENT // tensor.element_size()
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    if tensor.data_ptr() % _ALIGNMENT == 0 and all(stride > 0 and stride % step == 0 for stride in strides):
+        return _rows(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _device_index(tensor: Tensor) -> int:
+    return tensor.get_device()
+
+
+def _described(module: ModuleType, tensor: Tensor) -> Any:
+    # an empty slice may begin beyond the end of its storage
+    readable = max(0, tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
+    code = module.DTYPES[_DTYPES[tensor.dtype]]
+    return module.Tensor(tensor.data_ptr(), readable, code, tuple(tensor.shape), tensor.stride())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The kernels read whole rows: the last dimension has stride 1."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _factor(factor: Tensor | None) -> Tensor | None:
+    """(V, 1|Hq, K) float32."""
+    if factor is None:
+        return None
+    return _rows((factor if factor.ndim == 3 else factor[:, None]).float())
