@@ -1,8 +1,9 @@
-"""Registers, spills and shared memory of every configured kernel, on a machine that needs no GPU.
+"""Registers, spills, shared memory and warpgroup products of every configured kernel, on a machine without a GPU.
 
     python -m benchmarks.compile_report [--architecture sm_90] [--features] [--json FILE]
 
-Exits with 1 if a kernel spills or asks for more shared memory than its architecture has.
+Exits with 1 if a kernel spills, asks for more shared memory than its architecture has, or has its warpgroup products
+serialised by the assembler.
 """
 
 import argparse
@@ -56,10 +57,14 @@ def measure(architecture: str, key: Key, call: Call) -> dict[str, Any]:
     """One row of the report: the attention kernel of a call, the larger one if there are two."""
     capability = configs.ARCHITECTURES[architecture][0]
     attention = [kernel for kernel in compile_call(capability, call) if kernel.kernel == "attention"]
-    usage = {name: max(getattr(kernel, name) for kernel in attention) for name in ("registers", "spilled", "shared")}
+    usage = {
+        name: max(getattr(kernel, name) for kernel in attention) for name in ("registers", "spilled", "shared", "wgmma")
+    }
+    serialized = any(kernel.serialized for kernel in attention)
     described = {**asdict(call), "dtype": str(call.dtype).removeprefix("torch."), "config": asdict(call.config)}  # type: ignore[arg-type]
-    fits = usage["spilled"] == 0 and usage["shared"] <= configs.SHARED_MEMORY[architecture]
-    return {"architecture": architecture, "regime": key.regime, **described, **usage, "fits": fits}
+    fits = usage["spilled"] == 0 and usage["shared"] <= configs.SHARED_MEMORY[architecture] and not serialized
+    named = {"architecture": architecture, "regime": key.regime}
+    return {**named, **described, **usage, "serialized": serialized, "fits": fits}
 
 
 def rows(architectures: list[str], features: bool) -> Iterator[dict[str, Any]]:
@@ -77,14 +82,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the rows as JSON")
     options = parser.parse_args()
     found = []
-    print("arch    regime   kind    dtype     D    M    N warps stages  registers spilled  shared KiB")
+    print("arch    regime   kind    dtype     D    M    N warps stages  registers spilled  shared KiB  wgmma")
     for row in rows(options.architecture or list(configs.ARCHITECTURES), options.features):
         found.append(row)
         config = row["config"]
         print(
             f"{row['architecture']:7} {row['regime']:8} {row['kind']:7} {row['dtype']:9}{row['head_dim']:4}"
             f"{config['block_m']:5}{config['block_n']:5}{config['num_warps']:6}{config['num_stages']:7}"
-            f"{row['registers']:11}{row['spilled']:8}{row['shared'] / 1024:12.1f}"
+            f"{row['registers']:11}{row['spilled']:8}{row['shared'] / 1024:12.1f}{row['wgmma']:7}"
+            f"{'  serialised' if row['serialized'] else ''}"
             f"{'' if row['fits'] else '  does not fit'}",
             flush=True,
         )

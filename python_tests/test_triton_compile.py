@@ -1,6 +1,8 @@
 """The Triton kernels compile for GPUs that are not here, fit into their registers and their shared memory."""
 
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from atman_kernels.backends.triton import configs
+from atman_kernels.backends.triton import configs, offline
 from atman_kernels.backends.triton.configs import KernelConfig, Key
 from atman_kernels.backends.triton.offline import Call, compile_call
 from benchmarks import compile_report
 
 DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
+UNLIKE: tuple[dict[str, Any], ...] = ({}, {"factor": False}, {"mode": "shifted"})
 
 
 def entry(architecture: str, key: Key) -> KernelConfig:
@@ -32,7 +35,8 @@ def test_common_entries_fit(regime: str, architecture: str) -> None:
 
 @pytest.mark.parametrize("index", range(len(compile_report.FEATURES)), ids=map(str, compile_report.FEATURES))
 def test_features_fit(index: int) -> None:
-    key = Key("16-bit", "packed", 64)
+    dim = 128 if "head_dim" in compile_report.FEATURES[index] else 64  # whose entry the call would get
+    key = Key("16-bit", "packed", dim)
     call = list(compile_report.feature_calls(key, entry("sm_90", key)))[index]
     row = compile_report.measure("sm_90", key, call)
     assert row["fits"], row
@@ -51,6 +55,28 @@ def test_the_report_sees_what_does_not_fit() -> None:
     row = compile_report.measure("sm_80", key, Call("dense", torch.bfloat16, 256, config=config))
     assert row["spilled"] > 0
     assert row["shared"] > configs.SHARED_MEMORY["sm_80"]
+    assert not row["fits"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("regime", ["dense", "packed"])
+def test_hopper_products_overlap(regime: str, head_dim: int) -> None:
+    """They are warpgroup products, and none waits for the one before it."""
+    key = Key("16-bit", regime, head_dim)
+    for call in compile_report.calls(key, entry("sm_90", key)):
+        for changes in UNLIKE:
+            row = compile_report.measure("sm_90", key, replace(call, **changes))
+            assert row["wgmma"] > 0, row
+            assert not row["serialized"], row
+
+
+def test_the_report_hears_the_assembler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its remarks are read, and one about serialised products makes a kernel unfit."""
+    key = Key("16-bit", "dense", 64)
+    call = next(compile_report.calls(key, entry("sm_90", key)))
+    monkeypatch.setattr(offline, "SERIALIZED", "ptxas info")
+    row = compile_report.measure("sm_90", key, call)
+    assert row["serialized"]
     assert not row["fits"]
 
 

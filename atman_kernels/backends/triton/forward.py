@@ -23,6 +23,7 @@ from atman_kernels.backends.triton.primitives import (
 )
 
 FAR: tl.constexpr = tl.constexpr(2**31 - 1)  # beyond every index
+OWN: tl.constexpr = tl.constexpr(2**31 - 2)  # in place of where a base starts: a variant's own rows
 ALIGNED: tl.constexpr = tl.constexpr(4)  # terms that are read at once
 FLAGS: tl.constexpr = tl.constexpr(64)  # in a word of `touched`
 
@@ -33,15 +34,15 @@ def _sweep(
     extreme,  # [BLOCK_M] largest score so far, as an exponent; in the minimum pass the smallest score
     total,  # [BLOCK_M] sum of weights so far
     query,  # [BLOCK_M, BLOCK_D]
-    keys_and_values,  # (pointer to the keys of one head, strides, pointer to its values, strides)
+    keys_and_values,  # (pointer to the keys of one head, its two strides, pointer to its values, its two strides)
     first,  # [BLOCK_M] each row sees the keys [first, last) of them
     last,
     split,
     num_splits,
     origin,  # index of the key at position 0
     terms,  # None, or pointer to the terms of the first row
-    term_row,  # None if all rows have the same terms; else [BLOCK_M] offset of each row's
-    flags,  # None if all terms are read; else (flags of all rows, touched_shift)
+    term_rows,  # None if all rows have the same terms; else ([BLOCK_M] which each row has, first 0; their stride)
+    flags,  # None without terms; else (flags of all rows, touched_shift)
     key_mask,  # None, or (pointer to one sequence's, stride)
     bias,  # None, or (pointer, [BLOCK_M] offset of key 0, stride)
     row_minimum,  # [BLOCK_M], read by "shifted"
@@ -58,7 +59,7 @@ def _sweep(
     BLOCK_DV: tl.constexpr,
 ):
     """All rows of a tile against one array of keys, or against this split's share of it."""
-    key, key_strides, value, value_strides = keys_and_values
+    key, key_row_stride, key_stride, value, value_row_stride, value_stride = keys_and_values
     seeing = first < last
     first = tl.where(seeing, first, FAR)
     last = tl.where(seeing, last, 0)
@@ -70,8 +71,9 @@ def _sweep(
     start += split * share
     stop = tl.minimum(stop, start + share)
 
-    if term_row is not None:
-        one_term_row = tl.max(term_row) == 0
+    if term_rows is not None:
+        row_word, positions = term_rows
+        one_term_row = tl.max(row_word) == 0
     if flags is not None:
         touched, touched_shift = flags
     if key_mask is not None:
@@ -84,8 +86,8 @@ def _sweep(
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    p_key = key + o_n.to(tl.int64)[:, None] * key_strides[2] + o_d[None, :] * key_strides[3]
-    p_value = value + o_n.to(tl.int64)[:, None] * value_strides[2] + o_dv[None, :] * value_strides[3]
+    p_key = key + o_n.to(tl.int64)[:, None] * key_row_stride + o_d[None, :] * key_stride
+    p_value = value + o_n.to(tl.int64)[:, None] * value_row_stride + o_dv[None, :] * value_stride
 
     for block in tl.range(start, stop, BLOCK_N):
         keys = block + o_n
@@ -95,24 +97,25 @@ def _sweep(
         if terms is not None:
             position = tl.multiple_of(block - origin, ALIGNED)
             p_terms = terms + position + o_n
-            flagged = True
-            if flags is not None:
-                # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
-                first_flag = tl.cast(position >> touched_shift, tl.int64)
-                last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
-                flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
+            # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
+            first_flag = tl.cast(position >> touched_shift, tl.int64)
+            last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
+            flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
             shared = flagged
-            if term_row is not None:
+            if term_rows is not None:
                 shared = flagged & one_term_row
                 gathered = flagged & (not one_term_row)
                 row_terms = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
                 if gathered:
-                    row_terms = tl.load(term_row[:, None] + p_terms[None, :])
+                    o_terms = (
+                        row_word.to(tl.int64) * positions
+                    )  # here, so that 64 bits per row do not stay in registers
+                    row_terms = tl.load(o_terms[:, None] + p_terms[None, :])
         if bias is not None:
             o_bias = bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
             b_bias = tl.load(p_bias + o_bias, mask=sees(keys, first, last), other=float("-inf")).to(tl.float32)
 
-        p_block = p_key + tl.cast(block, tl.int64) * key_strides[2]
+        p_block = p_key + tl.cast(block, tl.int64) * key_row_stride
         b_key = tl.load(p_block, mask=in_reach[:, None] & (o_d[None, :] < D), other=0.0)
         scores = tl.dot(query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if inner_scale is not None:
@@ -125,7 +128,7 @@ def _sweep(
         if terms is not None:
             if shared:
                 scores = suppress(scores, tl.load(p_terms)[None, :], row_minimum, MODE)
-            if term_row is not None:  # noqa: SIM102, the first is decided when compiling
+            if term_rows is not None:  # noqa: SIM102, the first is decided when compiling
                 if gathered:
                     scores = suppress(scores, row_terms, row_minimum, MODE)
         if (block < full_start) | (block + BLOCK_N > full_stop):
@@ -140,7 +143,7 @@ def _sweep(
             extreme = tl.minimum(extreme, tl.min(scores, 1))
         else:
             weights, extreme, total, rescale = online_softmax(scores, extreme, total, unit)
-            p_block = p_value + tl.cast(block, tl.int64) * value_strides[2]
+            p_block = p_value + tl.cast(block, tl.int64) * value_row_stride
             b_value = tl.load(p_block, mask=in_reach[:, None] & (o_dv[None, :] < DV), other=0.0)
             accumulator *= rescale[:, None]
             accumulator = tl.dot(weights.to(b_value.dtype), b_value, accumulator, input_precision=PRECISION)
@@ -254,47 +257,76 @@ def attention(
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # the base's keys; if the tile's variants have several bases, one base after the other
+    # The base's keys; if the tile's variants have several bases, one base after the other; then the variants' own rows.
+    # All go through one loop, whose parts differ in numbers only: with a second loop the assembler moves accumulators
+    # between registers, and waits for each product before it starts the next.
+    parts: tl.constexpr = FAR if suffix_starts is None else OWN
     first, last = visible_positions(position, tl.zeros([BLOCK_M], tl.int32), prefix, window, IS_CAUSAL)
-    base_keys = (
-        key + batch * key_strides[0] + kv_head * key_strides[1],
-        key_strides,
-        value + batch * value_strides[0] + kv_head * value_strides[1],
-        value_strides,
-    )
-    p_terms = None
-    term_row = None
-    flags = None
+    p_key = key + batch * key_strides[0] + kv_head * key_strides[1]
+    p_value = value + batch * value_strides[0] + kv_head * value_strides[1]
     if terms is not None:
         word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
         first_word = tl.min(word)
         p_terms = terms + first_word * positions
-        if suffix_starts is not None:
-            term_row = (word - first_word) * positions
-        flags = (tl.reduce_or(tl.load(touched + word), 0), touched_shift)
-    base_start = tl.where(first < last, base_start, FAR)
-    base = tl.min(base_start)
-    while base < FAR:
-        here = base_start == base
-        base_bias = None
+        b_touched = tl.reduce_or(tl.load(touched + word), 0)
+    if suffix_starts is not None:
+        own_first, own_last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
+        shift = prefix - suffix_start  # from an index to its position
+        p_own_key = own_key + kv_head * own_key_strides[1]
+        p_own_value = own_value + kv_head * own_value_strides[1]
+    base_start = tl.where(first < last, base_start, parts)
+    part = tl.min(base_start)
+    while part < FAR:
+        here = base_start == part
+        part_first = tl.where(here, part + first, 0)
+        part_last = tl.where(here, part + last, 0)
+        part_keys = (p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3])
+        origin = part
+        part_terms = None
+        term_rows = None
+        flags = None
+        part_bias = None
+        if terms is not None:
+            part_terms = p_terms
+            flags = (b_touched, touched_shift)
         if bias is not None:
-            base_bias = (bias, bias_row - tl.cast(base, tl.int64) * bias_strides[3], bias_strides[3])
+            part_bias = (bias, bias_row - tl.cast(part, tl.int64) * bias_strides[3], bias_strides[3])
+        if suffix_starts is not None:
+            own = part == OWN
+            part_first = tl.where(own, own_first - shift, part_first)
+            part_last = tl.where(own, own_last - shift, part_last)
+            part_keys = (
+                tl.where(own, p_own_key, p_key),
+                tl.where(own, own_key_strides[2], key_strides[2]),
+                tl.where(own, own_key_strides[3], key_strides[3]),
+                tl.where(own, p_own_value, p_value),
+                tl.where(own, own_value_strides[2], value_strides[2]),
+                tl.where(own, own_value_strides[3], value_strides[3]),
+            )
+            origin = tl.where(own, 0, part)
+            if terms is not None:
+                part_terms = tl.where(own, own_terms + tl.min(head) % TERM_HEADS * rows, p_terms)
+                term_rows = (tl.where(own, 0, (word - first_word).to(tl.int32)), positions)
+                flags = (tl.where(own, -1, b_touched), tl.where(own, 31, touched_shift))  # one flag for all: read them
+            if bias is not None:
+                own_bias_row = bias_row + shift.to(tl.int64) * bias_strides[3]
+                part_bias = (bias, tl.where(own, own_bias_row, part_bias[1]), bias_strides[3])
         accumulator, extreme, total = _sweep(
             accumulator,
             extreme,
             total,
             b_query,
-            base_keys,
-            tl.where(here, base + first, 0),
-            tl.where(here, base + last, 0),
+            part_keys,
+            part_first,
+            part_last,
             split,
             num_splits,
-            base,
-            p_terms,
-            term_row,
+            origin,
+            part_terms,
+            term_rows,
             flags,
             mask_row,
-            base_bias,
+            part_bias,
             row_minimum,
             unit,
             inner_scale,
@@ -308,53 +340,7 @@ def attention(
             BLOCK_D,
             BLOCK_DV,
         )
-        base = tl.min(tl.where(base_start > base, base_start, FAR))
-
-    # the variants' own rows
-    if suffix_starts is not None:
-        first, last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
-        shift = prefix - suffix_start  # from an index to its position
-        own_keys = (
-            own_key + kv_head * own_key_strides[1],
-            own_key_strides,
-            own_value + kv_head * own_value_strides[1],
-            own_value_strides,
-        )
-        p_terms = None
-        if terms is not None:
-            p_terms = own_terms + tl.min(head) % TERM_HEADS * rows
-        own_bias = None
-        if bias is not None:
-            own_bias = (bias, bias_row + shift.to(tl.int64) * bias_strides[3], bias_strides[3])
-        accumulator, extreme, total = _sweep(
-            accumulator,
-            extreme,
-            total,
-            b_query,
-            own_keys,
-            first - shift,
-            last - shift,
-            split,
-            num_splits,
-            0,
-            p_terms,
-            None,
-            None,
-            mask_row,
-            own_bias,
-            row_minimum,
-            unit,
-            inner_scale,
-            MODE,
-            MINIMUM_PASS,
-            SOFTCAP,
-            PRECISION,
-            D,
-            DV,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-        )
+        part = tl.min(tl.where(base_start > part, base_start, tl.where(part < parts, parts, FAR)))
 
     if MINIMUM_PASS:
         tl.store(minimum + offset, extreme, mask=stored)

@@ -24,6 +24,7 @@ from atman_kernels.backends.triton import configs, launch
 from atman_kernels.backends.triton.configs import KernelConfig
 from atman_kernels.formula import ScoreOptions
 
+SERIALIZED = "wgmma.mma_async instructions are serialized"
 BATCH, HEADS, KV_HEADS, ROWS, KEYS, VARIANTS = 2, 8, 2, 256, 512, 16
 
 
@@ -35,6 +36,8 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
+    wgmma: int  # warpgroup products in the code; 0 where the GPU has none, or the tile is too low for them
+    serialized: bool  # the assembler waits for each of them, since their accumulators do not stay in registers
 
 
 @dataclass(frozen=True)
@@ -148,4 +151,19 @@ def _measured(kernel: Any) -> Compiled:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", found.stdout + found.stderr)}
-    return Compiled(kernel.metadata.name, usage["REG"], usage["STACK"], kernel.metadata.shared)
+    ptx = kernel.asm["ptx"]
+    wgmma = ptx.count("wgmma.mma_async")
+    serialized = wgmma > 0 and SERIALIZED in assembler_log(ptx)
+    return Compiled(kernel.metadata.name, usage["REG"], usage["STACK"], kernel.metadata.shared, wgmma, serialized)
+
+
+def assembler_log(ptx: str) -> str:
+    """What ptxas says when it assembles as Triton has it do; Triton itself keeps that to itself."""
+    target = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        options = ["-v", "-lineinfo", "--regAllocOptLevel=2", f"--gpu-name={target}", "--output-file=/dev/null"]
+        command = [triton.knobs.nvidia.ptxas.path, *options, source.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
