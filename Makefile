@@ -19,13 +19,14 @@ NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize bench gpu-check lint clean
+.PHONY: help demo test test-all test-oldest sanitize bench gpu-check lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      explain an answer of SmolLM2-135M: heatmap here, atman-demo.html beside it"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones and those on real weights too"
+	@echo "make test-oldest  the fast tests with the oldest supported versions, in an environment of their own"
 	@echo "make sanitize  the compiled module under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
@@ -44,6 +45,10 @@ test: $(STAMPS)/dev
 test-all: $(STAMPS)/dev $(STAMPS)/demo
 	$(BIN)/python -m pytest -q --durations=20
 
+# Everything as for `make test`, but for where it goes and which pins it takes.
+test-oldest:
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest PINS=constraints-oldest.txt
+
 sanitize: $(STAMPS)/dev
 	$(BIN)/python csrc/sanitize.py
 
@@ -59,7 +64,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest build dist atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is remade when the metadata, the pins or what is compiled change; otherwise the second run starts at once.

@@ -112,6 +112,8 @@ def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
     """A model of a family, in eval mode, with weights large enough that attention matters."""
     torch.manual_seed(seed)
     model = PACKABLE[family]().eval()
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers 5.17 lets Gemma 2 take sdpa, which drops the softcap
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
