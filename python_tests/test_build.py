@@ -174,7 +174,7 @@ FAILED = r".*(exit code|exit status) 1"
     ("environment", "message"),
     [
         (BROKEN, f"error:.*false{FAILED}"),
-        ({"ATMAN_KERNELS_BUILD": "gpu"}, "unknown part 'gpu'; known: cpu, none"),
+        ({"ATMAN_KERNELS_BUILD": "gpu"}, "unknown part 'gpu'; known: cpu, cuda, none"),
         ({"ATMAN_KERNELS_BUILD": "cpu,metal"}, "unknown part 'metal'"),
         ({"ATMAN_KERNELS_BUILD": "cpu", "ATMAN_KERNELS_FLAGS": "-fno-such-flag"}, f"error:.*-fno-such-flag{FAILED}"),
     ],
