@@ -223,7 +223,8 @@ def _scores_held(case: PackedCase, contender: str) -> int:
     """Scores, or numbers of the same count, that a contender keeps in memory at once."""
     heads, rows, keys = case.query.shape[0], case.pack.num_rows, case.key.shape[1]
     copies = case.pack.num_variants * (case.base + rows // case.pack.num_variants) * heads * case.query.shape[2]
-    return {"eager": heads * rows * keys, "sdpa_bias": rows * keys, "sdpa_batch": 2 * copies}.get(contender, 0)
+    held = {"eager": heads * rows * keys, "sdpa_bias": rows * keys, "sdpa_batch": 2 * copies, "sdpa_each": 2 * copies}
+    return held.get(contender, 0)
 
 
 @lru_cache(maxsize=1)
