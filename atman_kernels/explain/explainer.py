@@ -1,35 +1,25 @@
 """`Explainer`: which parts of a prompt made a model answer as it did."""
 
 import time
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import atman_kernels
-from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, run_packed, unit_variants
+from atman_kernels.errors import InputError
+from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
+from atman_kernels.explain.runner import VariantRunner
 from atman_kernels.formula import MODES
-from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
 from atman_kernels.hf.interface import decoder_of
-from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.suppression import checked_layers
-from atman_kernels.planning.factors import factor_rows, first_suppressed
-from atman_kernels.planning.packing import Variant, token_budget
-
-# Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
-# order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond
-# the ceiling the two ways do not compute the same thing.
-NOISE_FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 6e-2, torch.bfloat16: 0.5}
-NOISE_CEILING = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.25, torch.bfloat16: 1.0}
-NOISE_MARGIN = 8.0  # packed against base, in units of the noise between the model's own attention and ours
+from atman_kernels.planning.factors import factor_rows
 
 
 class Explainer:
@@ -84,11 +74,7 @@ class Explainer:
         self.tokenizer = tokenizer
         self.factor = float(factor)
         self.similarity_threshold = similarity_threshold
-        self.token_budget = token_budget
-        self.progress = progress
-        self._perturbation = Perturbation(mode, checked_layers(model, layers))
-        self._tolerance: float | None = None
-        self._unpackable: str | None = None  # the reason, once it is known
+        self._runner = VariantRunner(model, Perturbation(mode, checked_layers(model, layers)), token_budget, progress)
 
     def explain(
         self,
@@ -164,9 +150,7 @@ class Explainer:
             if len(given) != len(prompts):
                 raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts")
         started = time.perf_counter()
-        training = self.model.training
-        self.model.eval()
-        try:
+        with _evaluating(self.model):
             questions = [
                 ask(
                     self.model,
@@ -182,53 +166,23 @@ class Explainer:
                 for prompt, answer, choice in zip(prompts, answers, choices, strict=True)
             ]
             answered = time.perf_counter()
-            results, work = self._scores(questions)
-        finally:
-            self.model.train(training)
+            outcome = self._runner.run(questions, [self._factors(question) for question in questions])
         stats = {
             "seconds": time.perf_counter() - started,
             "answering_seconds": answered - started,
             "questions": len(questions),
-            "tokens_through_model": work.tokens,
-            "forwards": work.forwards,
-            "variants": work.variants,
-            "token_budget": work.token_budget,
+            "tokens_through_model": outcome.work.tokens,
+            "forwards": outcome.work.forwards,
+            "variants": outcome.work.variants,
+            "token_budget": outcome.work.token_budget,
         }
         names = [choice if isinstance(choice, str) else "spans" for choice in choices]
         return [
-            self._explanation(question, scores, logprobs, name, stats)
-            for question, (scores, logprobs), name in zip(questions, results, names, strict=True)
+            self._explanation(question, (logprobs - perturbed).float(), logprobs, name, stats)
+            for question, logprobs, perturbed, name in zip(
+                questions, outcome.unperturbed, outcome.perturbed, names, strict=True
+            )
         ]
-
-    def _scores(self, questions: list[Question]) -> tuple[list[tuple[Tensor, Tensor]], Work]:
-        """Scores (n_units, m) and base log-probs (m,) per question, and what they cost."""
-        work = Work()
-        base = self._base(questions, work)
-        factors = [self._factors(question) for question in questions]
-        prefixes = [first_suppressed(rows) for rows in factors]
-        variants = unit_variants(questions, prefixes)
-        budget = self.token_budget or token_budget(
-            free_bytes(self.model.device), activation_bytes_per_token(self.model), self.model.device.type
-        )
-        total = sum(v.suffix if base else v.length for v in variants)
-        with tqdm(total=total, unit="tok", desc="explaining", disable=not self.progress, delay=1, leave=False) as bar:
-            if base is not None:
-                unperturbed = self._probe(questions, *base, factors, budget, work)
-            if base is None or unperturbed is None:
-                bar.reset(total=sum(v.length for v in variants))
-                unperturbed = self._full_row_baseline(questions, factors, budget, work)
-                work.advance = bar.update
-                finished = run_full_rows(self.model, questions, factors, variants, self._perturbation, budget, work)
-            else:
-                work.advance = bar.update
-                finished = run_packed(
-                    self.model, questions, base[0], factors, variants, self._perturbation, budget, work
-                )
-            scores = [torch.zeros(len(q.units), len(q.targets)) for q in questions]
-            for variant, logprobs in finished:
-                difference = unperturbed[variant.question][-len(logprobs) :] - logprobs.cpu()
-                scores[variant.question][variant.unit, -len(logprobs) :] = difference.float()
-        return list(zip(scores, unperturbed, strict=True)), work
 
     def _factors(self, question: Question) -> Tensor:
         """(n_units, L) on the CPU."""
@@ -245,114 +199,11 @@ class Explainer:
         )
         return rows[:, :-1]  # the last answer token is no key
 
-    def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
-        """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""
-        if self._unpackable is not None:
-            return None
-        bases, logprobs = [], []
-        for question in questions:
-            try:
-                base, own = base_run(self.model, question.inputs, question.rows, question.targets)
-            except PackingUnsupportedError as error:
-                self._fall_back(str(error))
-                return None
-            work.add(len(question.inputs), 1)
-            self._check_attention(question, own, work)
-            bases.append(base)
-            logprobs.append(own)
-        return Base.join(bases), logprobs
-
-    def _check_attention(self, question: Question, ours: Tensor, work: Work) -> None:
-        """Once per explainer: the model with our attention is the model with its own."""
-        if self._tolerance is not None:
-            return
-        own = own_logprobs(self.model, question.inputs, question.rows, question.targets)
-        work.add(len(question.inputs), 1)
-        name, dtype = type(self.model).__name__, self.model.dtype
-        if not bool(own.isfinite().all()):
-            raise UnsupportedModelError(f"{name} gives the target no finite log-probability in {dtype}")
-        noise = _rms(own - ours)
-        ceiling = NOISE_CEILING.get(dtype, 1.0)
-        if not noise <= ceiling:
-            raise UnsupportedModelError(
-                f"{name} cannot be explained: our attention does not reproduce its own (log-probs of the target differ "
-                f"by {noise:.2g}, {ceiling:g} is the most that {dtype} explains)"
-            )
-        self._tolerance = NOISE_FLOOR.get(dtype, 1e-2) + NOISE_MARGIN * noise
-
-    def _probe(
-        self,
-        questions: list[Question],
-        base: Base,
-        expected: list[Tensor],
-        factors: list[Tensor],
-        budget: int,
-        work: Work,
-    ) -> list[Tensor] | None:
-        """Unsuppressed variants, packed: their log-probs, or None if they are not those of the base runs.
-
-        One begins in the middle of the prompt, to see that packing works on this model and prompt; one with the
-        answer, which is what suppressed variants are then compared with: the same arithmetic on both sides.
-        """
-        variants = [
-            Variant(q, None, prefix, len(question.inputs))
-            for q, question in enumerate(questions)
-            for prefix in (question.prompt_length // 2, question.prompt_length - 1)
-        ]
-        unperturbed: list[Tensor] = list(expected)
-        try:
-            finished = list(
-                run_packed(self.model, questions, base, factors, variants, self._perturbation, budget, work)
-            )
-        except PackingUnsupportedError as error:
-            self._fall_back(str(error))
-            return None
-        assert self._tolerance is not None
-        for variant, logprobs in finished:
-            wrong = _rms(logprobs - expected[variant.question])
-            if not wrong <= self._tolerance:
-                self._fall_back(
-                    f"a packed suffix gives log-probs that differ by {wrong:.2g} from the unpacked run's, where "
-                    f"{self._tolerance:.2g} would be rounding"
-                )
-                return None
-            if variant.prefix == questions[variant.question].prompt_length - 1:
-                unperturbed[variant.question] = logprobs.cpu()
-        return unperturbed
-
-    def _fall_back(self, reason: str) -> None:
-        self._unpackable = reason
-        warnings.warn(
-            f"{type(self.model).__name__} cannot be packed ({reason}): full rows are recomputed in batches, which "
-            "is exact but slower",
-            stacklevel=2,
-        )
-
-    def _full_row_baseline(
-        self, questions: list[Question], factors: list[Tensor], budget: int, work: Work
-    ) -> list[Tensor]:
-        """Unsuppressed log-probs by the same way that the variants will go."""
-        unperturbed = []
-        for question in questions:
-            ones = torch.ones(1, len(question.inputs), device=self.model.device)
-            logprobs = full_row_logprobs(
-                self.model,
-                question.inputs,
-                ones,
-                question.rows,
-                question.targets,
-                mode=self._perturbation.mode,
-            )[0]
-            work.add(len(question.inputs), 1)
-            self._check_attention(question, logprobs, work)
-            unperturbed.append(logprobs.cpu())
-        return unperturbed
-
     def _explanation(
         self, question: Question, scores: Tensor, logprobs: Tensor, units: str, stats: dict[str, Any]
     ) -> Explanation:
         name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
-        layers = self._perturbation.layers
+        perturbation = self._runner.perturbation
         return Explanation(
             prompt=question.prompt,
             target=question.target,
@@ -362,14 +213,14 @@ class Explainer:
             base_logprobs=logprobs.float(),
             settings={
                 "model": name,
-                "mode": self._perturbation.mode,
+                "mode": perturbation.mode,
                 "factor": self.factor,
                 "similarity_threshold": self.similarity_threshold,
-                "layers": None if layers is None else list(layers),
+                "layers": None if perturbation.layers is None else list(perturbation.layers),
                 "units": units,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "device": str(self.model.device),
-                "path": "packed" if self._unpackable is None else "batched",
+                "path": "packed" if self._runner.unpackable is None else "batched",
                 "versions": {
                     "atman_kernels": atman_kernels.__version__,
                     "torch": torch.__version__,
@@ -380,5 +231,11 @@ class Explainer:
         )
 
 
-def _rms(differences: Tensor) -> float:
-    return float(differences.square().mean().sqrt())
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,208 @@
+"""`VariantRunner`: log-probabilities of answers under suppression, by the fastest way that was shown to be exact."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, run_packed, unit_variants
+from atman_kernels.explain.question import Question
+from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
+from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
+from atman_kernels.planning.factors import first_suppressed
+from atman_kernels.planning.packing import Variant, token_budget
+
+# Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
+# order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond
+# the ceiling the two ways do not compute the same thing.
+NOISE_FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 6e-2, torch.bfloat16: 0.5}
+NOISE_CEILING = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.25, torch.bfloat16: 1.0}
+NOISE_MARGIN = 8.0  # packed against base, in units of the noise between the model's own attention and ours
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Log-probabilities of the answers of some questions, on the CPU.
+
+    Attributes:
+        unperturbed: per question, (m,) with nothing suppressed.
+        perturbed: per question, (n_variants, m), one row per row of factors.
+        work: what it cost.
+    """
+
+    unperturbed: list[Tensor]
+    perturbed: list[Tensor]
+    work: Work
+
+
+class VariantRunner:
+    """Runs questions under many rows of factors on one model.
+
+    Variants are packed once a probe showed, on this model and these prompts, that a packed suffix reproduces the
+    model; otherwise full rows are recomputed in batches, and one warning says so.
+
+    Args:
+        model: a transformers causal language model, in eval mode.
+        perturbation: mode and layers.
+        token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
+        progress: show a progress bar for what takes longer than a second.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, perturbation: Perturbation, token_budget: int | None, progress: bool
+    ) -> None:
+        self.model = model
+        self.perturbation = perturbation
+        self.token_budget = token_budget
+        self.progress = progress
+        self.unpackable: str | None = None  # the reason, once it is known
+        self._tolerance: float | None = None
+
+    def run(self, questions: Sequence[Question], factors: Sequence[Tensor], description: str = "explaining") -> Outcome:
+        """Every question under every row of its factors.
+
+        Args:
+            questions: what is asked.
+            factors: per question, (n_variants, L) over the positions of its `inputs`, on the CPU.
+            description: what the progress bar says.
+
+        Raises:
+            UnsupportedModelError: our attention does not reproduce the model's own, or is never called.
+            MemoryError: a single variant does not fit.
+        """
+        questions, factors = list(questions), list(factors)
+        work = Work()
+        base = self._base(questions, work)
+        variants = unit_variants(questions, [first_suppressed(rows) for rows in factors])
+        budget = self.token_budget or token_budget(
+            free_bytes(self.model.device), activation_bytes_per_token(self.model), self.model.device.type
+        )
+        total = sum(v.suffix if base else v.length for v in variants)
+        with tqdm(total=total, unit="tok", desc=description, disable=not self.progress, delay=1, leave=False) as bar:
+            if base is not None:
+                unperturbed = self._probe(questions, *base, factors, budget, work)
+            if base is None or unperturbed is None:
+                bar.reset(total=sum(v.length for v in variants))
+                unperturbed = self._full_row_baseline(questions, factors, budget, work)
+                work.advance = bar.update
+                finished = run_full_rows(self.model, questions, factors, variants, self.perturbation, budget, work)
+            else:
+                work.advance = bar.update
+                finished = run_packed(
+                    self.model, questions, base[0], factors, variants, self.perturbation, budget, work
+                )
+            # a variant that suppresses nothing, and tokens before its suffix, are as they were
+            perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
+            for variant, logprobs in finished:
+                perturbed[variant.question][variant.unit, -len(logprobs) :] = logprobs.cpu()
+        return Outcome(unperturbed, perturbed, work)
+
+    def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
+        """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""
+        if self.unpackable is not None:
+            return None
+        bases, logprobs = [], []
+        for question in questions:
+            try:
+                base, own = base_run(self.model, question.inputs, question.rows, question.targets)
+            except PackingUnsupportedError as error:
+                self._fall_back(str(error))
+                return None
+            work.add(len(question.inputs), 1)
+            self._check_attention(question, own, work)
+            bases.append(base)
+            logprobs.append(own)
+        return Base.join(bases), logprobs
+
+    def _check_attention(self, question: Question, ours: Tensor, work: Work) -> None:
+        """Once per explainer: the model with our attention is the model with its own."""
+        if self._tolerance is not None:
+            return
+        own = own_logprobs(self.model, question.inputs, question.rows, question.targets)
+        work.add(len(question.inputs), 1)
+        name, dtype = type(self.model).__name__, self.model.dtype
+        if not bool(own.isfinite().all()):
+            raise UnsupportedModelError(f"{name} gives the target no finite log-probability in {dtype}")
+        noise = _rms(own - ours)
+        ceiling = NOISE_CEILING.get(dtype, 1.0)
+        if not noise <= ceiling:
+            raise UnsupportedModelError(
+                f"{name} cannot be explained: our attention does not reproduce its own (log-probs of the target differ "
+                f"by {noise:.2g}, {ceiling:g} is the most that {dtype} explains)"
+            )
+        self._tolerance = NOISE_FLOOR.get(dtype, 1e-2) + NOISE_MARGIN * noise
+
+    def _probe(
+        self,
+        questions: list[Question],
+        base: Base,
+        expected: list[Tensor],
+        factors: list[Tensor],
+        budget: int,
+        work: Work,
+    ) -> list[Tensor] | None:
+        """Unsuppressed variants, packed: their log-probs, or None if they are not those of the base runs.
+
+        One begins in the middle of the prompt, to see that packing works on this model and prompt; one with the
+        answer, which is what suppressed variants are then compared with: the same arithmetic on both sides.
+        """
+        variants = [
+            Variant(q, None, prefix, len(question.inputs))
+            for q, question in enumerate(questions)
+            for prefix in (question.prompt_length // 2, question.prompt_length - 1)
+        ]
+        unperturbed: list[Tensor] = list(expected)
+        try:
+            finished = list(run_packed(self.model, questions, base, factors, variants, self.perturbation, budget, work))
+        except PackingUnsupportedError as error:
+            self._fall_back(str(error))
+            return None
+        assert self._tolerance is not None
+        for variant, logprobs in finished:
+            wrong = _rms(logprobs - expected[variant.question])
+            if not wrong <= self._tolerance:
+                self._fall_back(
+                    f"a packed suffix gives log-probs that differ by {wrong:.2g} from the unpacked run's, where "
+                    f"{self._tolerance:.2g} would be rounding"
+                )
+                return None
+            if variant.prefix == questions[variant.question].prompt_length - 1:
+                unperturbed[variant.question] = logprobs.cpu()
+        return unperturbed
+
+    def _fall_back(self, reason: str) -> None:
+        self.unpackable = reason
+        warnings.warn(
+            f"{type(self.model).__name__} cannot be packed ({reason}): full rows are recomputed in batches, which "
+            "is exact but slower",
+            stacklevel=2,
+        )
+
+    def _full_row_baseline(
+        self, questions: list[Question], factors: list[Tensor], budget: int, work: Work
+    ) -> list[Tensor]:
+        """Unsuppressed log-probs by the same way that the variants will go."""
+        unperturbed = []
+        for question in questions:
+            ones = torch.ones(1, len(question.inputs), device=self.model.device)
+            logprobs = full_row_logprobs(
+                self.model,
+                question.inputs,
+                ones,
+                question.rows,
+                question.targets,
+                mode=self.perturbation.mode,
+            )[0]
+            work.add(len(question.inputs), 1)
+            self._check_attention(question, logprobs, work)
+            unperturbed.append(logprobs.cpu())
+        return unperturbed
+
+
+def _rms(differences: Tensor) -> float:
+    return float(differences.square().mean().sqrt())
