@@ -255,6 +255,7 @@ def test_aligned_rows_are_not_copied() -> None:
     assert cuda.aligned(tensor) is tensor
 
 
+@pytest.mark.filterwarnings("ignore:attention on 'cuda' runs without a kernel")
 def test_unmeasured_kernels_are_not_dispatched_to() -> None:
     """When something has been measured, this test says so too."""
     assert cuda.MEASURED == {}

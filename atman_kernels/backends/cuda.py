@@ -15,20 +15,13 @@ from torch import Tensor
 
 from atman_kernels.errors import BackendUnavailableError
 from atman_kernels.formula import ScoreOptions
+from atman_kernels.native import dense_extras, describe, described, packed_extras, score_arguments, whole_rows
 
 KERNELS = ("hopper", "plain")
 # Where which kernel was measured to be the fastest: (compute capability, head dimension, "packed" | "dense") -> kernel.
 # Nothing has been measured yet.
 MEASURED: dict[tuple[tuple[int, int], int, str], str] = {}
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int32: "int32",
-    torch.bool: "bool",
-    torch.uint8: "bool",  # one byte
-}
 _TAKEN = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16  # bytes: tensor maps and 16-byte loads
 
@@ -112,12 +105,7 @@ def suppressed_attention(
     *,
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    extras = {
-        "factor": _factor(factor),
-        "key_mask": None if key_mask is None else key_mask.contiguous(),
-        "sinks": None if sinks is None else sinks.float().contiguous(),
-        "position_bias": None if position_bias is None else _rows(position_bias.float()),
-    }
+    extras = dense_extras(factor, key_mask, sinks, position_bias)
     return _attend({"query": query, "key": key, "value": value}, extras, options, kernel)
 
 
@@ -146,14 +134,7 @@ def packed_suppressed_attention(
         "own_key": key,
         "own_value": value,
     }
-    extras = {
-        "suffix_starts": suffix_starts.contiguous(),
-        "prefix_lengths": prefix_lengths.contiguous(),
-        "base_starts": base_starts.contiguous(),
-        "factor": _factor(factor),
-        "sinks": None if sinks is None else sinks.float().contiguous(),
-        "position_bias": None if position_bias is None else _rows(position_bias.float())[None],
-    }
+    extras = packed_extras(suffix_starts, prefix_lengths, base_starts, factor, sinks, position_bias)
     output, lse = _attend(vectors, extras, options, kernel)
     return output[0], lse[0] if options.return_lse else lse
 
@@ -173,12 +154,8 @@ def _attend(
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
     tensors = {**vectors, "output": output, "lse": lse if options.return_lse else None, **extras}
     call = module.Call(
-        **{name: None if tensor is None else _described(module, tensor) for name, tensor in tensors.items()},
-        mode=options.mode,
-        is_causal=options.is_causal,
-        scale=options.scale,
-        sliding_window=options.sliding_window or 0,
-        softcap=options.softcap or 0.0,
+        **described(module, tensors),
+        **score_arguments(options),
     )
     kernel = kernel or _measured_kernel(call, query, "suffix_starts" in extras)
     refusal = call.refusal(kernel)
@@ -190,7 +167,7 @@ def _attend(
     workspace = query.new_empty(call.workspace_bytes(kernel, multiprocessors), dtype=torch.uint8)
     call.attend(
         kernel=kernel,
-        workspace=_described(module, workspace),
+        workspace=describe(module, workspace),
         device=_device_index(query),
         multiprocessors=multiprocessors,
         stream=torch.cuda.current_stream(query.device).cuda_stream,
@@ -209,28 +186,9 @@ def aligned(tensor: Tensor) -> Tensor:
     step = _ALIGNMENT // tensor.element_size()
     strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
     if tensor.data_ptr() % _ALIGNMENT == 0 and all(stride > 0 and stride % step == 0 for stride in strides):
-        return _rows(tensor)
+        return whole_rows(tensor)
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _device_index(tensor: Tensor) -> int:
     return tensor.get_device()
-
-
-def _described(module: ModuleType, tensor: Tensor) -> Any:
-    # an empty slice may begin beyond the end of its storage
-    readable = max(0, tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
-    code = module.DTYPES[_DTYPES[tensor.dtype]]
-    return module.Tensor(tensor.data_ptr(), readable, code, tuple(tensor.shape), tensor.stride())
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The kernels read whole rows: the last dimension has stride 1."""
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _factor(factor: Tensor | None) -> Tensor | None:
-    """(V, 1|Hq, K) float32."""
-    if factor is None:
-        return None
-    return _rows((factor if factor.ndim == 3 else factor[:, None]).float())

@@ -16,14 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from atman_kernels.errors import BackendUnavailableError
 from atman_kernels.formula import ScoreOptions
+from atman_kernels.native import dense_extras, described, dtype_code, packed_extras, score_arguments, whole_rows
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.int32: "int32",
-    torch.bool: "bool",
-}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,7 +47,7 @@ def instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
     module = _load()
     if isinstance(module, str) or dtype not in _FLOATS:
         return ()
-    names = module.cpu_instruction_sets(module.DTYPES[_DTYPES[dtype]])
+    names = module.cpu_instruction_sets(dtype_code(module, dtype))
     return tuple(name for name in names if _computes_right(name, dtype))
 
 
@@ -123,12 +117,7 @@ def suppressed_attention(
     *,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    extras = {
-        "factor": _factor(factor),
-        "key_mask": None if key_mask is None else key_mask.contiguous(),
-        "sinks": None if sinks is None else sinks.float().contiguous(),
-        "position_bias": None if position_bias is None else _rows(position_bias.float()),
-    }
+    extras = dense_extras(factor, key_mask, sinks, position_bias)
     return _attend(query, key, value, extras, options, _chosen(query.dtype, instruction_set))
 
 
@@ -150,16 +139,8 @@ def packed_suppressed_attention(
     *,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    extras = {
-        "own_key": _rows(key),
-        "own_value": _rows(value),
-        "suffix_starts": suffix_starts.contiguous(),
-        "prefix_lengths": prefix_lengths.contiguous(),
-        "base_starts": base_starts.contiguous(),
-        "factor": _factor(factor),
-        "sinks": None if sinks is None else sinks.float().contiguous(),
-        "position_bias": None if position_bias is None else _rows(position_bias.float())[None],
-    }
+    extras = packed_extras(suffix_starts, prefix_lengths, base_starts, factor, sinks, position_bias)
+    extras |= {"own_key": whole_rows(key), "own_value": whole_rows(value)}
     chosen = _chosen(query.dtype, instruction_set)
     output, lse = _attend(query[None], base_key[None], base_value[None], extras, options, chosen)
     return output[0], lse[0] if options.return_lse else lse
@@ -177,35 +158,18 @@ def _attend(
     assert not isinstance(module, str), module
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
-    tensors = {"query": _rows(query), "key": _rows(key), "value": _rows(value), "output": output, **extras}
+    tensors = {
+        "query": whole_rows(query),
+        "key": whole_rows(key),
+        "value": whole_rows(value),
+        "output": output,
+        **extras,
+    }
     tensors["lse"] = lse if options.return_lse else None
     module.attend_cpu(
-        **{name: None if tensor is None else _described(module, tensor) for name, tensor in tensors.items()},
-        mode=options.mode,
-        is_causal=options.is_causal,
-        scale=options.scale,
-        sliding_window=options.sliding_window or 0,
-        softcap=options.softcap or 0.0,
+        **described(module, tensors),
+        **score_arguments(options),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
     )
     return output, lse
-
-
-def _described(module: ModuleType, tensor: Tensor) -> Any:
-    # an empty slice may begin beyond the end of its storage
-    readable = max(0, tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
-    code = module.DTYPES[_DTYPES[tensor.dtype]]
-    return module.Tensor(tensor.data_ptr(), readable, code, tuple(tensor.shape), tensor.stride())
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The kernels read whole rows: the last dimension has stride 1."""
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _factor(factor: Tensor | None) -> Tensor | None:
-    """(V, 1|Hq, K) float32."""
-    if factor is None:
-        return None
-    return _rows((factor if factor.ndim == 3 else factor[:, None]).float())
