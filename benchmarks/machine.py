@@ -38,8 +38,14 @@ def environment() -> dict[str, Any]:
             name: _version(name)
             for name in ("atman-kernels", "torch", "triton", "transformers", "captum", "numpy", "scipy")
         },
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(map(_without_folder, sys.argv)),
     }
+
+
+def _without_folder(argument: str) -> str:
+    """A result file tells what was run, and nothing about where things lie on the machine."""
+    name, equals, value = argument.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if os.sep in value else argument
 
 
 def gpu_environment() -> dict[str, Any]:
