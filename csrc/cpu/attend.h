@@ -64,9 +64,12 @@ struct Task {
     int heads;  // query heads of the key head
     int count;  // rows over all heads
     Scratch scratch;
+    float unit;  // of scores in memory, see `score_unit`
 
     const Row& row(int m) const { return rows[m / heads]; }
     std::int64_t head(int m) const { return key_head * heads + m % heads; }
+    // Whether scores are scaled, capped and biased in memory.
+    bool finishes() const { return unit != p.scale || p.softcap != 0.0f || p.position_bias; }
 };
 
 // A block of one key range, as a tile sees it.
@@ -120,47 +123,45 @@ static void multiply_values(const Task& t, const Block& b, int group, int rows, 
 }
 
 // --- scores of one row in one block ---
+//
+// Where there is neither softcap nor bias, scores stay as the product made them until they are exponentiated: adding
+// ln c / scale to q.k, multiplying it with c, and the shifted transform are what they would be on scale * q.k.
+
+// What one unit of a score in memory is worth.
+static float score_unit(const AttentionParams& p) {
+    const bool linear = p.softcap == 0.0f && !p.position_bias && p.scale > 1e-10f && p.scale < 1e10f;
+    return linear ? p.scale : 1.0f;
+}
 
 // Everything beside the product that a row's scores depend on. Pointers are null where there is nothing to do.
 struct RowScores {
     const AttentionParams& p;
     float* scores;  // column 0
     Columns computed, visible;
+    float unit;
     const float* factor = nullptr;  // at its row; column c stands at factor_at + c
+    const std::uint8_t* touched = nullptr;
     std::int64_t factor_at = 0, factor_size = 0;
     const float* bias = nullptr;
     std::int64_t bias_at = 0, bias_size = 0;
     const std::uint8_t* mask = nullptr;  // at column 0
     std::int64_t mask_size = 0;
     float minimum = 0.0f;
-
-    // Whether a score is scale * q.k and nothing else, where it is visible.
-    bool plain() const { return !factor && !bias && !mask && p.softcap == 0.0f; }
 };
-
-static bool factors_touch(const FactorTable& table, const std::uint8_t* flags, std::int64_t first, std::int64_t last) {
-    first = first < 0 ? 0 : first;
-    last = last > table.keys ? table.keys : last;
-    for (std::int64_t i = first / kFlagKeys; i * kFlagKeys < last; ++i)
-        if (flags[i]) return true;
-    return false;
-}
 
 static RowScores describe_scores(const Task& t, const Block& b, int m, Columns computed) {
     const AttentionParams& p = t.p;
     const Row& row = t.row(m);
     const Visible& keys = row.*b.keys;
-    RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, visible_columns(t, b, m)};
+    RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, visible_columns(t, b, m), t.unit};
     const std::int64_t position = b.first + keys.to_position;  // of column 0
     const FactorTable& table = t.job.factors;
     if (table.values) {
         const std::int64_t line = row.variant * table.heads + (table.heads > 1 ? t.head(m) : 0);
-        if (factors_touch(table, table.touched + line * table.flags, position + s.visible.first,
-                          position + s.visible.last)) {
-            s.factor = table.values + line * table.keys;
-            s.factor_at = position;
-            s.factor_size = table.keys;
-        }
+        s.factor = table.values + line * table.keys;
+        s.touched = table.touched + line * table.flags;
+        s.factor_at = position;
+        s.factor_size = table.keys;
     }
     if (p.position_bias) {
         s.bias = p.position_bias + t.tile.batch * p.bias_strides.batch + t.head(m) * p.bias_strides.head +
@@ -176,77 +177,85 @@ static RowScores describe_scores(const Task& t, const Block& b, int m, Columns c
     return s;
 }
 
-// Scale, softcap, bias; `hidden` gets all bits set where the row does not see the key.
-ATMAN_INLINE Vec finished_score(const RowScores& s, int column, IntVec& hidden) {
-    Vec score = load(s.scores + column) * s.p.scale;
-    if (s.p.softcap > 0.0f) score = s.p.softcap * hyperbolic_tangent(score / s.p.softcap);
-    const IntVec columns = lane_numbers() + column;
-    hidden = (columns < s.visible.first) | (columns >= s.visible.last);
-    if (s.mask) {
-        for (int i = 0; i < kLanes; ++i) hidden[i] |= column + i < s.mask_size && s.mask[column + i] ? 0 : -1;
-    }
-    if (s.bias) {
-        const Vec bias = s.p.bias_key_stride ? load_within(s.bias, s.bias_at + column, s.bias_size) : splat(*s.bias);
-        hidden |= bias == kNegativeInfinity;
-        score += bias == kNegativeInfinity ? splat(0.0f) : bias;
-    }
-    return score;
+ATMAN_INLINE Vec bias_at(const RowScores& s, int column) {
+    return s.p.bias_key_stride ? load_within(s.bias, s.bias_at + column, s.bias_size) : splat(*s.bias);
 }
 
-// Makes the scores that the softmax sees, in place; returns their maximum, lane by lane.
-template <Mode kMode>
-static Vec suppress_row(const RowScores& s) {
-    Vec top = splat(kNegativeInfinity);
-    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
-        IntVec hidden;
-        Vec score = finished_score(s, c, hidden);
-        if (s.factor) {
-            const Vec factor = load_within(s.factor, s.factor_at + c, s.factor_size);
-            if constexpr (kMode == Mode::log_additive) score = suppress_log_additive(score, factor);
-            if constexpr (kMode == Mode::multiplicative) score = suppress_multiplicative(score, factor);
-            if constexpr (kMode == Mode::shifted) score = suppress_shifted(score, factor, splat(s.minimum));
-        }
-        score = hidden ? splat(kNegativeInfinity) : score;
-        store(s.scores + c, score);
-        top = maximum(top, score);
-    }
-    return top;
-}
-
-// The same for plain scores.
-static Vec scale_row(const RowScores& s) {
-    Vec top = splat(kNegativeInfinity);
-    const bool all_visible = s.computed.first >= s.visible.first && s.computed.last <= s.visible.last;
+// Scale, softcap, bias, where scores do not stay as they are.
+static void finish_row(const RowScores& s) {
     for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
         Vec score = load(s.scores + c) * s.p.scale;
-        if (!all_visible) {
-            const IntVec columns = lane_numbers() + c;
-            score = (columns >= s.visible.first) & (columns < s.visible.last) ? score : splat(kNegativeInfinity);
-        }
+        if (s.p.softcap > 0.0f) score = s.p.softcap * hyperbolic_tangent(score / s.p.softcap);
+        if (s.bias) score += bias_at(s, c);
         store(s.scores + c, score);
-        top = maximum(top, score);
     }
-    return top;
 }
 
-ATMAN_INLINE void store_weights(Unit* row, int column, Vec weights) {
+// Suppression, where factors are not 1.
+template <Mode kMode>
+static void suppress_row(const RowScores& s) {
+    const float per_unit = 1.0f / s.unit;
+    const std::int64_t end = s.factor_at + s.computed.last < s.factor_size ? s.factor_at + s.computed.last : s.factor_size;
+    int next = s.computed.first;  // columns before it are done
+    for (std::int64_t i = (s.factor_at + next) / kFlagKeys; i * kFlagKeys < end; ++i) {
+        if (!s.touched[i]) continue;
+        const std::int64_t first = i * kFlagKeys - s.factor_at, last = first + kFlagKeys;
+        if (first > next) next = static_cast<int>(first) / kLanes * kLanes;
+        for (; next < last && next < s.computed.last; next += kLanes) {
+            const Vec score = load(s.scores + next);
+            const Vec factor = load_within(s.factor, s.factor_at + next, s.factor_size);
+            Vec suppressed;
+            if constexpr (kMode == Mode::log_additive) suppressed = suppress_log_additive(score, factor * per_unit);
+            if constexpr (kMode == Mode::multiplicative) suppressed = suppress_multiplicative(score, factor);
+            if constexpr (kMode == Mode::shifted) suppressed = suppress_shifted(score, factor, splat(s.minimum));
+            store(s.scores + next, suppressed);
+        }
+    }
+}
+
+// Overwrites what the row does not see.
+static void hide_row(const RowScores& s, float with) {
+    for (int c = s.computed.first; c < s.visible.first && c < s.computed.last; c += kLanes)
+        store(s.scores + c, lane_numbers() + c < s.visible.first ? splat(with) : load(s.scores + c));
+    const int last = s.visible.last / kLanes * kLanes;
+    for (int c = last > s.computed.first ? last : s.computed.first; c < s.computed.last; c += kLanes)
+        store(s.scores + c, lane_numbers() + c >= s.visible.last ? splat(with) : load(s.scores + c));
+    if (!s.mask && !s.bias) return;
+    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
+        IntVec hidden{};
+        if (s.bias) hidden = bias_at(s, c) == kNegativeInfinity;
+        if (s.mask) {
+            for (int i = 0; i < kLanes; ++i) hidden[i] |= c + i < s.mask_size && s.mask[c + i] ? 0 : -1;
+        }
+        store(s.scores + c, hidden ? splat(with) : load(s.scores + c));
+    }
+}
+
+// The weights of one panel's columns.
+ATMAN_INLINE void store_weights(Unit* row, int column, const Vec (&weights)[kVectors]) {
 #if defined(ATMAN_PAIRS)
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)weights);
+    static_assert(kVectors == 2);
+    const __m512bh narrow = _mm512_cvtne2ps_pbh((__m512)weights[1], (__m512)weights[0]);
     std::memcpy(row + column / kElements, &narrow, sizeof narrow);
 #else
-    store(row + column, weights);
+    for (int j = 0; j < kVectors; ++j) store(row + column + j * kLanes, weights[j]);
 #endif
 }
 
 // exp(score - top); adds them up.
 static Vec exponentiate(const RowScores& s, Unit* weights, float top) {
-    Vec sum{};
-    for (int c = s.computed.first; c < s.computed.last; c += kLanes) {
-        const Vec weight = exponential(load(s.scores + c) - top);
-        sum += weight;
+    const float powers = s.unit * 1.44269504f;  // 1 / ln 2
+    Vec sum[kVectors] = {};
+    for (int c = s.computed.first; c < s.computed.last; c += kColumns) {
+        Vec weight[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+            weight[j] = exponential2((load(s.scores + c + j * kLanes) - top) * powers);
+            sum[j] += weight[j];
+        }
         store_weights(weights, c, weight);
     }
-    return sum;
+    return sum[0] + sum[1];
 }
 
 static void shrink_output(const Task& t, int m, float by) {
@@ -257,23 +266,28 @@ static void shrink_output(const Task& t, int m, float by) {
     store(sum, load(sum) * by);
 }
 
+static float row_maximum(const RowScores& s) {
+    Vec top[kVectors] = {splat(kNegativeInfinity), splat(kNegativeInfinity)};
+    for (int c = s.computed.first; c < s.computed.last; c += kColumns)
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) top[j] = maximum(top[j], load(s.scores + c + j * kLanes));
+    return largest(maximum(top[0], top[1]));
+}
+
 // One row's scores become its weights; the online softmax.
 static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
     const RowScores s = describe_scores(t, b, m, computed);
-    Vec lanes;
-    if (s.plain()) {
-        lanes = scale_row(s);
-    } else if (t.p.mode == Mode::log_additive) {
-        lanes = suppress_row<Mode::log_additive>(s);
-    } else if (t.p.mode == Mode::multiplicative) {
-        lanes = suppress_row<Mode::multiplicative>(s);
-    } else {
-        lanes = suppress_row<Mode::shifted>(s);
+    if (t.finishes()) finish_row(s);
+    if (s.factor) {
+        if (t.p.mode == Mode::log_additive) suppress_row<Mode::log_additive>(s);
+        if (t.p.mode == Mode::multiplicative) suppress_row<Mode::multiplicative>(s);
+        if (t.p.mode == Mode::shifted) suppress_row<Mode::shifted>(s);
     }
+    hide_row(s, kNegativeInfinity);
     float& top = t.scratch.maximum[m];
-    const float candidate = largest(lanes);
+    const float candidate = row_maximum(s);
     if (!(candidate <= top)) {  // NaN gets through, so that it shows in the result
-        const float by = raise_maximum(top, candidate);
+        const float by = raise_maximum(top, candidate, s.unit);
         shrink_output(t, m, by);
     }
     Unit* weights = t.scratch.weights + m % kRows * kChunk;
@@ -285,12 +299,10 @@ static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
 
 static void lower_minimum(const Task& t, const Block& b, int m, Columns computed) {
     const RowScores s = describe_scores(t, b, m, computed);
+    if (t.finishes()) finish_row(s);
+    hide_row(s, -kNegativeInfinity);
     Vec least = splat(-kNegativeInfinity);
-    for (int c = computed.first; c < computed.last; c += kLanes) {
-        IntVec hidden;
-        const Vec score = finished_score(s, c, hidden);
-        least = minimum(least, hidden ? splat(-kNegativeInfinity) : score);
-    }
+    for (int c = computed.first; c < computed.last; c += kLanes) least = minimum(least, load(s.scores + c));
     float& lowest = t.scratch.minimum[m];
     const float found = smallest(least);
     if (found < lowest) lowest = found;
@@ -367,7 +379,7 @@ static void start_rows(const Task& t) {
 }
 
 static void write_row(const Task& t, int m) {
-    const float top = t.scratch.maximum[m];
+    const float top = t.scratch.maximum[m] * t.unit;
     const float sum = total(load(t.scratch.sum + static_cast<std::int64_t>(m) * kLanes));
     const SoftmaxEnd end = t.p.sinks ? finish_softmax(top, sum, t.p.sinks[t.head(m)]) : finish_softmax(top, sum);
     const std::int64_t index = t.row(m).index, head = t.head(m);
@@ -386,7 +398,7 @@ static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int
     const AttentionParams& p = *job.params;
     const int heads = static_cast<int>(p.query_heads / p.key_heads);
     const Task t{job,   p,    tile, rows, key_head, heads, static_cast<int>(tile.last_row - tile.first_row) * heads,
-                 lay_out_scratch(p, scratch)};
+                 lay_out_scratch(p, scratch), score_unit(p)};
     load_queries(t);
     start_rows(t);
     if (p.mode == Mode::shifted && job.factors.values) {
