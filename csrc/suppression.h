@@ -36,11 +36,11 @@ ATMAN_INLINE F suppress_shifted(F score, F factor, F row_minimum) {
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
-// Raises a row's running maximum; what was summed so far is to be multiplied by the result. `unit`: of the two maxima.
-ATMAN_INLINE float raise_maximum(float& maximum, float candidate, float unit = 1.0f) {
+// Raises a row's running maximum; what was summed so far is to be multiplied by the result.
+ATMAN_INLINE float raise_maximum(float& maximum, float candidate) {
     const float before = maximum;
     maximum = candidate;
-    return before == kNegativeInfinity ? 0.0f : std::exp((before - candidate) * unit);
+    return before == kNegativeInfinity ? 0.0f : std::exp(before - candidate);
 }
 
 // End of a row: what its weighted values are to be multiplied by, and the log of the softmax denominator.

@@ -13,8 +13,24 @@ namespace atman::cpu::ATMAN_ISA {
 
 static_assert(kChunk * kElements == kBlockKeys, "a row of weights is one chunk of the second product");
 
+struct Columns {
+    int first, last;
+    bool empty() const { return first >= last; }
+};
+
+// One row of a tile for one query head: what stays the same for all keys. Pointers are null where there is nothing.
+struct Line {
+    const Row* row;
+    std::int64_t head;
+    const float* factor;  // at its row of the table
+    const std::uint8_t* touched;
+    const float* bias;
+};
+
 // Memory of one thread, for one tile. M is the number of the tile's rows over all heads, rounded up to groups.
 struct Scratch {
+    Line* lines;       // [M]
+    Columns* visible;  // [kRows], what a group's rows see of the block at hand
     Unit* query;       // [M / kRows groups][chunks][kRows][kChunk]
     float* output;     // [M][value columns], the weighted values so far
     float* sum;        // [M][kLanes], of the weights so far, lane by lane
@@ -39,6 +55,8 @@ static Scratch lay_out_scratch(const AttentionParams& p, std::byte* at) {
         return here;
     };
     Scratch s;
+    s.lines = reinterpret_cast<Line*>(take(rows * sizeof(Line)));
+    s.visible = reinterpret_cast<Columns*>(take(kRows * sizeof(Columns)));
     s.query = reinterpret_cast<Unit*>(take(rows * static_cast<std::size_t>(query_chunks(p)) * kChunk * sizeof(Unit)));
     s.output = reinterpret_cast<float*>(take(rows * static_cast<std::size_t>(value_columns(p)) * sizeof(float)));
     s.sum = reinterpret_cast<float*>(take(rows * kLanes * sizeof(float)));
@@ -64,10 +82,9 @@ struct Task {
     int heads;  // query heads of the key head
     int count;  // rows over all heads
     Scratch scratch;
-    float unit;  // of scores in memory, see `score_unit`
+    float unit, units;  // what a score in memory is worth, see `score_unit`; and 1 / that
 
-    const Row& row(int m) const { return rows[m / heads]; }
-    std::int64_t head(int m) const { return key_head * heads + m % heads; }
+    const Line& line(int m) const { return scratch.lines[m]; }
     // Whether scores are scaled, capped and biased in memory.
     bool finishes() const { return unit != p.scale || p.softcap != 0.0f || p.position_bias; }
 };
@@ -80,14 +97,9 @@ struct Block {
     const Unit *key, *value;
 };
 
-struct Columns {
-    int first, last;
-    bool empty() const { return first >= last; }
-};
-
 // What row m sees of a block.
 ATMAN_INLINE Columns visible_columns(const Task& t, const Block& b, int m) {
-    const Visible& keys = t.row(m).*b.keys;
+    const Visible& keys = t.line(m).row->*b.keys;
     const std::int64_t first = keys.first - b.first, last = keys.last - b.first;
     return {static_cast<int>(first < 0 ? 0 : first > kBlockKeys ? kBlockKeys : first),
             static_cast<int>(last < 0 ? 0 : last > kBlockKeys ? kBlockKeys : last)};
@@ -97,7 +109,7 @@ ATMAN_INLINE Columns visible_columns(const Task& t, const Block& b, int m) {
 static Columns group_columns(const Task& t, const Block& b, int group, int rows) {
     Columns all{kBlockKeys, 0};
     for (int i = 0; i < rows; ++i) {
-        const Columns c = visible_columns(t, b, group * kRows + i);
+        const Columns c = t.scratch.visible[i] = visible_columns(t, b, group * kRows + i);
         if (c.empty()) continue;
         all.first = c.first < all.first ? c.first : all.first;
         all.last = c.last > all.last ? c.last : all.last;
@@ -138,7 +150,7 @@ struct RowScores {
     const AttentionParams& p;
     float* scores;  // column 0
     Columns computed, visible;
-    float unit;
+    float unit, units;
     const float* factor = nullptr;  // at its row; column c stands at factor_at + c
     const std::uint8_t* touched = nullptr;
     std::int64_t factor_at = 0, factor_size = 0;
@@ -149,26 +161,18 @@ struct RowScores {
     float minimum = 0.0f;
 };
 
-static RowScores describe_scores(const Task& t, const Block& b, int m, Columns computed) {
+ATMAN_INLINE RowScores describe_scores(const Task& t, const Block& b, int m, Columns computed) {
     const AttentionParams& p = t.p;
-    const Row& row = t.row(m);
-    const Visible& keys = row.*b.keys;
-    RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, visible_columns(t, b, m), t.unit};
-    const std::int64_t position = b.first + keys.to_position;  // of column 0
-    const FactorTable& table = t.job.factors;
-    if (table.values) {
-        const std::int64_t line = row.variant * table.heads + (table.heads > 1 ? t.head(m) : 0);
-        s.factor = table.values + line * table.keys;
-        s.touched = table.touched + line * table.flags;
-        s.factor_at = position;
-        s.factor_size = table.keys;
-    }
-    if (p.position_bias) {
-        s.bias = p.position_bias + t.tile.batch * p.bias_strides.batch + t.head(m) * p.bias_strides.head +
-                 row.bias_row * p.bias_strides.row;
-        s.bias_at = position;
-        s.bias_size = p.bias_keys;
-    }
+    const Line& line = t.line(m);
+    RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, t.scratch.visible[m % kRows], t.unit, t.units};
+    const std::int64_t position = b.first + (line.row->*b.keys).to_position;  // of column 0
+    s.factor = line.factor;
+    s.touched = line.touched;
+    s.factor_at = position;
+    s.factor_size = t.job.factors.keys;
+    s.bias = line.bias;
+    s.bias_at = position;
+    s.bias_size = p.bias_keys;
     if (p.key_mask) {
         s.mask = p.key_mask + t.tile.batch * p.keys + b.first;
         s.mask_size = p.keys - b.first;
@@ -194,7 +198,6 @@ static void finish_row(const RowScores& s) {
 // Suppression, where factors are not 1.
 template <Mode kMode>
 static void suppress_row(const RowScores& s) {
-    const float per_unit = 1.0f / s.unit;
     const std::int64_t end = s.factor_at + s.computed.last < s.factor_size ? s.factor_at + s.computed.last : s.factor_size;
     int next = s.computed.first;  // columns before it are done
     for (std::int64_t i = (s.factor_at + next) / kFlagKeys; i * kFlagKeys < end; ++i) {
@@ -205,7 +208,7 @@ static void suppress_row(const RowScores& s) {
             const Vec score = load(s.scores + next);
             const Vec factor = load_within(s.factor, s.factor_at + next, s.factor_size);
             Vec suppressed;
-            if constexpr (kMode == Mode::log_additive) suppressed = suppress_log_additive(score, factor * per_unit);
+            if constexpr (kMode == Mode::log_additive) suppressed = suppress_log_additive(score, factor * s.units);
             if constexpr (kMode == Mode::multiplicative) suppressed = suppress_multiplicative(score, factor);
             if constexpr (kMode == Mode::shifted) suppressed = suppress_shifted(score, factor, splat(s.minimum));
             store(s.scores + next, suppressed);
@@ -242,15 +245,14 @@ ATMAN_INLINE void store_weights(Unit* row, int column, const Vec (&weights)[kVec
 #endif
 }
 
-// exp(score - top); adds them up.
-static Vec exponentiate(const RowScores& s, Unit* weights, float top) {
-    const float powers = s.unit * 1.44269504f;  // 1 / ln 2
+// 2^((score - top) powers); adds them up.
+ATMAN_INLINE Vec exponentiate(const float* scores, Unit* weights, Columns columns, float top, float powers) {
     Vec sum[kVectors] = {};
-    for (int c = s.computed.first; c < s.computed.last; c += kColumns) {
+    for (int c = columns.first; c < columns.last; c += kColumns) {
         Vec weight[kVectors];
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
-            weight[j] = exponential2((load(s.scores + c + j * kLanes) - top) * powers);
+            weight[j] = exponential2((load(scores + c + j * kLanes) - top) * powers);
             sum[j] += weight[j];
         }
         store_weights(weights, c, weight);
@@ -258,7 +260,7 @@ static Vec exponentiate(const RowScores& s, Unit* weights, float top) {
     return sum[0] + sum[1];
 }
 
-static void shrink_output(const Task& t, int m, float by) {
+static void shrink_output(const Task& t, int m, Vec by) {
     const int width = value_columns(t.p);
     float* output = t.scratch.output + static_cast<std::int64_t>(m) * width;
     for (int c = 0; c < width; c += kLanes) store(output + c, load(output + c) * by);
@@ -274,9 +276,8 @@ static float row_maximum(const RowScores& s) {
     return largest(maximum(top[0], top[1]));
 }
 
-// One row's scores become its weights; the online softmax.
-static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
-    const RowScores s = describe_scores(t, b, m, computed);
+// A row's scores as the softmax sees them; returns the largest.
+static float suppress_and_hide(const Task& t, const RowScores& s) {
     if (t.finishes()) finish_row(s);
     if (s.factor) {
         if (t.p.mode == Mode::log_additive) suppress_row<Mode::log_additive>(s);
@@ -284,17 +285,28 @@ static void weigh_row(const Task& t, const Block& b, int m, Columns computed) {
         if (t.p.mode == Mode::shifted) suppress_row<Mode::shifted>(s);
     }
     hide_row(s, kNegativeInfinity);
-    float& top = t.scratch.maximum[m];
-    const float candidate = row_maximum(s);
-    if (!(candidate <= top)) {  // NaN gets through, so that it shows in the result
-        const float by = raise_maximum(top, candidate, s.unit);
-        shrink_output(t, m, by);
+    return row_maximum(s);
+}
+
+// The online softmax of a group of rows, from scores to weights. Two passes, so that no row waits for its own maximum.
+static void weigh_group(const Task& t, const Block& b, int group, int rows, Columns computed) {
+    const int first = group * kRows;
+    for (int m = first; m < first + rows; ++m) {
+        const RowScores s = describe_scores(t, b, m, computed);
+        float& top = t.scratch.maximum[m];
+        const float candidate = suppress_and_hide(t, s);
+        if (!(candidate <= top)) {  // NaN gets through, so that it shows in the result
+            const Vec fall = splat((top - candidate) * s.unit * kPerLn2);
+            if (top != kNegativeInfinity) shrink_output(t, m, exponential2(fall));  // else there is nothing yet
+            top = candidate;
+        }
+        // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN that the maximum may have missed stays one.
+        const float from = top == kNegativeInfinity ? 0.0f : top;
+        float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
+        const int i = m - first;
+        store(sum, load(sum) + exponentiate(t.scratch.scores + i * kBlockKeys, t.scratch.weights + i * kChunk, computed,
+                                            from, t.unit * kPerLn2));
     }
-    Unit* weights = t.scratch.weights + m % kRows * kChunk;
-    // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN among the scores, which the maximum may have missed, is one.
-    const float from = top == kNegativeInfinity ? 0.0f : top;
-    float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
-    store(sum, load(sum) + exponentiate(s, weights, from));
 }
 
 static void lower_minimum(const Task& t, const Block& b, int m, Columns computed) {
@@ -326,7 +338,7 @@ template <class Visit>
 static void visit_blocks(const Task& t, const KeyRange& range, Visible Row::*keys, Visit visit) {
     std::int64_t first = range.keys, last = 0;
     for (int m = 0; m < t.count; m += t.heads) {
-        const Visible& seen = t.row(m).*keys;
+        const Visible& seen = t.line(m).row->*keys;
         if (seen.empty()) continue;
         first = seen.first < first ? seen.first : first;
         last = seen.last > last ? seen.last : last;
@@ -352,13 +364,31 @@ static void visit_keys(const Task& t, Visit visit) {
     visit_blocks(t, t.job.own, &Row::own, visit);
 }
 
+static void describe_lines(const Task& t) {
+    const AttentionParams& p = t.p;
+    const FactorTable& table = t.job.factors;
+    Line* line = t.scratch.lines;
+    for (int m = 0; m < t.count; ++m, ++line) {
+        const Row* row = t.rows + m / t.heads;
+        *line = {row, t.key_head * t.heads + m % t.heads, nullptr, nullptr, nullptr};
+        if (table.values) {
+            const std::int64_t at = row->variant * table.heads + (table.heads > 1 ? line->head : 0);
+            line->factor = table.values + at * table.keys;
+            line->touched = table.touched + at * table.flags;
+        }
+        if (p.position_bias)
+            line->bias = p.position_bias + t.tile.batch * p.bias_strides.batch + line->head * p.bias_strides.head +
+                         row->bias_row * p.bias_strides.row;
+    }
+}
+
 static void load_queries(const Task& t) {
     const std::int64_t group_size = static_cast<std::int64_t>(query_chunks(t.p)) * kRows * kChunk;
     std::memset(t.scratch.query, 0, static_cast<std::size_t>((t.count + kRows - 1) / kRows * group_size) * sizeof(Unit));
     with_storage(t.p.dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
         for (int m = 0; m < t.count; ++m) {
-            const auto* row = row_of<Storage>(t.p.query, t.p.query_strides, t.tile.batch, t.head(m), t.row(m).index);
+            const auto* row = row_of<Storage>(t.p.query, t.p.query_strides, t.tile.batch, t.line(m).head, t.line(m).row->index);
             Unit* to = t.scratch.query + m / kRows * group_size + m % kRows * kChunk;
             for (std::int64_t d = 0; d < t.p.head_dim; d += kChunk * kElements, to += kRows * kChunk) {
                 const std::int64_t rest = t.p.head_dim - d;
@@ -381,8 +411,8 @@ static void start_rows(const Task& t) {
 static void write_row(const Task& t, int m) {
     const float top = t.scratch.maximum[m] * t.unit;
     const float sum = total(load(t.scratch.sum + static_cast<std::int64_t>(m) * kLanes));
-    const SoftmaxEnd end = t.p.sinks ? finish_softmax(top, sum, t.p.sinks[t.head(m)]) : finish_softmax(top, sum);
-    const std::int64_t index = t.row(m).index, head = t.head(m);
+    const SoftmaxEnd end = t.p.sinks ? finish_softmax(top, sum, t.p.sinks[t.line(m).head]) : finish_softmax(top, sum);
+    const std::int64_t index = t.line(m).row->index, head = t.line(m).head;
     if (t.p.lse) t.p.lse[(t.tile.batch * t.p.query_heads + head) * t.p.rows + index] = end.lse;
     const float* from = t.scratch.output + static_cast<std::int64_t>(m) * value_columns(t.p);
     with_storage(t.p.dtype, [&](auto storage) {
@@ -398,7 +428,8 @@ static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int
     const AttentionParams& p = *job.params;
     const int heads = static_cast<int>(p.query_heads / p.key_heads);
     const Task t{job,   p,    tile, rows, key_head, heads, static_cast<int>(tile.last_row - tile.first_row) * heads,
-                 lay_out_scratch(p, scratch), score_unit(p)};
+                 lay_out_scratch(p, scratch), score_unit(p), 1.0f / score_unit(p)};
+    describe_lines(t);
     load_queries(t);
     start_rows(t);
     if (p.mode == Mode::shifted && job.factors.values) {
@@ -410,7 +441,7 @@ static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int
     }
     visit_keys(t, [&](const Block& b) {
         visit_groups(t, b, [&](int group, int in_group, Columns columns) {
-            for (int i = 0; i < in_group; ++i) weigh_row(t, b, group * kRows + i, columns);
+            weigh_group(t, b, group, in_group, columns);
             multiply_values(t, b, group, in_group, columns);
         });
     });

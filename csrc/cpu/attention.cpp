@@ -101,8 +101,9 @@ void attend(const AttentionParams& p, const std::string& instruction_set, int th
     const Plan plan = make_plan(p, kernel.tile_rows);
     Job job;
     job.params = &p;
-    job.base = {p.key, p.value, p.key_strides, p.value_strides, p.keys, nullptr};
-    job.own = {p.own_key, p.own_value, p.own_key_strides, p.own_value_strides, p.variants > 0 ? p.rows : 0, nullptr};
+    job.base = {p.key, p.value, p.key_strides, p.value_strides, p.keys, kernel.block_keys, nullptr};
+    job.own = {p.own_key, p.own_value, p.own_key_strides, p.own_value_strides, p.variants > 0 ? p.rows : 0,
+               kernel.block_keys, nullptr};
     const Factors factors = prepare_factors(p, threads);
     job.factors = factors.table;
     Memory base, own;

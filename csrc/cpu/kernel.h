@@ -16,9 +16,9 @@ struct KeyRange {
     const void* key = nullptr;
     const void* value = nullptr;
     Strides key_strides, value_strides;
-    std::int64_t keys = 0;
+    std::int64_t keys = 0, block_keys = 1;
     std::byte* blocks = nullptr;  // [batch][key_heads][blocks] of `PackedSizes::block` bytes each
-    std::int64_t num_blocks() const { return (keys + kBlockKeys - 1) / kBlockKeys; }
+    std::int64_t num_blocks() const { return (keys + block_keys - 1) / block_keys; }
 };
 
 // Factors as the kernel reads them, one row per (variant or batch entry, head or all heads).
@@ -42,7 +42,7 @@ struct PackedSizes {
 // One instruction set and one type of product.
 struct Kernel {
     const char* name;
-    int tile_rows;
+    int tile_rows, block_keys;
     PackedSizes (*packed_sizes)(const AttentionParams&);
     void (*pack_block)(const AttentionParams&, const KeyRange&, std::int64_t batch, std::int64_t head,
                        std::int64_t block, std::byte* to);

@@ -11,6 +11,7 @@
 
 namespace atman::cpu::ATMAN_ISA {
 extern const Kernel kernel;
-const Kernel kernel{ATMAN_NAME,   kTileRows, packed_sizes,       pack_block,
-                    scratch_size, run_tile,  ATMAN_BEGIN_THREAD, ATMAN_END_THREAD};
+const Kernel kernel{ATMAN_NAME, kTileRows,    kBlockKeys, packed_sizes,
+                    pack_block, scratch_size, run_tile,   ATMAN_BEGIN_THREAD,
+                    ATMAN_END_THREAD};
 }  // namespace atman::cpu::ATMAN_ISA

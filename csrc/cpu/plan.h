@@ -12,9 +12,6 @@
 
 namespace atman::cpu {
 
-// Keys are laid out and visited in blocks of this many. Two blocks (K and V) of a 64-wide head are within an L1 or L2.
-constexpr int kBlockKeys = 128;
-
 // Consecutive rows of one batch entry that visit the same blocks of keys.
 struct Tile {
     std::int64_t batch = 0;

@@ -28,6 +28,12 @@ constexpr int kElements = 1;
 ATMAN_INLINE Vec multiply_add(Vec sum, Unit a, const Unit* b) { return sum + a * load(b); }
 #endif
 
+// Keys are laid out and visited in blocks of this many. With fast products, what is done once per row and block counts.
+#if defined(ATMAN_TILES)
+constexpr int kBlockKeys = 256;
+#else
+constexpr int kBlockKeys = 128;
+#endif
 constexpr int kVectors = 2;                     // per panel
 constexpr int kColumns = kVectors * kLanes;     // of a panel
 constexpr int kRows = ATMAN_ROWS;               // of a row group: as many as keep all sums in registers
