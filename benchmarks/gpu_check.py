@@ -35,7 +35,7 @@ from benchmarks.gpu.results import write_json
 from benchmarks.machine import REPOSITORY, RESULTS, cpu_slug, environment, gpu_environment, gpu_slug
 
 INCOMPLETE = 3
-GPU_BACKENDS = ("triton", "cuda")
+GPU_BACKENDS = ("triton", "cuda:plain", "cuda:hopper")
 TESTS = REPOSITORY / "python_tests"
 SHARED_SUITES = (
     "test_backends.py",
@@ -143,7 +143,7 @@ def run_tests(check: Check, seconds: float) -> list[Outcome]:
     if find_spec("xdist") is not None:
         pytest += ["-n", str(min(8, os.cpu_count() or 1))]
     commands = {"tests marked gpu": [*pytest, "-m", "gpu", *map(str, usable)]}
-    for backend in running:
+    for backend in dict.fromkeys(name.partition(":")[0] for name in running):
         for path in shared:
             commands[f"{path.stem} {backend}"] = [*pytest, "-k", backend, str(path)]
     ends = time.monotonic() + seconds

@@ -224,7 +224,7 @@ def test_contender(case: str, name: str) -> None:
         pytest.skip(f"{name} runs on a CPU here, which its own tests look at")
     problem = problems.build(shape, torch.bfloat16, CPU)
     for setting in contender.settings(shape):
-        if name in ("triton", "cuda", "cudnn", "cudnn_prefix", "flash_varlen"):
+        if name in ("triton", "cuda:hopper", "cudnn", "cudnn_prefix", "flash_varlen"):
             with pytest.raises(contenders.Unsupported, match=r"\w+ \w+ \w+"):
                 contender.prepare(problem, setting)
             continue
@@ -309,7 +309,7 @@ def test_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         for shape in TINY.values()
         if shape.group in ("packs", "shared")
         for name, contender in contenders.CONTENDERS.items()
-        if shape.group in contender.groups and name not in ("triton", "cuda")
+        if shape.group in contender.groups and name not in ("triton", "cuda:hopper")
         for setting in contender.settings(shape)
     }
     rows = {(row["case"], row["contender"], row["factor"], row["mode"]): row for row in result["rows"]}
@@ -418,7 +418,7 @@ def test_backends_that_cannot_run_are_named_once(tmp_path: Path, monkeypatch: py
     assert "cpu" not in {row["contender"] for row in result["rows"]}
     assert "- without cpu: not today" in next(tmp_path.glob("gpu-ops-*.md")).read_text()
     monkeypatch.undo()
-    code, result = run_tiny(tmp_path, "--groups", "decode", "--contenders", "cuda")
+    code, result = run_tiny(tmp_path, "--groups", "decode", "--contenders", "cuda:hopper")
     assert code == program.NOTHING_RUN
     assert {row["status"] for row in result["rows"]} == {"unsupported"}
 

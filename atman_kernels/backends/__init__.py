@@ -26,8 +26,16 @@ NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
 
 def unavailable_reason(name: str, device_type: str) -> str | None:
-    """Why backend `name` cannot run on tensors of a device type ("cpu", "cuda", …); None if it can."""
-    return import_module(f"atman_kernels.backends.{name}").unavailable_reason(device_type)
+    """Why backend `name`, with or without a variant, cannot run on tensors of a device type; None if it can."""
+    family, colon, variant = name.partition(":")
+    module = import_module(f"atman_kernels.backends.{family}")
+    reason: str | None = module.unavailable_reason(device_type)
+    if reason is None and colon:
+        try:
+            module.variant(variant)
+        except BackendUnavailableError as error:
+            reason = str(error)
+    return reason
 
 
 def availability() -> dict[str, str | None]:
