@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import atman_kernels
 from atman_kernels.errors import InputError
+from atman_kernels.explain import methods
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
@@ -86,6 +87,8 @@ class Explainer:
         chat: bool = False,
         max_new_tokens: int = 32,
         language: str = "en",
+        method: str = "atman",
+        **options: Any,
     ) -> Explanation:
         """Score every unit of a prompt for every token of an answer.
 
@@ -99,6 +102,9 @@ class Explainer:
             chat: put a text prompt into the tokenizer's chat template as the user's message.
             max_new_tokens: length of the model's own answer at most.
             language: of the text, for sentence splitting.
+            method: "atman", or another of `atman_kernels.explain.methods.names()`, whose scores mean something else
+                and need not be in nats: see docs/methods.md and `Explanation.measure`.
+            options: of that method, by name.
 
         Returns:
             An `Explanation`; scores (n_units, n_target_tokens) are in nats.
@@ -115,6 +121,8 @@ class Explainer:
             chat=chat,
             max_new_tokens=max_new_tokens,
             language=language,
+            method=method,
+            **options,
         )[0]
 
     def explain_batch(
@@ -127,6 +135,8 @@ class Explainer:
         chat: bool = False,
         max_new_tokens: int = 32,
         language: str = "en",
+        method: str = "atman",
+        **options: Any,
     ) -> list[Explanation]:
         """Explain several prompts at once: their variants share forwards.
 
@@ -134,7 +144,7 @@ class Explainer:
             prompts: as in `explain`, one or more.
             targets: one per prompt; None, whole or in places, lets the model answer.
             units: one granularity for all prompts, or one choice per prompt.
-            include_target, chat, max_new_tokens, language: as in `explain`.
+            include_target, chat, max_new_tokens, language, method, options: as in `explain`.
 
         Returns:
             One `Explanation` per prompt. Their `stats` are those of the whole batch.
@@ -142,6 +152,7 @@ class Explainer:
         Raises:
             InputError, UnsupportedModelError: as in `explain`.
         """
+        chosen = methods.method(method, options)
         if isinstance(prompts, str) or not prompts:
             raise InputError("prompts must be a list with at least one prompt")
         answers = [None] * len(prompts) if targets is None else list(targets)
@@ -166,23 +177,21 @@ class Explainer:
                 for prompt, answer, choice in zip(prompts, answers, choices, strict=True)
             ]
             answered = time.perf_counter()
-            outcome = self._runner.run(questions, [self._factors(question) for question in questions])
+            outcome = chosen.run(self._context(), questions)
         stats = {
             "seconds": time.perf_counter() - started,
             "answering_seconds": answered - started,
             "questions": len(questions),
-            "tokens_through_model": outcome.work.tokens,
-            "forwards": outcome.work.forwards,
-            "variants": outcome.work.variants,
-            "token_budget": outcome.work.token_budget,
+            **outcome.stats,
         }
         names = [choice if isinstance(choice, str) else "spans" for choice in choices]
         return [
-            self._explanation(question, (logprobs - perturbed).float(), logprobs, name, stats)
-            for question, logprobs, perturbed, name in zip(
-                questions, outcome.unperturbed, outcome.perturbed, names, strict=True
-            )
+            self._explanation(question, scores.float(), logprobs, self._settings(chosen, outcome, name), stats)
+            for question, scores, logprobs, name in zip(questions, outcome.scores, outcome.logprobs, names, strict=True)
         ]
+
+    def _context(self) -> methods.MethodContext:
+        return methods.MethodContext(self.model, self._runner, self._factors, self.factor, self.similarity_threshold)
 
     def _factors(self, question: Question) -> Tensor:
         """(n_units, L) on the CPU."""
@@ -200,10 +209,8 @@ class Explainer:
         return rows[:, :-1]  # the last answer token is no key
 
     def _explanation(
-        self, question: Question, scores: Tensor, logprobs: Tensor, units: str, stats: dict[str, Any]
+        self, question: Question, scores: Tensor, logprobs: Tensor, settings: dict[str, Any], stats: dict[str, Any]
     ) -> Explanation:
-        name = getattr(self.model.config, "name_or_path", "") or type(self.model).__name__
-        perturbation = self._runner.perturbation
         return Explanation(
             prompt=question.prompt,
             target=question.target,
@@ -211,24 +218,25 @@ class Explainer:
             scores=scores,
             target_tokens=question.target_tokens,
             base_logprobs=logprobs.float(),
-            settings={
-                "model": name,
-                "mode": perturbation.mode,
-                "factor": self.factor,
-                "similarity_threshold": self.similarity_threshold,
-                "layers": None if perturbation.layers is None else list(perturbation.layers),
-                "units": units,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "device": str(self.model.device),
-                "path": "packed" if self._runner.unpackable is None else "batched",
-                "versions": {
-                    "atman_kernels": atman_kernels.__version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-            },
+            settings=settings,
             stats=stats,
         )
+
+    def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: str) -> dict[str, Any]:
+        return {
+            "model": getattr(self.model.config, "name_or_path", "") or type(self.model).__name__,
+            "method": method.name,
+            **({} if method.measure is None else {"measure": method.measure, "options": method.options}),
+            **outcome.settings,
+            "units": units,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "versions": {
+                "atman_kernels": atman_kernels.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
 
 
 @contextmanager

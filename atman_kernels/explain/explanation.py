@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "atman-explanation"
 VERSION = 1
+RISE = "rise of the loss when suppressed, in nats"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class Explanation:
     """Which units of a prompt an answer rests on.
 
     A score is how much the loss of a target token rises, in nats, when the attention to a unit is suppressed:
-    positive means that the unit speaks for the token, negative that it speaks against it.
+    positive means that the unit speaks for the token, negative that it speaks against it. Methods other than AtMan
+    have scores of their own kind, and say in `measure` which.
 
     Attributes:
         prompt: the exact text that was tokenized.
@@ -76,8 +78,18 @@ class Explanation:
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
 
     @property
+    def measure(self) -> str:
+        """What a score is, with its unit."""
+        return str(self.settings.get("measure", RISE))
+
+    @property
+    def measures_suppression(self) -> bool:
+        """Whether scores are rises of the loss, and so ratios of probabilities."""
+        return self.measure == RISE
+
+    @property
     def total(self) -> torch.Tensor:
-        """(n_units,) float32: each unit's scores summed over the target tokens, in nats."""
+        """(n_units,) float32: each unit's scores summed over the target tokens."""
         return self.scores.sum(dim=1)
 
     def top(self, k: int = 10) -> list[tuple[Unit, float]]:

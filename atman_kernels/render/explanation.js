@@ -62,7 +62,7 @@
 
     // The tip: what is known about the units below the pointer or the focus.
     function describe(unit, rows) {
-      const part = make("div", "", make("strong", "", data.labels[unit]), make("div", "", inWords(scores[unit], token < 0)));
+      const part = make("div", "", make("strong", "", data.labels[unit]), make("div", "", inWords(scores[unit], token < 0, data.suppressed)));
       const row = data.scores[unit];
       if (row.length < 2) return part;
       const shown = row.map((_, t) => t).sort((a, b) => Math.abs(row[b]) - Math.abs(row[a])).slice(0, rows).sort((a, b) => a - b);
@@ -147,8 +147,9 @@
     return (value > 0 ? "+" : value < 0 ? "−" : "") + digits;
   }
 
-  // exp of a difference in loss is a ratio of probabilities.
-  function inWords(score, whole) {
+  // exp of a difference in loss is a ratio of probabilities; other methods' scores are numbers and no more.
+  function inWords(score, whole, suppressed) {
+    if (!suppressed) return signed(score);
     const ratio = Math.exp(Math.abs(score));
     const share = 100 * (score > 0 ? 1 - 1 / ratio : ratio - 1);
     const power = String(Math.round(Math.abs(score) / Math.LN10)).replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);

@@ -82,6 +82,7 @@ def _content(explanation: Explanation) -> dict[str, Any]:
             "total": [float(f"{score:.4g}") for score in total],
             "scores": [[float(f"{score:.4g}") for score in row] for row in explanation.scores.tolist()],
             "top": TOP,
+            "suppressed": explanation.measures_suppression,
         },
     }
 

@@ -50,7 +50,7 @@ def renderables(explanation: Explanation, console: Console, top: int = 8) -> Ite
     if any(unit.source == "target" for unit in explanation.units):
         yield canvas.heading("Answer as input")
         yield canvas.text("target", explanation.target)
-    yield canvas.heading("Strongest units: rise of the answer's loss when suppressed, in nats")
+    yield canvas.heading(canvas.safe(f"Strongest units: {explanation.measure}"))
     yield canvas.ranking()
 
 

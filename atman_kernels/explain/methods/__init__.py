@@ -1,0 +1,132 @@
+"""The ways to get an `Explanation`, by name: AtMan, and what else the field uses.
+
+A method is one function in a module of this package, imported when it is asked for; its keyword-only arguments are
+its options. There are two kinds, and a table for each:
+
+- `(context, questions, **options) -> MethodOutcome`: sees all questions at once and scores their units.
+- `(model, question, **options) -> TokenScores`: scores single tokens; a unit gets the sum over its tokens.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atman_kernels.errors import InputError
+from atman_kernels.explain.question import Question
+from atman_kernels.explain.runner import VariantRunner
+
+# name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
+OF_UNITS: dict[str, tuple[str, str | None]] = {
+    "atman": ("perturbation", None),
+    "random": ("chance", "random number"),
+}
+OF_TOKENS: dict[str, tuple[str, str | None]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class MethodContext:
+    """What a method may use of its explainer.
+
+    Attributes:
+        model, runner: see `VariantRunner`.
+        factors: the (n_units, L) factors that suppress each unit of a question.
+        factor, similarity_threshold: of the explainer, which `factors` goes by.
+    """
+
+    model: PreTrainedModel
+    runner: VariantRunner
+    factors: Callable[[Question], Tensor]
+    factor: float
+    similarity_threshold: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class MethodOutcome:
+    """What a method found.
+
+    Attributes:
+        scores: per question, (n_units, m).
+        logprobs: per question, (m,) of the target tokens with the model as it is.
+        stats: what it cost, JSON types.
+        settings: what of the explainer's it went by, JSON types.
+        standard_errors: per question, (n_units, m), where scores are estimates.
+    """
+
+    scores: list[Tensor]
+    logprobs: list[Tensor]
+    stats: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    standard_errors: list[Tensor] | None = None
+
+
+class TokenScores(NamedTuple):
+    """Scores of one question, token by token.
+
+    Attributes:
+        scores: (L, m), from each token that the model reads to each target token.
+        logprobs: (m,) of the target tokens with the model as it is.
+        stats: what else is worth knowing, JSON types.
+    """
+
+    scores: Tensor
+    logprobs: Tensor
+    stats: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its options, checked before any model runs."""
+
+    name: str
+    measure: str | None
+    options: dict[str, Any]
+    function: Callable[..., Any]
+
+    def run(self, context: MethodContext, questions: Sequence[Question]) -> MethodOutcome:
+        if self.name in OF_UNITS:
+            return self.function(context, questions, **self.options)  # type: ignore[no-any-return]
+        found = [self.function(context.model, question, **self.options) for question in questions]
+        return MethodOutcome(
+            scores=[unit_scores(question, each.scores) for question, each in zip(questions, found, strict=True)],
+            logprobs=[each.logprobs.cpu() for each in found],
+            stats={name: [each.stats[name] for each in found] for name in found[0].stats},
+        )
+
+
+def names() -> tuple[str, ...]:
+    """All methods' names, AtMan first."""
+    return (*OF_UNITS, *OF_TOKENS)
+
+
+def method(name: str, options: dict[str, Any]) -> Method:
+    """The method of that name.
+
+    Raises:
+        InputError: there is no such method, or it has no such option.
+
+    Example:
+        >>> method("random", {"seed": 64}).options
+        {'seed': 64}
+    """
+    found = (OF_UNITS | OF_TOKENS).get(name) if isinstance(name, str) else None
+    if found is None:
+        raise InputError(f"method must be one of {', '.join(map(repr, names()))}, got {name!r}")
+    module, measure = found
+    function = getattr(import_module(f"{__name__}.{module}"), name)
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise InputError(f"method {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
+    return Method(name, measure, dict(options), function)
+
+
+def unit_scores(question: Question, scores: Tensor) -> Tensor:
+    """(L, m) of tokens -> (n_units, m) of units: the sum over each unit's tokens, in the scores' dtype, on the CPU."""
+    scores = scores.detach().cpu()
+    return torch.stack([scores[list(unit.token_indices)].sum(0) for unit in question.units])

@@ -1,0 +1,28 @@
+"""Random scores: what every method must beat."""
+
+from collections.abc import Sequence
+
+import torch
+
+from atman_kernels.errors import InputError
+from atman_kernels.explain.methods import MethodContext, MethodOutcome
+from atman_kernels.explain.question import Question
+from atman_kernels.hf.forward import own_logprobs
+
+
+def random(context: MethodContext, questions: Sequence[Question], *, seed: int = 0) -> MethodOutcome:
+    """A number from [0, 1) for each unit and target token. Cost: one forward, for the log-probs.
+
+    Args:
+        seed: equal seeds give equal scores to equal numbers of units and target tokens.
+
+    Raises:
+        InputError: seed is no integer >= 0.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
+    generator = torch.Generator().manual_seed(seed)
+    return MethodOutcome(
+        scores=[torch.rand(len(q.units), len(q.targets), generator=generator) for q in questions],
+        logprobs=[own_logprobs(context.model, q.inputs, q.rows, q.targets).cpu() for q in questions],
+    )
