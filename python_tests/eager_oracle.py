@@ -68,3 +68,15 @@ def leave_one_out(model, ids: torch.Tensor, n: int, rows: torch.Tensor, mode: st
     """(n_units, m): rise of the loss of every target token, for every row of factors (L,)."""
     base = target_logprobs(model, ids, n, torch.ones(len(ids)), mode, layers)
     return torch.stack([base - target_logprobs(model, ids, n, row, mode, layers) for row in rows])
+
+
+def whole_model_logprobs(
+    model, inputs: dict, answer: torch.Tensor, n: int, factor: torch.Tensor, mode: str, layers=None
+) -> torch.Tensor:
+    """(m,) log-probs of an answer after n prompt tokens, by one forward of everything, image encoders included.
+
+    Only the text decoder is suppressed. `inputs` are what the model takes for prompt and answer but its last token.
+    """
+    with _oracle(model.get_decoder(), factor[None], mode, layers), torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[0, n - 1 :].double()
+    return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]

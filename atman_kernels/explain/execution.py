@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, full_row_logprobs, packed_logprobs
 from atman_kernels.hf.memory import is_out_of_memory
+from atman_kernels.hf.sequence import concatenated
 from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding
 
 
@@ -41,10 +42,12 @@ class Work:
         self.variants += variants
 
 
-def unit_variants(questions: list[Question], first_suppressed: list[Tensor]) -> list[Variant]:
-    """One variant per unit; its prefix ends where its suppression begins."""
+def unit_variants(
+    questions: list[Question], first_suppressed: list[Tensor], suffix_start: Callable[[int], int] = int
+) -> list[Variant]:
+    """One variant per unit; its prefix ends where its suppression begins, or at the last place before where it may."""
     return [
-        Variant(q, unit, prefix, len(question.inputs))
+        Variant(q, unit, suffix_start(prefix), len(question.inputs))
         for q, question in enumerate(questions)
         for unit, prefix in enumerate(first_suppressed[q].tolist())
         if prefix < len(question.inputs)  # else nothing is suppressed, and every score is 0
@@ -69,7 +72,7 @@ def run_packed(
         extra = padding(sum(v.suffix for v in taken))
         pack = lay_out(taken, base.starts, model.device, extra)
         suffixes = [questions[v.question].inputs[v.prefix :] for v in taken]
-        ids = torch.cat([*suffixes, suffixes[0].new_zeros(extra)])
+        ids = concatenated(suffixes, extra)
         scored = [_scored(questions[v.question], v) for v in taken]
         starts = pack.suffix_starts.tolist()
         rows = torch.cat([s + start for (s, _), start in zip(scored, starts, strict=False)])

@@ -1,24 +1,26 @@
 """`Explainer`: which parts of a prompt made a model answer as it did."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import atman_kernels
 from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
+from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
 from atman_kernels.explain.runner import VariantRunner
 from atman_kernels.formula import MODES
 from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
 from atman_kernels.planning.factors import factor_rows
 
@@ -31,7 +33,7 @@ class Explainer:
 
     Args:
         model: a transformers causal language model; it is used as it is, in eval mode, and left as it was.
-        tokenizer: its (fast) tokenizer.
+        tokenizer: its (fast) tokenizer, or the processor of an image-text model.
         mode: "log_additive" | "multiplicative" | "shifted", see `atman_kernels.suppressed_attention`.
         factor: what is kept of the attention to a suppressed unit, >= 0. The paper's f is 1 - factor.
         similarity_threshold: also suppress tokens whose input embedding has at least this cosine with the unit's,
@@ -53,7 +55,7 @@ class Explainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         *,
         mode: str = "log_additive",
         factor: float = 0.1,
@@ -72,17 +74,21 @@ class Explainer:
         if token_budget is not None and token_budget < 1:
             raise InputError(f"token_budget must be >= 1 or None, got {token_budget!r}")
         self.model = model
-        self.tokenizer = tokenizer
+        self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
+        self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
         self.factor = float(factor)
         self.similarity_threshold = similarity_threshold
         self._runner = VariantRunner(model, Perturbation(mode, checked_layers(model, layers)), token_budget, progress)
 
     def explain(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Mapping[str, Any] | None = None,
         target: str | None = None,
-        units: UnitChoice = "token",
+        units: UnitChoice | None = "token",
         *,
+        images: Any = None,
+        text: Prompt | None = None,
+        image_units: ImageUnitChoice | None = "patch",
         include_target: bool = False,
         chat: bool = False,
         max_new_tokens: int = 32,
@@ -93,11 +99,16 @@ class Explainer:
         """Score every unit of a prompt for every token of an answer.
 
         Args:
-            prompt: a text, or a list of chat messages (for which the tokenizer's chat template is used).
+            prompt: a text, or a list of chat messages (for which the tokenizer's chat template is used); for an
+                image-text model also what its processor made of one prompt with images.
             target: the answer, tokenized apart from the prompt and appended to it (so it usually starts with a
                 space); None lets the model answer first, greedily.
             units: "token" | "word" | "sentence" | "paragraph", or (start, end) character spans of the prompt,
-                which may overlap and leave text out.
+                which may overlap and leave text out. None, with images: only they are explained.
+            images: one PIL image or several, in the order of the placeholders in the text. Needs an explainer that
+                was given the model's processor.
+            text: another name for prompt, the processor's own.
+            image_units: "patch"; n for tiles of n × n patches; "image"; None: images get no units.
             include_target: earlier answer tokens become units too, and explain the later ones.
             chat: put a text prompt into the tokenizer's chat template as the user's message.
             max_new_tokens: length of the model's own answer at most.
@@ -113,17 +124,28 @@ class Explainer:
             InputError: an argument does not fit.
             UnsupportedModelError: the model cannot be explained, with the reason.
         """
-        return self.explain_batch(
-            [prompt],
-            [target],
-            [units],
-            include_target=include_target,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            language=language,
-            method=method,
-            **options,
-        )[0]
+        asked = text if prompt is None else prompt
+        if asked is None or not (prompt is None or text is None):
+            raise InputError("give the prompt once, as prompt or as text")
+        settings: dict[str, Any] = {
+            "include_target": include_target,
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "language": language,
+        }
+        if images is None and not isinstance(asked, Mapping):
+            if units is None:
+                raise InputError("units is None, which needs images; without them nothing would get a score")
+            return self.explain_batch([asked], [target], [units], **settings, method=method, **options)[0]
+        chosen = methods.method(method, options)
+        if chosen.name not in methods.WITH_IMAGES:
+            raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method!r}")
+        started = time.perf_counter()
+        with _evaluating(self.model):
+            question = ask_about_images(
+                self.model, self.processor, self.tokenizer, asked, images, target, units, image_units, **settings
+            )
+            return self._explained(chosen, [question], [_name(units)], started)[0]
 
     def explain_batch(
         self,
@@ -176,17 +198,24 @@ class Explainer:
                 )
                 for prompt, answer, choice in zip(prompts, answers, choices, strict=True)
             ]
-            answered = time.perf_counter()
-            outcome = chosen.run(self._context(), questions)
+            return self._explained(chosen, questions, list(map(_name, choices)), started)
+
+    def _explained(
+        self, method: methods.Method, questions: list[Question], names: list[str | None], started: float
+    ) -> list[Explanation]:
+        """What the method finds; `names` are of the questions' units, `started` is when asking began."""
+        answered = time.perf_counter()
+        outcome = method.run(self._context(), questions)
         stats = {
             "seconds": time.perf_counter() - started,
             "answering_seconds": answered - started,
             "questions": len(questions),
             **outcome.stats,
         }
-        names = [choice if isinstance(choice, str) else "spans" for choice in choices]
         return [
-            self._explanation(question, scores.float(), logprobs, self._settings(chosen, outcome, name), stats)
+            self._explanation(
+                question, scores.float(), logprobs, self._settings(method, outcome, name) | question.facts, stats
+            )
             for question, scores, logprobs, name in zip(questions, outcome.scores, outcome.logprobs, names, strict=True)
         ]
 
@@ -198,7 +227,10 @@ class Explainer:
         embeddings = None
         if self.similarity_threshold is not None:
             with torch.inference_mode():
-                embeddings = self.model.get_input_embeddings()(question.inputs).float().cpu()
+                inputs = question.inputs
+                table = self.model.get_input_embeddings()
+                merged = inputs.embeddings if isinstance(inputs, Embedded) else table(inputs)
+                embeddings = merged.float().cpu()
         rows = factor_rows(
             question.units,
             len(question.ids),
@@ -222,7 +254,7 @@ class Explainer:
             stats=stats,
         )
 
-    def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: str) -> dict[str, Any]:
+    def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: str | None) -> dict[str, Any]:
         return {
             "model": getattr(self.model.config, "name_or_path", "") or type(self.model).__name__,
             "method": method.name,
@@ -237,6 +269,10 @@ class Explainer:
                 "transformers": transformers.__version__,
             },
         }
+
+
+def _name(units: UnitChoice | None) -> str | None:
+    return units if units is None or isinstance(units, str) else "spans"
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Explanation:
         for name in ("prompt", "target"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name} must be a str, got {type(getattr(self, name)).__name__}")
-        _check_units(self.units, {"prompt": self.prompt, "target": self.target})
+        _check_units(self.units, {"prompt": self.prompt, "target": self.target, "image": self.prompt})
         _check_target_tokens(self.target_tokens)
         _check_tensor("scores", self.scores, (len(self.units), len(self.target_tokens)))
         _check_tensor("base_logprobs", self.base_logprobs, (len(self.target_tokens),))
@@ -203,7 +203,7 @@ def _check_units(units: object, texts: dict[str, str]) -> None:
         raise InputError(f"units must be a tuple of at least one Unit, got {_shortened(repr(units), 80)}")
     for i, unit in enumerate(units):
         if unit.source not in texts:
-            raise InputError(f'units[{i}].source must be "prompt" or "target", got {unit.source!r}')
+            raise InputError(f'units[{i}].source must be "prompt", "target" or "image", got {unit.source!r}')
         length = len(texts[unit.source])
         if not all(map(_is_index, (unit.start, unit.end))) or not 0 <= unit.start <= unit.end <= length:
             raise InputError(
@@ -215,6 +215,25 @@ def _check_units(units: object, texts: dict[str, str]) -> None:
         if not isinstance(unit.token_indices, tuple) or not all(map(_is_index, unit.token_indices)):
             indices = _shortened(repr(unit.token_indices), 80)
             raise InputError(f"units[{i}].token_indices must be a tuple of integers >= 0, got {indices}")
+        _check_box(i, unit)
+
+
+def _check_box(i: int, unit: Unit) -> None:
+    if not _is_index(unit.image):
+        raise InputError(f"units[{i}].image must be an integer >= 0, got {unit.image!r}")
+    if unit.box is None:
+        return
+    box = unit.box
+    if (
+        not isinstance(box, tuple)
+        or len(box) != 4
+        or not all(map(_is_index, box))
+        or box[0] >= box[2]
+        or box[1] >= box[3]
+    ):
+        raise InputError(
+            f"units[{i}].box must be (left, top, right, bottom) in pixels, got {_shortened(repr(box), 80)}"
+        )
 
 
 def _is_index(value: object) -> bool:
@@ -269,8 +288,12 @@ def _from_json(content: Any) -> Explanation:
 
 
 def _unit_from_json(unit: dict[str, Any]) -> Unit:
-    values = {field.name: unit[field.name] for field in fields(Unit)}
-    return Unit(**values | {"token_indices": tuple(_list("token_indices", values["token_indices"]))})
+    added_later = {"box": None, "image": 0}
+    values = added_later | {field.name: unit[field.name] for field in fields(Unit) if field.name not in added_later}
+    values |= {name: unit[name] for name in added_later if name in unit}
+    for name in ("token_indices", "box"):
+        values[name] = None if values[name] is None else tuple(_list(name, values[name]))
+    return Unit(**values)
 
 
 def _list(name: str, value: object) -> list[Any]:

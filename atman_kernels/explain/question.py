@@ -1,7 +1,7 @@
 """A question: prompt and answer as tokens, units and factors. Everything that is known before the model runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
 from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.sequence import Embedded
+from atman_kernels.hf.sequence import Sequence as TokenSequence
 from atman_kernels.planning.units import Unit, split_units, target_units
 
 Prompt = str | Sequence[dict[str, Any]]  # a text, or chat messages
@@ -27,6 +29,9 @@ class Question:
         prompt_length: n.
         units: what gets a score; token positions refer to `ids`.
         target_tokens: (m,) texts to show.
+        embedded: (n + m - 1,) what the model's decoder reads where images are among the tokens.
+        own_logprobs: (m,) the whole model's log-probs of the answer, where they are known already.
+        facts: what else a reader should know about the question, for the explanation's settings.
     """
 
     prompt: str
@@ -35,11 +40,14 @@ class Question:
     prompt_length: int
     units: tuple[Unit, ...]
     target_tokens: tuple[str, ...]
+    embedded: Embedded | None = None
+    own_logprobs: Tensor | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def inputs(self) -> Tensor:
+    def inputs(self) -> TokenSequence:
         """(n + m - 1,) what the model reads: the last answer token is only predicted."""
-        return self.ids[:-1]
+        return self.ids[:-1] if self.embedded is None else self.embedded
 
     @property
     def rows(self) -> Tensor:
@@ -70,26 +78,28 @@ def ask(
         InputError: an empty prompt or target, units that do not fit, a sequence longer than the model's positions,
             a tokenizer without character offsets.
     """
-    text, is_template = _prompt_text(tokenizer, prompt, chat)
+    text, is_template = prompt_text(tokenizer, prompt, chat)
     if not text:
         raise InputError("prompt is empty; expected a text with at least one character")
     encoded = _encode(tokenizer, text, add_special_tokens=not is_template)
     prompt_ids = encoded["input_ids"]
-    _check_length(model, len(prompt_ids) + 1)
+    check_length(model, len(prompt_ids) + 1)
     if target is None:
-        target_ids = _answer(model, tokenizer, prompt_ids, max_new_tokens)
+        ids = torch.tensor([prompt_ids], device=model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        target_ids = greedy_answer(model, tokenizer, inputs, max_new_tokens)
         target = tokenizer.decode(target_ids)
     else:
         target_ids = _encode(tokenizer, target, add_special_tokens=False)["input_ids"] if target else []
         if not target_ids:
             raise InputError("target is empty; give the answer to explain, or None to let the model answer")
-    _check_length(model, len(prompt_ids) + len(target_ids) - 1)
-    pieces, offsets = _token_texts(tokenizer, target_ids)
+    check_length(model, len(prompt_ids) + len(target_ids) - 1)
+    pieces, offsets = token_texts_of(tokenizer, target_ids)
     found = split_units(
         text,
         encoded["offset_mapping"],
         units,
-        special=_special_flags(tokenizer, prompt_ids),
+        special=special_flags(tokenizer, prompt_ids),
         token_texts=tokenizer.convert_ids_to_tokens(prompt_ids),
         language=language,
     )
@@ -100,7 +110,7 @@ def ask(
     return Question(text, target, ids, len(prompt_ids), found, tuple(pieces))
 
 
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> tuple[str, bool]:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> tuple[str, bool]:
     """The text to tokenize, and whether a chat template made it (its special tokens are written out then)."""
     if isinstance(prompt, str) and not chat:
         return prompt, False
@@ -121,13 +131,13 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: b
     return dict(tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens))
 
 
-def _special_flags(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bool]:
+def special_flags(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bool]:
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [i in special for i in ids]
 
 
-def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[str], list[tuple[int, int]]]:
+def token_texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[str], list[tuple[int, int]]]:
     """The text of every token, such that they join to the whole, and its characters therein.
 
     A character that is spread over several tokens is shown with the last of them.
@@ -146,23 +156,21 @@ def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[li
     return pieces, offsets
 
 
-def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
+def greedy_answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor], max_new_tokens: int
 ) -> list[int]:
-    """The model's own greedy answer, without the end marks."""
+    """The model's own greedy answer to one prompt, without the end marks."""
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    ids = torch.tensor([prompt_ids], device=model.device)
     ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0),
     )
-    answer = output[0, len(prompt_ids) :].tolist()
+    answer = output[0, inputs["input_ids"].shape[1] :].tolist()
     while answer and answer[-1] in ends:
         answer.pop()
     if not answer:
@@ -174,7 +182,7 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _check_length(model: PreTrainedModel, length: int) -> None:
+def check_length(model: PreTrainedModel, length: int) -> None:
     most = getattr(decoder_of(model).config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise InputError(f"prompt and target have {length} tokens, but the model has {most} positions")

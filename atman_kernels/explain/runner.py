@@ -1,7 +1,7 @@
 """`VariantRunner`: log-probabilities of answers under suppression, by the fastest way that was shown to be exact."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +78,8 @@ class VariantRunner:
         questions, factors = list(questions), list(factors)
         work = Work()
         base = self._base(questions, work)
-        variants = unit_variants(questions, [first_suppressed(rows) for rows in factors])
+        suffix_start = int if base is None else _snap(base[0].suffix_starts())
+        variants = unit_variants(questions, [first_suppressed(rows) for rows in factors], suffix_start)
         budget = self.token_budget or token_budget(
             free_bytes(self.model.device), activation_bytes_per_token(self.model), self.model.device.type
         )
@@ -117,13 +118,19 @@ class VariantRunner:
             self._check_attention(question, own, work)
             bases.append(base)
             logprobs.append(own)
-        return Base.join(bases), logprobs
+        try:
+            return Base.join(bases), logprobs
+        except PackingUnsupportedError as error:
+            self._fall_back(str(error))
+            return None
 
     def _check_attention(self, question: Question, ours: Tensor, work: Work) -> None:
-        """Once per explainer: the model with our attention is the model with its own."""
-        if self._tolerance is not None:
+        """The model with our attention is the model with its own; once per explainer where that has to be computed."""
+        own = question.own_logprobs
+        if own is None and self._tolerance is not None:
             return
-        own = own_logprobs(self.model, question.inputs, question.rows, question.targets)
+        if own is None:
+            own = own_logprobs(self.model, question.inputs, question.rows, question.targets)
         work.add(len(question.inputs), 1)
         name, dtype = type(self.model).__name__, self.model.dtype
         if not bool(own.isfinite().all()):
@@ -151,8 +158,9 @@ class VariantRunner:
         One begins in the middle of the prompt, to see that packing works on this model and prompt; one with the
         answer, which is what suppressed variants are then compared with: the same arithmetic on both sides.
         """
+        suffix_start = _snap(base.suffix_starts())
         variants = [
-            Variant(q, None, prefix, len(question.inputs))
+            Variant(q, None, suffix_start(prefix), len(question.inputs))
             for q, question in enumerate(questions)
             for prefix in (question.prompt_length // 2, question.prompt_length - 1)
         ]
@@ -171,7 +179,7 @@ class VariantRunner:
                     f"{self._tolerance:.2g} would be rounding"
                 )
                 return None
-            if variant.prefix == questions[variant.question].prompt_length - 1:
+            if variant.prefix == suffix_start(questions[variant.question].prompt_length - 1):
                 unperturbed[variant.question] = logprobs.cpu()
         return unperturbed
 
@@ -202,6 +210,12 @@ class VariantRunner:
             self._check_attention(question, logprobs, work)
             unperturbed.append(logprobs.cpu())
         return unperturbed
+
+
+def _snap(starts: Tensor | None) -> Callable[[int], int]:
+    """Moves the start of a suffix back to where a suffix may begin; see `Base.suffix_starts`."""
+    allowed = None if starts is None else starts.tolist()
+    return lambda position: position if allowed is None else allowed[position]
 
 
 def _rms(differences: Tensor) -> float:

@@ -5,9 +5,10 @@ logits for more than a few rows at once.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 
 from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of
+from atman_kernels.formula import window_visible
+from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of
+from atman_kernels.hf.sequence import Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
 
@@ -35,22 +38,41 @@ class Base:
     Attributes:
         keys, values: by attention module, (Hkv, S, D|Dv); S runs over all prompts, one after the other.
         starts: where each prompt begins in S.
+        patterns: by attention module, (1|Hq, L, L) over positions: 0 where a query sees a key, -inf where not. Only
+            modules whose attention is more than causal have one: image blocks attend both ways.
     """
 
     keys: dict[nn.Module, Tensor]
     values: dict[nn.Module, Tensor]
     starts: tuple[int, ...]
+    patterns: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     @classmethod
     def join(cls, bases: "list[Base]") -> "Base":
         if len(bases) == 1:
             return bases[0]
+        if any(base.patterns for base in bases):
+            raise PackingUnsupportedError("each of several prompts has an attention mask of its own")
         lengths = [next(iter(base.keys.values())).shape[1] for base in bases]
         starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         modules = list(bases[0].keys)
         keys = {m: torch.cat([base.keys.pop(m) for base in bases], dim=1) for m in modules}
         values = {m: torch.cat([base.values.pop(m) for base in bases], dim=1) for m in modules}
         return cls(keys, values, starts)
+
+    def suffix_starts(self) -> Tensor | None:
+        """(L + 1,) on the CPU: for every position the last one up to it at which a suffix may begin; None: anywhere.
+
+        What comes before a suffix must not see it. A block that attends both ways is therefore never cut.
+        """
+        if not self.patterns:
+            return None
+        distinct = {id(pattern): pattern for pattern in self.patterns.values()}
+        visible = torch.stack([(pattern > -math.inf).any(dim=0) for pattern in distinct.values()]).any(dim=0).cpu()
+        positions = torch.arange(visible.shape[0] + 1)
+        furthest = (visible * positions[:-1]).amax(dim=1).cummax(dim=0).values  # key seen by a row or any before it
+        free = torch.cat([torch.tensor([True]), furthest < positions[1:]])
+        return torch.where(free, positions, 0).cummax(dim=0).values
 
 
 class _LayerStore:
@@ -75,6 +97,8 @@ class _CaptureRun:
     def __init__(self, layers: int | None) -> None:
         self.keys = _LayerStore(layers)
         self.values = _LayerStore(layers)
+        self.patterns: dict[nn.Module, Tensor] = {}
+        self._made: dict[tuple[int, bool, int | None], tuple[Tensor, Tensor | None]] = {}
 
     def mask(self, **kwargs: Any) -> Tensor | None:
         return compact_mask(**kwargs)
@@ -84,7 +108,34 @@ class _CaptureRun:
             raise PackingUnsupportedError(f"{type(module).__name__} attends more than once per forward")
         self.keys.add(module, call.key[0])
         self.values.add(module, call.value[0])
+        pattern = self._pattern(call)
+        if pattern is not None:
+            self.patterns[module] = pattern
         return call.attend(None, "log_additive")
+
+    def _pattern(self, call: AttentionCall) -> Tensor | None:
+        """What a mask says beyond causality; one tensor for all layers that share the mask."""
+        if call.mask is None:
+            return None
+        key = (id(call.mask), call.is_causal, call.sliding_window)
+        if key not in self._made:
+            self._made[key] = (call.mask, _beyond_causal(call))  # holding the mask keeps its id from being reused
+        return self._made[key][1]
+
+
+def _beyond_causal(call: AttentionCall) -> Tensor | None:
+    """The mask of one whole sequence as (1|Hq, L, L); None if it is what causality and the window say already."""
+    length = call.key.shape[2]
+    positions = torch.arange(length, device=call.key.device)
+    plain = window_visible(positions, positions, call.is_causal, call.sliding_window)
+    assert call.mask is not None
+    pattern = additive(call.mask)[0].expand(-1, length, length)
+    if call.mask.shape[2] == 1:
+        pattern = pattern.masked_fill(~plain, -math.inf)
+    same = call.is_causal and bool((pattern[plain.expand_as(pattern)] == 0).all())
+    if same and bool((pattern[~plain.expand_as(pattern)] == -math.inf).all()):
+        return None
+    return pattern
 
 
 class _PackedRun:
@@ -93,6 +144,7 @@ class _PackedRun:
     def __init__(self, base: Base, pack: VariantPack, factor: Tensor, mode: str, layers: Iterable[int] | None) -> None:
         self.base, self.pack, self.factor, self.mode = base, pack, factor, mode
         self.layers = LayerSelection(layers)
+        self._grown: dict[int, Tensor] = {}
 
     def mask(self, **kwargs: Any) -> None:
         return None  # the pack says who sees whom
@@ -100,7 +152,8 @@ class _PackedRun:
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         if module not in self.base.keys:
             raise PackingUnsupportedError(f"{type(module).__name__} was not called in the base run")
-        if call.position_bias is not None or not call.is_causal:
+        pattern = self._pattern(module)
+        if call.position_bias is not None or not (call.is_causal or pattern is not None):
             raise PackingUnsupportedError(f"{type(module).__name__} attends with a position bias or both ways")
         output = ops.packed_suppressed_attention(
             call.query[0],
@@ -111,24 +164,36 @@ class _PackedRun:
             self.pack,
             self.factor if module in self.layers else None,
             mode=self.mode,
+            is_causal=pattern is None,
             scale=call.scale,
-            sliding_window=call.sliding_window,
+            sliding_window=call.sliding_window if pattern is None else None,  # the pattern holds it
             softcap=call.softcap,
             sinks=call.sinks,
+            position_bias=pattern,
         )
         return output.transpose(0, 1)[None]  # type: ignore[union-attr]
 
+    def _pattern(self, module: nn.Module) -> Tensor | None:
+        """The module's pattern, grown to the pack's longest variant: padding may reach further than a prompt."""
+        pattern = self.base.patterns.get(module)
+        if pattern is None:
+            return None
+        if id(pattern) not in self._grown:
+            more = max(0, self.pack.longest - pattern.shape[-1])
+            self._grown[id(pattern)] = nn.functional.pad(pattern, (0, more, 0, more))
+        return self._grown[id(pattern)]
 
-def own_logprobs(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+
+def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probs with the attention that the model came with; arguments as in `base_run`."""
-    return _logprobs(model, {"input_ids": ids[None]}, rows, targets[None])[0]
+    return logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
 
 
-def base_run(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor) -> tuple[Base, Tensor]:
+def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> tuple[Base, Tensor]:
     """The unperturbed run over one sequence.
 
     Args:
-        ids: (L,) token ids.
+        ids: (L,) token ids, or what stands for them.
         rows: (R,) rows whose next token is scored.
         targets: (R,) those tokens.
 
@@ -141,7 +206,7 @@ def base_run(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor)
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
     with activate(model, run):
-        logprobs = _logprobs(model, {"input_ids": ids[None]}, rows, targets[None])[0]
+        logprobs = logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
     captured = len(run.keys.tensors)
     if not captured:
         raise UnsupportedModelError(
@@ -151,14 +216,14 @@ def base_run(model: PreTrainedModel, ids: Tensor, rows: Tensor, targets: Tensor)
         raise PackingUnsupportedError(
             f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"
         )
-    return Base(run.keys.tensors, run.values.tensors, (0,)), logprobs
+    return Base(run.keys.tensors, run.values.tensors, (0,), run.patterns), logprobs
 
 
 def packed_logprobs(
     model: PreTrainedModel,
     base: Base,
     pack: VariantPack,
-    ids: Tensor,
+    ids: Sequence,
     factor: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -180,14 +245,14 @@ def packed_logprobs(
     Raises:
         PackingUnsupportedError: a layer needs what a packed forward does not have.
     """
-    inputs = {"input_ids": ids[None], "position_ids": pack.row_position[None]}
+    inputs = suffix_inputs(ids, pack.row_position)
     with activate(model, _PackedRun(base, pack, factor, mode, layers)):
-        return _logprobs(model, inputs, rows, targets[None])[0]
+        return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
 
 
 def full_row_logprobs(
     model: PreTrainedModel,
-    ids: Tensor,
+    ids: Sequence,
     factor: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -208,10 +273,10 @@ def full_row_logprobs(
     variants = factor.shape[0]
     run = SuppressedRun(factor, mode=mode, layers=layers)
     with activate(model, run):
-        return _logprobs(model, {"input_ids": ids.expand(variants, -1)}, rows, targets.expand(variants, -1))
+        return logprobs_of(reader_of(model, ids), whole_inputs(ids, variants), rows, targets.expand(variants, -1))
 
 
-def _logprobs(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
+def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
     """(B, R) log-probs of `targets` (B, R) at `rows` (R,) of every sequence in the batch.
 
     The model's own head makes the logits, a few rows at a time over one run of its layers.
@@ -255,7 +320,7 @@ def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
             output = forward(*args, **kwargs)
         return output
 
-    with _forward_replaced(body, run_once):
+    with forward_replaced(body, run_once):
         yield
 
 
@@ -280,12 +345,12 @@ def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
             logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
         return logits
 
-    with _forward_replaced(head, wide):
+    with forward_replaced(head, wide):
         yield
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` computes `forward` inside; hooks of other libraries, which replace it likewise, come back."""
     own = module.__dict__.get("forward")
     module.forward = forward  # type: ignore[method-assign, assignment]

@@ -58,7 +58,7 @@ class AttentionCall:
             is_causal = is_causal and mask.shape[2] == 1
         elif mask is not None:
             is_causal, window = False, None  # the mask holds both already
-            bias = _additive(mask) if bias is None else _additive(mask) + bias
+            bias = additive(mask) if bias is None else additive(mask) + bias
         output = ops.suppressed_attention(
             self.query,
             self.key,
@@ -81,7 +81,7 @@ def _same_for_all_queries(mask: Tensor) -> bool:
     return mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0)
 
 
-def _additive(mask: Tensor) -> Tensor:
+def additive(mask: Tensor) -> Tensor:
     """A mask as a float32 bias; transformers writes the dtype's minimum where it means -inf."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf)

@@ -1,4 +1,4 @@
-"""Units: the pieces of a text that get a score, and the tokens each of them owns."""
+"""Units: the pieces of a prompt that get a score, how a text is cut into them, and the tokens each of them owns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -21,13 +21,16 @@ Span = tuple[int, int]  # character offsets, end exclusive
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of text that is suppressed as one and gets one score per target token."""
+    """A piece of text or of an image that is suppressed as one and gets one score per target token."""
 
     text: str  # what to show
     start: int  # character offsets into the prompt (into the target where source is "target")
     end: int  # exclusive
     token_indices: tuple[int, ...]  # absolute positions in the sequence prompt + target
-    source: str = "prompt"  # "prompt" | "target"
+    source: str = "prompt"  # "prompt" | "target" | "image"
+    # left, top, right, bottom in pixels of the image; None for text, and for image tokens that are no place of it
+    box: tuple[int, int, int, int] | None = field(default=None, repr=False)
+    image: int = field(default=0, repr=False)  # which of the prompt's images
 
 
 def split_units(

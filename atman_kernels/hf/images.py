@@ -1,0 +1,297 @@
+"""Image-text models: which tokens stand for which part of an image, and what the text decoder reads in their place."""
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.hf.forward import forward_replaced, logprobs_of
+from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.memory import is_out_of_memory
+from atman_kernels.hf.sequence import Embedded
+
+
+@dataclass(frozen=True)
+class Family:
+    """What has to be known about a kind of model to explain its images.
+
+    Attributes:
+        layout: how the tokens of an image lie in it: a "square" grid, the "grid" that the processor reports, or
+            nowhere: "queries".
+        answer_type: token type id of an answer's tokens, where the model has such.
+    """
+
+    layout: Literal["square", "grid", "queries"]
+    answer_type: int = 0
+
+
+FAMILIES = {  # by config.model_type
+    "blip-2": Family("queries"),
+    "gemma3": Family("square"),
+    "idefics3": Family("square"),
+    "llava": Family("square"),
+    "paligemma": Family("square", answer_type=1),  # 0 is the prefix, which attends both ways
+    "qwen2_5_vl": Family("grid"),
+    "qwen2_vl": Family("grid"),
+    "smolvlm": Family("square"),
+}
+NOT_READ = ("labels", "num_crops")  # what processors return for training and for themselves
+READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens of one image, or of one crop where the processor cut images into crops.
+
+    Attributes:
+        first: position of the first; they stand in one run.
+        count: how many.
+        grid: (rows, columns); None where the tokens are no places of the image.
+        pixels: (width, height) of what the vision tower saw.
+    """
+
+    first: int
+    count: int
+    grid: tuple[int, int] | None
+    pixels: tuple[int, int]
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """What is known about the model's images.
+
+    Raises:
+        UnsupportedModelError: nothing.
+    """
+    kind = getattr(model.config, "model_type", None)
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be explained with images: where its image tokens lie in a picture is not "
+            f"known; it is for {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[kind]
+
+
+def checked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A processor's output for one prompt, on the model's device and in its dtype.
+
+    Raises:
+        InputError: it is not for one unpadded prompt, or holds what the model does not take.
+    """
+    name = type(model).__name__
+    taken = inspect.signature(model.forward).parameters
+    kept = {key: value for key, value in inputs.items() if key not in NOT_READ and value is not None}
+    for key, value in kept.items():
+        if key not in taken:
+            raise InputError(f"inputs hold {key!r}, which {name} does not take; are they from this model's processor?")
+        if not isinstance(value, Tensor):
+            raise InputError(f'inputs[{key!r}] must be a tensor (return_tensors="pt"), got {type(value).__name__}')
+    for key in ("input_ids", "pixel_values"):
+        if key not in kept:
+            raise InputError(f"inputs hold no {key!r}, which {name} needs; they hold {', '.join(kept) or 'nothing'}")
+    shape = tuple(kept["input_ids"].shape)
+    if len(shape) != 2 or shape[0] != 1:
+        raise InputError(f"inputs['input_ids'] must be (1, tokens), one prompt at a time; got {shape}")
+    for key in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if key in kept and tuple(kept[key].shape) != shape:
+            raise InputError(f"inputs[{key!r}] must be {shape} as input_ids are, got {tuple(kept[key].shape)}")
+    if "attention_mask" in kept and not bool((kept["attention_mask"] == 1).all()):
+        raise InputError("inputs['attention_mask'] hides tokens; pass the prompt without padding")
+    return {
+        key: value.to(model.device, model.dtype if value.is_floating_point() else None) for key, value in kept.items()
+    }
+
+
+def image_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[ImageTokens]:
+    """The tokens of every image (or crop) of a prompt, in order.
+
+    Raises:
+        InputError: placeholders and images do not belong together, or lie in no grid that is known.
+        UnsupportedModelError: the model's family is not known.
+    """
+    family = family_of(model)
+    token = model.config.image_token_id
+    places = (inputs["input_ids"][0] == token).nonzero()[:, 0].tolist()
+    if not places:
+        raise InputError(f"text has no image placeholder (token id {token}), but images came with it")
+    sizes = _sizes(model, inputs, family)
+    if sizes is None:
+        images = math.prod(inputs["pixel_values"].shape[:-3])
+        if len(places) % images:
+            raise InputError(f"text has {len(places)} image tokens, which do not divide among {images} images")
+        height, width = inputs["pixel_values"].shape[-2:]
+        count = len(places) // images
+        if family.layout == "queries" and count != model.config.num_query_tokens:
+            wanted = model.config.num_query_tokens
+            raise InputError(f"text has {count} image tokens per image, but the model has {wanted} queries")
+        grid = None if family.layout == "queries" else _square(count, height, width)
+        sizes = [(count, grid, (height, width))] * images
+    elif sum(count for count, *_ in sizes) != len(places):
+        wanted = sum(count for count, *_ in sizes)
+        raise InputError(f"text has {len(places)} image tokens, but the images' grids make {wanted}")
+    found = []
+    for count, grid, (height, width) in sizes:
+        own, places = places[:count], places[count:]
+        if own[-1] - own[0] >= count:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be explained with images: other tokens stand among those of an image"
+            )
+        found.append(ImageTokens(own[0], count, grid, (width, height)))
+    return found
+
+
+def _sizes(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], family: Family
+) -> list[tuple[int, tuple[int, int] | None, tuple[int, int]]] | None:
+    """Per image its number of tokens, grid, and height and width in pixels, as the processor reports them."""
+    if family.layout != "grid":
+        return None
+    if "image_grid_thw" not in inputs:
+        raise InputError(f"inputs hold no 'image_grid_thw', which {type(model).__name__} needs")
+    vision = model.config.vision_config
+    merge, patch = int(vision.spatial_merge_size), int(vision.patch_size)
+    sizes: list[tuple[int, tuple[int, int] | None, tuple[int, int]]] = []
+    for frames, height, width in inputs["image_grid_thw"].tolist():
+        if frames != 1:
+            raise InputError(f"inputs['image_grid_thw'] has {frames} frames; images have one, videos are not explained")
+        grid = (height // merge, width // merge)
+        sizes.append((grid[0] * grid[1], grid, (height * patch, width * patch)))
+    return sizes
+
+
+def _square(count: int, height: int, width: int) -> tuple[int, int]:
+    side = math.isqrt(count)
+    if side * side != count or height != width:
+        raise InputError(
+            f"images: {count} tokens for {width} × {height} pixels are a patch grid that is not square, and the "
+            "processor does not report its rows and columns"
+        )
+    return side, side
+
+
+def embed(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Tensor, rows: Tensor
+) -> tuple[Embedded, Tensor]:
+    """One forward of the whole model over prompt and answer.
+
+    Args:
+        inputs: of the prompt, from `checked_inputs`.
+        answer: (m,) token ids; the last one is only predicted.
+        rows: (m,) rows that predict them.
+
+    Returns:
+        What the text decoder read, and the (m,) log-probs of the answer.
+
+    Raises:
+        InputError: the model does not take the inputs.
+        UnsupportedModelError: its decoder reads more than embeddings.
+    """
+    answer_type = family_of(model).answer_type
+    longer = {key: value for key, value in inputs.items() if key != "attention_mask"}  # all ones
+    longer["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in longer:
+            kind = answer_type if key == "token_type_ids" else 0
+            longer[key] = torch.cat([inputs[key], torch.full_like(answer[None, :-1], kind)], dim=1)
+    read: list[dict[str, Any]] = []
+    decoder = decoder_of(model)
+    hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs), with_kwargs=True)
+    try:
+        with _refusals_named(model):
+            logprobs = logprobs_of(model, longer, rows, answer[None])[0]
+    finally:
+        hook.remove()
+    types = {key: longer[key][0] for key in ("token_type_ids",) if key in longer}
+    return _as_read(model, read, longer["input_ids"].shape[1], types), logprobs
+
+
+def _as_read(model: PreTrainedModel, read: list[dict[str, Any]], length: int, types: dict[str, Tensor]) -> Embedded:
+    name = type(model).__name__
+    if len(read) != 1 or not isinstance(read[0].get("inputs_embeds"), Tensor):
+        raise UnsupportedModelError(f"{name} cannot be explained with images: its decoder is not given embeddings once")
+    more = [key for key, value in read[0].items() if key not in READ_BY_DECODER and _holds_tensors(value)]
+    if more:
+        raise UnsupportedModelError(
+            f"{name} cannot be explained with images: its decoder reads {', '.join(more)} beside the embeddings"
+        )
+    embeddings, positions = read[0]["inputs_embeds"][0], read[0].get("position_ids")
+    if embeddings.shape[0] != length:
+        raise UnsupportedModelError(
+            f"{name} cannot be explained with images: {length} tokens became {embeddings.shape[0]} embeddings"
+        )
+    if positions is not None:
+        positions = positions[:, 0] if positions.ndim == 3 else positions[:1]
+    return Embedded(embeddings, positions, types)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
+
+
+@contextmanager
+def _refusals_named(model: PreTrainedModel) -> Iterator[None]:
+    """What a model says of inputs that do not fit is the caller's mistake, in one line."""
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        if isinstance(error, InputError | UnsupportedModelError) or is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines()
+        raise InputError(
+            f"inputs do not fit {type(model).__name__}: {said[0] if said else type(error).__name__}"
+        ) from error
+
+
+@contextmanager
+def vision_runs_once(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, each part of the model before its decoder computes the same inputs once, however often it is asked."""
+    decoder = decoder_of(model)
+    with ExitStack() as stack:
+        for tower in _towers(model, decoder):
+            stack.enter_context(forward_replaced(tower, _remembering(tower)))
+        yield
+
+
+def _towers(module: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+    """The outermost transformers models that lie beside the decoder."""
+    found = []
+    for child in module.children():
+        if child is decoder:
+            continue
+        if any(part is decoder for part in child.modules()) or not isinstance(child, PreTrainedModel):
+            found += _towers(child, decoder)
+        else:
+            found.append(child)
+    return found
+
+
+def _remembering(tower: nn.Module) -> Any:
+    forward = tower.forward
+    known: list[tuple[Any, Any]] = []
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        for asked, output in known:
+            if _alike(asked, (args, kwargs)):
+                return copy.copy(output)  # models write into the container, not into its tensors
+        output = forward(*args, **kwargs)
+        known.append(((args, kwargs), copy.copy(output)))
+        return output
+
+    return remember
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    return one is other or (type(one) is type(other) and isinstance(one, str | int | float) and one == other)
