@@ -156,7 +156,7 @@ def processor(family: str, side: int = SIDE):
     if family in ("qwen2_vl", "qwen2_5_vl"):
         size = {"shortest_edge": 64, "longest_edge": 2048}
         images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
-        made = object.__new__(hf.Qwen2VLProcessor)  # its constructor asks for a video processor, which needs torchvision
+        made = object.__new__(hf.Qwen2VLProcessor)  # its constructor wants a video processor: torchvision
         made.image_processor, made.tokenizer, made.chat_template = images, words, None
         made.image_token, made.image_token_id = "<image>", IMAGE
         made.video_token, made.video_token_id = "<video>", 97

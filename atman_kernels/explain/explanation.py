@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from atman_kernels.planning.units import Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL.Image import Image
     from rich.console import Console, ConsoleOptions, RenderableType
 
 FORMAT = "atman-explanation"
@@ -104,20 +106,25 @@ class Explanation:
         order = torch.argsort(total, descending=True, stable=True)[:k].tolist()
         return [(self.units[i], float(total[i])) for i in order]
 
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+    def to_html(
+        self, path: str | os.PathLike[str] | None = None, *, images: Image | Sequence[Image] | None = None
+    ) -> str:
         """A complete HTML page with the heatmap, self-contained: no network, no other files.
 
         Args:
             path: where to write the page as well (UTF-8); the file appears whole or not at all.
+            images: the PIL images that were explained, to lie below their patches; an explanation keeps no pixels.
 
         Raises:
-            InputError: path is a folder or lies in a folder that does not exist.
+            InputError: path is a folder or lies in a folder that does not exist, or the images are not those of the
+                explanation.
+            ImportError: images are given and pillow is not installed; the message says how to get it.
         """
         from atman_kernels.render.html import page
 
-        text = page(self)
+        text = page(self, images)
         if path is not None:
-            _write_whole(path, text)
+            _write_whole(path, text.encode("utf-8"))
         return text
 
     def _repr_html_(self) -> str:
@@ -154,6 +161,47 @@ class Explanation:
             raise InputError(f'kind must be "bar" or "heat", got {kind!r}')
         return kinds[kind](self, **options)
 
+    def overlay(
+        self,
+        image: Image,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        index: int = 0,
+        target_token: int | Sequence[int] | None = None,
+        opacity: float = 0.7,
+    ) -> Image:
+        """Lays the scores of an image's units over the picture: orange speaks for the answer, blue against it.
+
+        Args:
+            image: the PIL image that was explained, in any resolution; an explanation keeps no pixels.
+            path: where to write the result as well, as PNG; the file appears whole or not at all.
+            index: which of the prompt's images it is.
+            target_token: None: the whole answer; an index: that target token; several: side by side, on one scale.
+            opacity: of the colour at the largest score, in (0, 1].
+
+        Returns:
+            A PIL image in the picture's own resolution, which is grey below the colours; several panels have a
+            caption above each.
+
+        Raises:
+            InputError: the picture is not the explained one, it has no unit with a place in it, or an argument does
+                not fit.
+            ImportError: pillow is not installed; the message says how to get it.
+
+        Example:
+            >>> explanation.overlay(picture, "answer.png")                              # doctest: +SKIP
+            >>> explanation.overlay(picture, target_token=[0, 2]).show()                # doctest: +SKIP
+        """
+        from atman_kernels.render.picture import overlay
+
+        tokens = [target_token] if isinstance(target_token, int) else target_token
+        drawn = overlay(self, image, index, tokens, opacity)
+        if path is not None:
+            buffer = io.BytesIO()
+            drawn.save(buffer, "PNG")
+            _write_whole(path, buffer.getvalue())
+        return drawn
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON that `load` reads back exactly; the file appears whole or not at all.
 
@@ -166,7 +214,7 @@ class Explanation:
         # float32 → float64 → shortest decimal is lossless in both directions.
         content["scores"] = self.scores.tolist()
         content["base_logprobs"] = self.base_logprobs.tolist()
-        _write_whole(path, json.dumps(content, allow_nan=False) + "\n")
+        _write_whole(path, (json.dumps(content, allow_nan=False) + "\n").encode("utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
@@ -302,12 +350,11 @@ def _list(name: str, value: object) -> list[Any]:
     return value
 
 
-def _write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes text so that nobody ever finds a part of it: beside the file, then moved into its place."""
+def _write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file so that nobody ever finds a part of it: beside the file, then moved into its place."""
     file = Path(os.path.realpath(path))  # a link keeps pointing at the file
     if file.is_dir() or not file.parent.is_dir():
         raise InputError(f"path must be a file in an existing folder, got {os.fspath(path)!r}")
-    data = text.encode("utf-8")
     if file.exists() and not file.is_file():  # /dev/null, a pipe: nothing to move into place
         file.write_bytes(data)
         return

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from atman_kernels.errors import InputError
 from atman_kernels.render.labels import label, percent, printable, signed
+from atman_kernels.render.places import boxes_of, explained_size, reach
 from atman_kernels.render.segments import ranked, segments, strongest
 
 if TYPE_CHECKING:
@@ -24,11 +26,15 @@ def fragment(explanation: Explanation) -> str:
     return _environment().get_template("fragment.html").render(_content(explanation))
 
 
-def page(explanation: Explanation) -> str:
-    """The heatmap as a complete page, whose security policy lets it load nothing and run only our script."""
+def page(explanation: Explanation, images: Any = None) -> str:
+    """The heatmap as a complete page, whose security policy lets it load nothing and run only our script.
+
+    Args:
+        images: PIL images to embed below their patches; None draws the patches alone.
+    """
     digest = base64.b64encode(hashlib.sha256(_file("explanation.js").encode()).digest()).decode()
     template = _environment().get_template("page.html")
-    return template.render(_content(explanation), script_hash=f"sha256-{digest}")
+    return template.render(_content(explanation, images), script_hash=f"sha256-{digest}")
 
 
 @cache
@@ -49,7 +55,7 @@ def _file(name: str) -> str:
     return (resources.files("atman_kernels.render") / name).read_text(encoding="utf-8")
 
 
-def _content(explanation: Explanation) -> dict[str, Any]:
+def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
     """What the templates show; the script takes over from `data` when a target token is selected."""
     total: list[float] = explanation.total.tolist()
     scale = max(map(abs, total)) or 1.0
@@ -70,6 +76,7 @@ def _content(explanation: Explanation) -> dict[str, Any]:
         "token_logprobs": explanation.base_logprobs.tolist(),
         "total": total,
         "scale": scale,
+        "pictures": _pictures(explanation, total, images),
         "texts": [painted(explanation.prompt, "prompt"), painted(explanation.target, "target")],
         "lists": [("Speaks for", speaks_for), ("Speaks against", speaks_against)],
         "summary": _summary(explanation),
@@ -85,6 +92,48 @@ def _content(explanation: Explanation) -> dict[str, Any]:
             "suppressed": explanation.measures_suppression,
         },
     }
+
+
+def _pictures(explanation: Explanation, total: list[float], images: Any) -> list[dict[str, Any]]:
+    """Per explained image its size, its units with their places in per cent, and its pixels where they are given."""
+    of_images = [i for i, unit in enumerate(explanation.units) if unit.source == "image"]
+    numbers = sorted({explanation.units[i].image for i in of_images})
+    given = [None] * len(numbers) if images is None else images
+    given = list(given) if isinstance(given, list | tuple) else [given]
+    if len(given) != len(numbers):
+        raise InputError(f"images has {len(given)}, but the explanation has units of {len(numbers)} images")
+    pictures = []
+    for number, image in zip(numbers, given, strict=True):
+        source = None if image is None else _embedded(explanation, image, number)
+        own = [i for i in of_images if explanation.units[i].image == number]
+        size = explained_size(explanation, number)
+        if size is None:
+            size = reach(boxes_of(explanation, number)) if image is None else image.size
+        width, height = size
+        placed = [
+            {
+                "unit": i,
+                "score": total[i],
+                "left": 100 * box[0] / width,
+                "top": 100 * box[1] / height,
+                "width": 100 * (box[2] - box[0]) / width,
+                "height": 100 * (box[3] - box[1]) / height,
+            }
+            for i in own
+            if (box := explanation.units[i].box)
+        ]
+        rest = [{"unit": i, "score": total[i]} for i in own if explanation.units[i].box is None]
+        pictures.append(
+            {"number": number + 1, "source": source, "width": width, "height": height, "placed": placed, "rest": rest}
+        )
+    return pictures
+
+
+def _embedded(explanation: Explanation, image: Any, index: int) -> str:
+    from atman_kernels.render.picture import check_picture, data_uri
+
+    check_picture(explanation, image, index)
+    return data_uri(image)
 
 
 def _summary(explanation: Explanation) -> str:
