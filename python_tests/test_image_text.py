@@ -4,8 +4,11 @@ import eager_oracle
 import pytest
 import tiny_image_models as tiny
 import torch
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import atman_kernels as ak
+from atman_kernels.explain import execution
+from atman_kernels.hf import forward
 
 MODES = ("log_additive", "multiplicative", "shifted")
 ANSWER = "w20 w21 w22"
@@ -73,3 +76,384 @@ def test_packed_equals_whole_forwards_of_the_whole_model(family, mode):
     of_images = [unit.source == "image" for unit in explanation.units]
     assert expected[of_images].abs().max() > 1e-2, "the oracle must move, or the comparison says nothing"
     torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
+
+
+# --- what else can be asked ---
+
+
+def check(explainer, family, explanation, images, text, rows=None, layers=None):
+    rows = rows_of(explanation, 0.1) if rows is None else rows
+    mode = explanation.settings["mode"]
+    expected = expected_scores(family, explainer.model, images, text, rows, mode, layers)
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+def test_tiles_are_suppressed_as_one(family):
+    explainer, images = explainer_of(family), [tiny.picture(40, 30)]
+    explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER, units="sentence", image_units=2)
+    assert any(len(unit.token_indices) == 4 for unit in explanation.units if unit.source == "image")
+    check(explainer, family, explanation, images, TEXTS[family])
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "blip2"])
+def test_a_whole_image_is_one_unit(family):
+    explainer, images = explainer_of(family), [tiny.picture(40, 30)]
+    explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER, units=None, image_units="image")
+    (unit,) = explanation.units
+    assert (unit.text, unit.box) == ("image 1", None if family == "blip2" else (0, 0, 40, 30))
+    check(explainer, family, explanation, images, TEXTS[family])
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("llava", "w5 <image> w6 <image><image> w7"),
+        ("qwen2_vl", "w5 <start><image><end> w6 <start><image><end><start><image><end> w7"),
+        ("gemma3", "w5 <start> w6 <start> <start> w7"),
+        ("idefics3", "w5 <image> w6 <image><image> w7"),
+    ],
+)
+def test_several_images(family, text):
+    explainer = explainer_of(family)
+    images = [tiny.picture(40, 30, 1), tiny.picture(24, 24, 2), tiny.picture(30, 50, 3)]
+    explanation = explainer.explain(text, ANSWER, images=images)
+    check(explainer, family, explanation, images, text)
+    assert explanation.settings["images"] == [{"width": i.width, "height": i.height} for i in images]
+    for number, image in enumerate(images):
+        boxes = [unit.box for unit in explanation.units if unit.source == "image" and unit.image == number]
+        assert max(box[2] for box in boxes) <= image.width
+        assert max(box[3] for box in boxes) <= image.height
+    assert any(unit.text.startswith("image 3, ") for unit in explanation.units)
+
+
+def test_layers_and_small_packs():
+    images, text = [tiny.picture(40, 30)], TEXTS["gemma3"]
+    explainer = explainer_of("gemma3", layers=[1], token_budget=9)
+    check(explainer, "gemma3", explainer.explain(images=images, text=text, target=ANSWER), images, text, layers=[1])
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paligemma"])
+def test_neighbours_are_found_behind_the_projector(family):
+    model = tiny.build(family)
+    images, text, threshold = [tiny.picture(40, 30)], TEXTS[family], 0.5
+    explainer = explainer_of(family, model, similarity_threshold=threshold)
+    explanation = explainer.explain(images=images, text=text, target=ANSWER)
+    inputs = tiny.processor(family)(images=images, text=text, return_tensors="pt")
+    with torch.no_grad():
+        ids = inputs["input_ids"][0]
+        merged = model.get_input_embeddings()(torch.cat([ids, torch.tensor([20, 21])])).double()
+        patches = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output)).double()
+    merged[: len(ids)][ids == tiny.IMAGE] = patches.reshape(-1, merged.shape[1])
+    rows = torch.ones(len(explanation.units), len(merged))
+    for row, unit in zip(rows, explanation.units, strict=True):
+        cosine = torch.cosine_similarity(merged[list(unit.token_indices)].mean(0), merged, dim=-1)
+        row[cosine >= threshold] = (1 - 0.9 * cosine[cosine >= threshold]).float()
+        row[list(unit.token_indices)] = 0.1
+    assert ((rows != 1).sum(1) > 1).sum() > 3, "some patches must have neighbours"
+    check(explainer, family, explanation, images, text, rows=rows)
+
+
+def count_tower_runs(model):
+    """A list that grows with every run of the vision tower's first layer."""
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d | torch.nn.Linear))
+    assert first not in set(model.get_decoder().modules())
+    runs = []
+    first.register_forward_hook(lambda *args: runs.append(1))
+    return runs
+
+
+@pytest.mark.parametrize("family", tiny.MODELS)
+def test_the_model_answers_itself_and_its_vision_tower_runs_once(family):
+    model, images = tiny.build(family), [tiny.picture(40, 30)]
+    runs = count_tower_runs(model)
+    explanation = explainer_of(family, model).explain(images=images, text=TEXTS[family], max_new_tokens=3)
+    assert len(runs) == 1
+    inputs = dict(tiny.processor(family)(images=images, text=TEXTS[family], return_tensors="pt"))
+    inputs = {key: value for key, value in inputs.items() if key not in ("labels", "num_crops")}
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert explanation.target.split() == tiny.tokenizer().decode(expected, skip_special_tokens=False).split()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_576_patches_cost_half_of_full_recomputation_and_one_run_of_the_tower():
+    side = 24 * tiny.PATCH
+    model, text = tiny.build("llava", side=side), "w5 w6 <image> w7 w8 w9 w10 w11 w12"
+    runs = count_tower_runs(model)
+    explainer = ak.Explainer(model, tiny.processor("llava", side=side), progress=False)
+    explanation = explainer.explain(images=tiny.picture(200, 150), text=text, target="w20 w21", units=None)
+    assert len(explanation.units) == 576
+    assert explanation.settings["path"] == "packed"
+    assert explanation.stats["tokens_through_model"] <= 0.55 * 576 * (576 + 8 + 1)
+    assert len(runs) == 1
+
+
+# --- where units lie ---
+
+
+def pixels_of_tokens(family, processor, image, text):
+    """Per image token the pixels that the vision tower gets for it."""
+    inputs = processor(images=[image], text=text, return_tensors="pt")
+    pixels = inputs["pixel_values"]
+    if "image_grid_thw" in inputs:
+        return list(pixels.split(4))  # 2 × 2 patches merge into one token
+    frames = pixels.reshape(-1, *pixels.shape[-3:])
+    per_frame = int((inputs["input_ids"] == tiny.IMAGE).sum()) // len(frames)
+    side = int(per_frame**0.5)
+    cells = frames.unfold(2, tiny.SIDE // side, tiny.SIDE // side).unfold(3, tiny.SIDE // side, tiny.SIDE // side)
+    return list(cells.permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
+
+
+def padded_llava():
+    processor = tiny.processor("llava")
+    processor.image_processor = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    )
+    return processor
+
+
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [  # none of these is resized, so that a pixel of the picture is a pixel of the tower's input
+        ("llava", (36, 24)), ("padded llava", (24, 16)), ("paligemma", (24, 24)), ("gemma3", (24, 24)),
+        ("qwen2_vl", (40, 24)), ("idefics3", (48, 48)),
+    ],
+)  # fmt: skip
+def test_boxes_hold_the_pixels_that_their_tokens_were_made_of(family, size):
+    processor = padded_llava() if family == "padded llava" else tiny.processor(family)
+    family = family.removeprefix("padded ")
+    image, text = tiny.picture(*size), TEXTS[family]
+    explainer = ak.Explainer(tiny.build(family), processor, progress=False)
+    units = [u for u in explainer.explain(text, ANSWER, images=image).units if u.source == "image"]
+    before = pixels_of_tokens(family, processor, image, text)
+    assert len(units) == len(before)
+    for index, unit in enumerate(units):
+        if unit.text.startswith("whole"):  # the whole image is made of all pixels, in small
+            continue
+        changed = image.copy()
+        changed.paste((255, 0, 0), unit.box)
+        after = pixels_of_tokens(family, processor, changed, text)
+        moved = {k for k in range(len(before)) if not torch.equal(before[k], after[k])}
+        assert {k for k in moved if not units[k].text.startswith("whole")} == {index}
+
+
+def test_crops_of_an_image_lie_side_by_side_under_the_whole():
+    explanation = explainer_of("smolvlm").explain(TEXTS["smolvlm"], ANSWER, images=tiny.picture(40, 30))
+    units = [unit for unit in explanation.units if unit.source == "image"]
+    assert [unit.text for unit in units[:2]] == ["crop 1·1, row 1, column 1", "crop 1·1, row 1, column 2"]
+    covered = torch.zeros(30, 40)
+    for unit in units:
+        left, top, right, bottom = unit.box
+        covered[top:bottom, left:right] += 1
+    assert bool((covered == 2).all()), "each pixel once in a crop, once in the whole image"
+    assert units[-1].text == "whole, row 2, column 2"
+
+
+def test_text_units_leave_the_placeholder_out():
+    explanation = explainer_of("llava").explain("w5 w6 <image> w7 w8", ANSWER, "sentence", images=tiny.picture(24, 24))
+    text = [unit for unit in explanation.units if unit.source == "prompt"]
+    assert [(unit.text, unit.token_indices) for unit in text] == [("w5 w6", (0, 1)), ("w7 w8", (18, 19))]
+    assert explanation.prompt == "w5 w6 <image> w7 w8"
+    of_image = next(unit for unit in explanation.units if unit.source == "image")
+    assert explanation.prompt[of_image.start : of_image.end] == " <image>"
+
+
+def test_spans_of_the_callers_text():
+    explainer, text = explainer_of("paligemma"), "<image> w7 w8 w9"
+    with pytest.raises(ak.InputError, match="spans of the text have no place in what the processor made of it"):
+        explainer.explain(text, ANSWER, [(8, 10)], images=tiny.picture(24, 24))
+    spans = explainer_of("llava").explain("w5 <image> w7 w8", ANSWER, [(11, 16)], images=tiny.picture(24, 24)).units
+    assert [(u.text, u.token_indices) for u in spans if u.source == "prompt"] == [("w7 w8", (17, 18))]
+    with pytest.raises(ak.InputError, match="holds an image only"):
+        explainer_of("llava").explain("w5 <image> w7", ANSWER, [(3, 10)], images=tiny.picture(24, 24))
+
+
+def test_a_processors_output_is_as_good_as_pictures_and_text():
+    processor, image, text = tiny.processor("llava"), tiny.picture(24, 24), TEXTS["llava"]
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    expected = explainer_of("llava").explain(text, ANSWER, images=image)
+    for made_with in (tiny.tokenizer(), processor):
+        explanation = ak.Explainer(tiny.build("llava"), made_with, progress=False).explain(inputs, ANSWER)
+        torch.testing.assert_close(explanation.scores, expected.scores, atol=1e-6, rtol=0)
+        assert explanation.units == expected.units, "a picture of 24 × 24 has the tower's own pixels"
+    larger = explainer_of("llava").explain(inputs, ANSWER, images=tiny.picture(48, 48))
+    assert larger.units[-4].box == (36, 36, 48, 48)
+
+
+def test_earlier_answer_tokens_and_chat_messages():
+    processor, image = tiny.processor("llava"), tiny.picture(24, 24)
+    processor.chat_template = (
+        "{% for m in messages %}w60 {% for c in m['content'] %}"
+        "{{ '<image>' if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}w61"
+    )
+    explainer = ak.Explainer(tiny.build("llava"), processor, progress=False)
+    explanation = explainer.explain("w5 w6", ANSWER, images=image, chat=True, include_target=True)
+    assert explanation.prompt == "w60 <image> w5 w6 w61"
+    assert [unit.source for unit in explanation.units[-2:]] == ["target", "target"]
+    rows = rows_of(explanation, 0.1)
+    check(explainer, "llava", explanation, [image], "w60 <image> w5 w6 w61", rows=rows)
+    content = [{"type": "image"}, {"type": "text", "text": "w5 w6"}]
+    messages = explainer.explain([{"role": "user", "content": content}], ANSWER, images=image)
+    torch.testing.assert_close(messages.scores, explanation.scores[:-2], atol=1e-6, rtol=0)
+
+
+# --- never silently wrong ---
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_blocks_taken_for_causal_are_found_by_the_probe(family, monkeypatch):
+    """Without its pattern a packed suffix would not see the later part of its own block."""
+    monkeypatch.setattr(forward, "_beyond_causal", lambda call: None)
+    explainer, images = explainer_of(family), [tiny.picture(40, 30)]
+    with pytest.warns(UserWarning, match="cannot be packed .*(differ by|both ways)"):
+        explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER)
+    assert explanation.settings["path"] == "batched"
+    check(explainer, family, explanation, images, TEXTS[family])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "blip2"])
+def test_full_rows_serve_where_packing_cannot(family, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise forward.PackingUnsupportedError("for this test")
+
+    monkeypatch.setattr(execution, "packed_logprobs", refuse)
+    explainer, images = explainer_of(family), [tiny.picture(40, 30)]
+    with pytest.warns(UserWarning, match="for this test"):
+        explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER)
+    check(explainer, family, explanation, images, TEXTS[family])
+
+
+def test_position_ids_of_the_model_are_not_positions_in_the_sequence(monkeypatch):
+    """With M-RoPE an image takes fewer position ids than tokens; counting rows instead must not go unnoticed."""
+    real = forward.suffix_inputs
+    monkeypatch.setattr(
+        forward, "suffix_inputs", lambda sequence, rows: real(sequence, rows) | {"position_ids": rows[None]}
+    )
+    with pytest.warns(UserWarning, match="cannot be packed .*differ by"):
+        explainer_of("qwen2_vl").explain(images=tiny.picture(40, 30), text=TEXTS["qwen2_vl"], target=ANSWER)
+
+
+def test_suffixes_never_begin_inside_a_block():
+    visible = torch.ones(7, 7).tril().bool()
+    visible[2:5, 2:5] = True  # an image of three tokens
+    pattern = torch.zeros(1, 7, 7).masked_fill(~visible, -torch.inf)
+    base = forward.Base({}, {}, (0,), {torch.nn.Identity(): pattern})
+    assert base.suffix_starts().tolist() == [0, 1, 2, 2, 2, 5, 6, 7]
+    assert forward.Base({}, {}, (0,)).suffix_starts() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    family, images = "gemma3", [tiny.picture(40, 30)]
+    explainer = explainer_of(family, tiny.build(family).to(dtype))
+    explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER)
+    assert explanation.settings["path"] == "packed"
+    reference = explainer_of(family, tiny.build(family).to(dtype).double())
+    expected = reference.explain(images=images, text=TEXTS[family], target=ANSWER).scores
+    torch.testing.assert_close(explanation.scores, expected, atol=0.3 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+
+
+def test_decoders_that_read_more_than_embeddings_are_refused(monkeypatch):
+    """Qwen3-VL adds features of the image to later layers, too."""
+    model = tiny.build("llava")
+    decoder = model.get_decoder()
+    own = model.model.forward
+
+    def with_features(*args, **kwargs):
+        return own(*args, **kwargs, deepstack_visual_embeds=[torch.zeros(1)])
+
+    monkeypatch.setattr(model.model, "forward", with_features)
+    with pytest.raises(
+        ak.UnsupportedModelError, match="its decoder reads deepstack_visual_embeds beside the embeddings"
+    ):
+        explainer_of("llava", model).explain(images=tiny.picture(24, 24), text="<image> w5", target=ANSWER)
+    assert not decoder._forward_pre_hooks
+
+
+def test_other_image_models_are_refused_by_name():
+    model = tiny.build("llava")
+    model.config.model_type = "llava_next"
+    with pytest.raises(ak.UnsupportedModelError, match="where its image tokens lie in a picture is not known"):
+        explainer_of("llava", model).explain(images=tiny.picture(24, 24), text="<image> w5", target=ANSWER)
+
+
+# --- bad input ---
+
+
+def llava_inputs(**changes):
+    inputs = dict(tiny.processor("llava")(images=tiny.picture(24, 24), text="w5 <image> w6", return_tensors="pt"))
+    return {key: value for key, value in (inputs | changes).items() if value is not None}
+
+
+PICTURE = tiny.picture(24, 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "w5 w6", "images": PICTURE}, "LlavaProcessor does not take these images and this text: "),
+        ({"prompt": llava_inputs(input_ids=torch.full((1, 18), 5))}, "text has no image placeholder"),
+        ({"text": "<image> <image> w5", "images": PICTURE}, "text has 2 times the placeholder '<image>', but .* 1"),
+        ({"text": "<image> w5", "images": [PICTURE] * 2}, "text has 1 times the placeholder '<image>', but .* 2"),
+        ({"text": "<image> w5", "images": []}, "images is empty"),
+        ({"text": "<image> w5", "images": "cat.png"}, r"images\[0\] must be a PIL image, got str"),
+        ({"text": "<image> w5", "images": torch.zeros(3, 24, 24)}, r"images\[0\] must be a PIL image, got Tensor"),
+        ({"text": "<image> w5", "images": PICTURE, "image_units": 0}, 'image_units must be "patch", "image"'),
+        ({"text": "<image> w5", "images": PICTURE, "image_units": "tile"}, "image_units must be .*, got 'tile'"),
+        ({"text": "<image> w5", "images": PICTURE, "image_units": None, "units": None}, "are both None"),
+        ({"text": "<image> w5", "images": PICTURE, "units": "syllable"}, "units: got 'syllable'"),
+        ({"text": "<image> w5", "images": PICTURE, "target": ""}, "target is empty"),
+        ({"text": "<image> w5", "prompt": "<image> w5", "images": PICTURE}, "give the prompt once"),
+        ({"images": PICTURE}, "give the prompt once"),
+        ({"text": 7, "images": PICTURE}, "prompt must be a text or a list of chat messages, got int"),
+        ({"text": "w5", "units": None}, "units is None, which needs images"),
+        ({"prompt": llava_inputs(), "images": [PICTURE] * 2}, "images has 2, but the processor made tokens of 1"),
+        ({"prompt": llava_inputs(pixel_values=None)}, "inputs hold no 'pixel_values'"),
+        ({"prompt": llava_inputs(image_grid_thw=torch.ones(1, 3))}, "inputs hold 'image_grid_thw', which Llava"),
+        ({"prompt": llava_inputs(pixel_values=torch.zeros(1, 3, 30, 30))}, "inputs do not fit Llava"),
+        ({"prompt": llava_inputs(pixel_values=torch.zeros(2, 3, 24, 24))}, "a patch grid that is not square"),
+        ({"prompt": llava_inputs(pixel_values=torch.zeros(1, 3, 24, 18))}, "a patch grid that is not square"),
+        ({"prompt": llava_inputs(pixel_values=torch.zeros(3, 3, 24, 24))}, "do not divide among 3 images"),
+        ({"prompt": llava_inputs(pixel_values=[1.0])}, r"inputs\['pixel_values'\] must be a tensor .* got list"),
+        ({"prompt": llava_inputs(input_ids=torch.ones(2, 18).long())}, "one prompt at a time; got"),
+        ({"prompt": llava_inputs(attention_mask=torch.ones(1, 7))}, r"inputs\['attention_mask'\] must be \(1, 18\)"),
+        ({"prompt": llava_inputs(attention_mask=torch.zeros(1, 18))}, "hides tokens; pass the prompt without padding"),
+    ],
+)  # fmt: skip
+def test_bad_questions(arguments, message):
+    explainer = explainer_of("llava")
+    before = explainer.model.get_decoder().config._attn_implementation
+    with pytest.raises(ak.InputError, match=message):
+        explainer.explain(**{"target": ANSWER} | arguments)
+    assert explainer.model.get_decoder().config._attn_implementation == before
+    assert not any("forward" in module.__dict__ for module in explainer.model.modules())
+
+
+def test_bad_questions_of_other_families():
+    picture = tiny.picture(40, 30)
+    with pytest.raises(ak.InputError, match="tiles of 2 need patches, and this model has queries"):
+        explainer_of("blip2").explain("w5", ANSWER, images=picture, image_units=2)
+    inputs = dict(tiny.processor("qwen2_vl")(images=picture, text=TEXTS["qwen2_vl"], return_tensors="pt"))
+    wrong = inputs | {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+    with pytest.raises(ak.InputError, match="text has 20 image tokens, but the images' grids make 4"):
+        explainer_of("qwen2_vl").explain(wrong, ANSWER)
+    film = inputs | {"image_grid_thw": torch.tensor([[2, 4, 10]])}
+    with pytest.raises(ak.InputError, match="has 2 frames; images have one"):
+        explainer_of("qwen2_vl").explain(film, ANSWER)
+    with pytest.raises(ak.InputError, match="inputs hold no 'image_grid_thw'"):
+        explainer_of("qwen2_vl").explain(llava_inputs(), ANSWER)
+    fewer = tiny.processor("blip2")
+    fewer.num_query_tokens = 4
+    with pytest.raises(ak.InputError, match="text has 4 image tokens per image, but the model has 5 queries"):
+        ak.Explainer(tiny.build("blip2"), fewer, progress=False).explain("w5", ANSWER, images=picture)
+
+
+def test_images_need_a_processor():
+    explainer = ak.Explainer(tiny.build("llava"), tiny.tokenizer(), progress=False)
+    with pytest.raises(ak.InputError, match=r"images need the model's processor: Explainer\(model, processor\)"):
+        explainer.explain("<image> w5", ANSWER, images=PICTURE)
+    with pytest.raises(ak.InputError, match="images beside a processor's output need the processor too"):
+        explainer.explain(llava_inputs(), ANSWER, images=PICTURE)
+    with pytest.raises(ak.InputError, match="images is missing"):
+        explainer_of("llava").explain("<image> w5", ANSWER)

@@ -60,8 +60,6 @@ def test_queries_have_no_place():
     assert [(unit.text, unit.token_indices, unit.box) for unit in units] == [
         ("query 1", (4,), None), ("query 2", (5,), None), ("query 3", (6,), None),
     ]  # fmt: skip
-    (whole,) = query_units(3, together=True)
-    assert (whole.text, whole.token_indices) == ("queries 1-3", (0, 1, 2))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
-from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images
+from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
 from atman_kernels.explain.runner import VariantRunner
 from atman_kernels.formula import MODES
@@ -182,6 +182,8 @@ class Explainer:
         for name, given in (("targets", answers), ("units", choices)):
             if len(given) != len(prompts):
                 raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts")
+        for prompt in prompts:
+            check_without_images(self.processor, prompt)
         started = time.perf_counter()
         with _evaluating(self.model):
             questions = [

@@ -63,7 +63,7 @@ def ask_about_images(
     if isinstance(prompt, Mapping):
         text, made = None, prompt
     else:
-        text, made = _processed(processor, prompt, pictures, chat)
+        text, made = _processed(processor, prompt, pictures or [], chat)
     inputs = checked_inputs(model, made)
     blocks = image_tokens(model, inputs)
     prompt_ids = inputs["input_ids"][0].tolist()
@@ -120,12 +120,17 @@ def _checked_images(images: Any) -> list[Any] | None:
     return listed
 
 
-def _processed(processor: Any, prompt: Prompt, images: list[Any] | None, chat: bool) -> tuple[str, Mapping[str, Any]]:
+def check_without_images(processor: Any, prompt: Prompt) -> None:
+    """Raises InputError if a prompt has a placeholder for an image that nobody gave."""
+    placeholder = _placeholder(processor)
+    if placeholder and isinstance(prompt, str) and placeholder in prompt:
+        raise InputError(f"images is missing, but the text has the placeholder {placeholder!r}")
+
+
+def _processed(processor: Any, prompt: Prompt, images: list[Any], chat: bool) -> tuple[str, Mapping[str, Any]]:
     """The text that went into the processor, and what came out."""
     if processor is None:
         raise InputError("images need the model's processor: Explainer(model, processor)")
-    if images is None:
-        raise InputError("images is missing; give the pictures that belong to the text")
     if chat and isinstance(prompt, str):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
         prompt = [{"role": "user", "content": content}]

@@ -274,14 +274,16 @@ def _towers(module: nn.Module, decoder: nn.Module) -> list[nn.Module]:
 
 def _remembering(tower: nn.Module) -> Any:
     forward = tower.forward
-    known: list[tuple[Any, Any]] = []
+    signature = inspect.signature(forward)
+    known: list[tuple[dict[str, Any], Any]] = []
 
     def remember(*args: Any, **kwargs: Any) -> Any:
-        for asked, output in known:
-            if _alike(asked, (args, kwargs)):
+        asked = dict(signature.bind(*args, **kwargs).arguments)
+        for earlier, output in known:
+            if _alike(earlier, asked):
                 return copy.copy(output)  # models write into the container, not into its tensors
         output = forward(*args, **kwargs)
-        known.append(((args, kwargs), copy.copy(output)))
+        known.append((asked, copy.copy(output)))
         return output
 
     return remember

@@ -81,38 +81,25 @@ def patch_units(
 
 
 def query_units(
-    count: int, image: int = 0, first_position: int = 0, *, together: bool = False, characters: tuple[int, int] = (0, 0)
+    count: int, image: int = 0, first_position: int = 0, *, characters: tuple[int, int] = (0, 0)
 ) -> tuple[Unit, ...]:
-    """Units of image tokens that stand for no place of the picture, such as a Q-Former's queries.
+    """Units of image tokens that stand for no place of the picture, such as a Q-Former's queries: one each.
 
     Args:
         count: how many tokens.
-        together: one unit of all of them, instead of one each.
         image, first_position, characters: as in `patch_units`.
 
     Example:
-        >>> [unit.text for unit in query_units(2)]
-        ['query 1', 'query 2']
+        >>> [(unit.text, unit.token_indices, unit.box) for unit in query_units(2, first_position=4)]
+        [('query 1', (4,), None), ('query 2', (5,), None)]
     """
-    groups = [range(count)] if together else [range(i, i + 1) for i in range(count)]
-    return tuple(
-        Unit(
-            _counted("query", group, "queries"),
-            *characters,
-            tuple(first_position + i for i in group),
-            "image",
-            None,
-            image,
-        )
-        for group in groups
-    )
+    return tuple(Unit(f"query {i + 1}", *characters, (first_position + i,), "image", None, image) for i in range(count))
 
 
-def _counted(name: str, members: range, several: str | None = None) -> str:
+def _counted(name: str, members: range) -> str:
     """ "row 3" or "rows 3-5", counted from 1."""
-    if len(members) == 1:
-        return f"{name} {members.start + 1}"
-    return f"{several or name + 's'} {members.start + 1}-{members.stop}"
+    few = len(members) == 1
+    return f"{name} {members.start + 1}" if few else f"{name}s {members.start + 1}-{members.stop}"
 
 
 def _box(
