@@ -36,6 +36,7 @@ HEAVY = {
     "triton": ("backends.triton",),
     "transformers": ("hf", "explain", "steering", "cli", "evaluation", "adapters"),
     "matplotlib": ("plots",),
+    "PIL": ("render.picture",),
     "captum": ("adapters",),
     "inseq": ("adapters",),
     "click": ("cli",),
