@@ -16,6 +16,7 @@ TEXTS = {
     "llava": "w5 w6 <image> w7 w8 w9",
     "qwen2_vl": "w5 w6 <start><image><end> w7 w8 w9",
     "qwen2_5_vl": "w5 w6 <start><image><end> w7 w8 w9",
+    "qwen3_vl": "w5 w6 <start><image><end> w7 w8 w9",
     "paligemma": "<image> w7 w8 w9",
     "gemma3": "w5 w6 <start> w7 w8 w9",
     "idefics3": "w5 w6 <image> w7 w8 w9",
@@ -190,6 +191,16 @@ def test_576_patches_cost_half_of_full_recomputation_and_one_run_of_the_tower():
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "idefics3"])
+def test_text_alone_is_explained_before_and_after_images(family):
+    explainer = explainer_of(family)
+    before = explainer.explain("w5 w6 w7 w8", ANSWER)
+    assert before.settings["path"] == "packed"
+    explainer.explain(images=tiny.picture(40, 30), text=TEXTS[family], target=ANSWER)
+    after = explainer.explain("w5 w6 w7 w8", ANSWER)
+    assert torch.equal(before.scores, after.scores)
+
+
 # --- where units lie ---
 
 
@@ -313,7 +324,7 @@ def test_blocks_taken_for_causal_are_found_by_the_probe(family, monkeypatch):
     check(explainer, family, explanation, images, TEXTS[family])
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "blip2"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "blip2"])
 def test_full_rows_serve_where_packing_cannot(family, monkeypatch):
     def refuse(*args, **kwargs):
         raise forward.PackingUnsupportedError("for this test")
@@ -356,18 +367,16 @@ def test_other_dtypes(dtype):
 
 
 def test_decoders_that_read_more_than_embeddings_are_refused(monkeypatch):
-    """Qwen3-VL adds features of the image to later layers, too."""
+    """Gemma 3n reads something of every token in every layer."""
     model = tiny.build("llava")
     decoder = model.get_decoder()
     own = model.model.forward
 
     def with_features(*args, **kwargs):
-        return own(*args, **kwargs, deepstack_visual_embeds=[torch.zeros(1)])
+        return own(*args, **kwargs, per_layer_inputs=[torch.zeros(1)])
 
     monkeypatch.setattr(model.model, "forward", with_features)
-    with pytest.raises(
-        ak.UnsupportedModelError, match="its decoder reads deepstack_visual_embeds beside the embeddings"
-    ):
+    with pytest.raises(ak.UnsupportedModelError, match="its decoder reads per_layer_inputs beside the embeddings"):
         explainer_of("llava", model).explain(images=tiny.picture(24, 24), text="<image> w5", target=ANSWER)
     assert not decoder._forward_pre_hooks
 
@@ -458,3 +467,5 @@ def test_images_need_a_processor():
         explainer.explain(llava_inputs(), ANSWER, images=PICTURE)
     with pytest.raises(ak.InputError, match="images is missing"):
         explainer_of("llava").explain("<image> w5", ANSWER)
+    with pytest.raises(ak.InputError, match="images is missing; Blip2ForConditionalGeneration reads no text without"):
+        explainer_of("blip2").explain("w5", ANSWER)

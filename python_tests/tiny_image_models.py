@@ -84,7 +84,7 @@ def _qwen(name: str, vision: dict[str, object]) -> Callable[[], hf.PreTrainedMod
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
         config = getattr(hf, f"{name}Config")(
             vision_config=vision | {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2},
-            text_config=TEXT | {"rope_parameters": rope, "rope_scaling": rope},
+            text_config=TEXT | {"head_dim": 8, "rope_parameters": rope, "rope_scaling": rope},
             image_token_id=IMAGE, video_token_id=97, vision_start_token_id=96, vision_end_token_id=95,
         )  # fmt: skip
         return getattr(hf, f"{name}ForConditionalGeneration")(config)
@@ -126,6 +126,11 @@ MODELS: dict[str, Callable[..., hf.PreTrainedModel]] = {
         {"hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 24, "window_size": 16,
          "fullatt_block_indexes": [1]},
     ),
+    "qwen3_vl": _qwen(
+        "Qwen3VL",
+        {"hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 24,
+         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+    ),
     "paligemma": _paligemma,
     "gemma3": _gemma3,
     "idefics3": _idefics("Idefics3"),
@@ -153,7 +158,7 @@ def processor(family: str, side: int = SIDE):
         return hf.LlavaProcessor(
             images, words, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
         )
-    if family in ("qwen2_vl", "qwen2_5_vl"):
+    if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         size = {"shortest_edge": 64, "longest_edge": 2048}
         images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
         made = object.__new__(hf.Qwen2VLProcessor)  # its constructor wants a video processor: torchvision

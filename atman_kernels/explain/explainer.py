@@ -183,7 +183,7 @@ class Explainer:
             if len(given) != len(prompts):
                 raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts")
         for prompt in prompts:
-            check_without_images(self.processor, prompt)
+            check_without_images(self.model, self.processor, prompt)
         started = time.perf_counter()
         with _evaluating(self.model):
             questions = [

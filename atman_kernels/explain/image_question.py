@@ -1,5 +1,6 @@
 """A question about images: what a processor made of pictures and text, and the units of both."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,8 +102,11 @@ def _checked_images(images: Any) -> list[Any] | None:
     return listed
 
 
-def check_without_images(processor: Any, prompt: Prompt) -> None:
-    """Raises InputError if a prompt has a placeholder for an image that nobody gave."""
+def check_without_images(model: PreTrainedModel, processor: Any, prompt: Prompt) -> None:
+    """Raises InputError if a prompt or a model is nothing without the image that nobody gave."""
+    pixels = inspect.signature(model.forward).parameters.get("pixel_values")
+    if pixels is not None and pixels.default is inspect.Parameter.empty:
+        raise InputError(f"images is missing; {type(model).__name__} reads no text without them")
     placeholder = _placeholder(processor)
     if placeholder and isinstance(prompt, str) and placeholder in prompt:
         raise InputError(f"images is missing, but the text has the placeholder {placeholder!r}")

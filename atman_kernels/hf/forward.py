@@ -19,7 +19,7 @@ from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
 from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of
-from atman_kernels.hf.sequence import Sequence, reader_of, suffix_inputs, whole_inputs
+from atman_kernels.hf.sequence import Embedded, Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
 
@@ -186,7 +186,8 @@ class _PackedRun:
 
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probs with the attention that the model came with; arguments as in `base_run`."""
-    return logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
+    with _later_features(model, ids):
+        return logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
 
 
 def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> tuple[Base, Tensor]:
@@ -205,7 +206,7 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
-    with activate(model, run):
+    with activate(model, run), _later_features(model, ids):
         logprobs = logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
     captured = len(run.keys.tensors)
     if not captured:
@@ -246,7 +247,7 @@ def packed_logprobs(
         PackingUnsupportedError: a layer needs what a packed forward does not have.
     """
     inputs = suffix_inputs(ids, pack.row_position)
-    with activate(model, _PackedRun(base, pack, factor, mode, layers)):
+    with activate(model, _PackedRun(base, pack, factor, mode, layers)), _later_features(model, ids):
         return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
 
 
@@ -272,7 +273,7 @@ def full_row_logprobs(
     """
     variants = factor.shape[0]
     run = SuppressedRun(factor, mode=mode, layers=layers)
-    with activate(model, run):
+    with activate(model, run), _later_features(model, ids, variants):
         return logprobs_of(reader_of(model, ids), whole_inputs(ids, variants), rows, targets.expand(variants, -1))
 
 
@@ -321,6 +322,28 @@ def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
         return output
 
     with forward_replaced(body, run_once):
+        yield
+
+
+@contextmanager
+def _later_features(model: PreTrainedModel, sequence: Sequence, batch: int = 1) -> Iterator[None]:
+    """Inside, the decoder is given what it adds after its first layers; see `Embedded.later`.
+
+    The model itself makes these features from pixels, which a run over embeddings does not have.
+    """
+    if not isinstance(sequence, Embedded) or not sequence.later:
+        yield
+        return
+    decoder = decoder_of(model)
+    forward = decoder.forward
+    everywhere = torch.ones(batch, len(sequence), dtype=torch.bool, device=model.device)
+    features = [rows.repeat(batch, 1) for rows in sequence.later]
+
+    def with_features(*args: Any, **kwargs: Any) -> Any:
+        given = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": features}
+        return forward(*args, **kwargs | given)
+
+    with forward_replaced(decoder, with_features):
         yield
 
 

@@ -41,10 +41,11 @@ FAMILIES = {  # by config.model_type
     "paligemma": Family("square", answer_type=1),  # 0 is the prefix, which attends both ways
     "qwen2_5_vl": Family("grid"),
     "qwen2_vl": Family("grid"),
+    "qwen3_vl": Family("grid"),
     "smolvlm": Family("square"),
 }
 NOT_READ = ("labels", "num_crops")  # what processors return for training and for themselves
-READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask")
+READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds")
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,18 @@ def _as_read(model: PreTrainedModel, read: list[dict[str, Any]], length: int, ty
         )
     if positions is not None:
         positions = positions[:, 0] if positions.ndim == 3 else positions[:1]
-    return Embedded(embeddings, positions, types)
+    places, features = read[0].get("visual_pos_masks"), read[0].get("deepstack_visual_embeds")
+    later = (
+        () if places is None or features is None else tuple(_spread(places[0], rows, embeddings) for rows in features)
+    )
+    return Embedded(embeddings, positions, types, later)
+
+
+def _spread(places: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """(L, E) with rows where places (L,) are true, else 0."""
+    spread = torch.zeros_like(like)
+    spread[places] = rows.to(like)
+    return spread
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -278,7 +290,8 @@ def _remembering(tower: nn.Module) -> Any:
     known: list[tuple[dict[str, Any], Any]] = []
 
     def remember(*args: Any, **kwargs: Any) -> Any:
-        asked = dict(signature.bind(*args, **kwargs).arguments)
+        matters = {name: value for name, value in kwargs.items() if name != "use_cache"}  # of the decoder
+        asked = dict(signature.bind(*args, **matters).arguments)
         for earlier, output in known:
             if _alike(earlier, asked):
                 return copy.copy(output)  # models write into the container, not into its tensors

@@ -23,18 +23,22 @@ class Embedded:
         position_ids: (axes, L), the model's own: M-RoPE has three axes. None where the model counts tokens itself.
         types: (L,) each, by the name under which the model takes them ("token_type_ids"). A model makes its mask from
             them when it reads a whole sequence; suffixes go without.
+        later: (L, E) each, what the decoder adds to the hidden states after its first layers (DeepStack, Qwen3-VL);
+            0 at text.
     """
 
     embeddings: Tensor
     position_ids: Tensor | None = None
     types: dict[str, Tensor] = field(default_factory=dict)
+    later: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
 
     def __getitem__(self, part: slice) -> "Embedded":
         positions = None if self.position_ids is None else self.position_ids[:, part]
-        return Embedded(self.embeddings[part], positions, {name: kinds[part] for name, kinds in self.types.items()})
+        types = {name: kinds[part] for name, kinds in self.types.items()}
+        return Embedded(self.embeddings[part], positions, types, tuple(rows[part] for rows in self.later))
 
 
 Sequence = Tensor | Embedded  # (L,) token ids, or embeddings
@@ -46,12 +50,16 @@ def concatenated(pieces: ManyOf[Sequence], padding: int = 0) -> Sequence:
     if isinstance(first, Tensor):
         return torch.cat([*pieces, first.new_zeros(padding)])  # type: ignore[list-item]
     embedded = [piece for piece in pieces if isinstance(piece, Embedded)]
-    rows = [piece.embeddings for piece in embedded]
     positions = [piece.position_ids for piece in embedded if piece.position_ids is not None]
     return Embedded(
-        torch.cat([*rows, rows[0].new_zeros(padding, rows[0].shape[1])]),
+        _joined([piece.embeddings for piece in embedded], padding),
         torch.cat([*positions, positions[0].new_zeros(len(positions[0]), padding)], dim=1) if positions else None,
+        later=tuple(_joined(list(rows), padding) for rows in zip(*(piece.later for piece in embedded), strict=True)),
     )
+
+
+def _joined(rows: list[Tensor], padding: int) -> Tensor:
+    return torch.cat([*rows, rows[0].new_zeros(padding, rows[0].shape[1])])
 
 
 def whole_inputs(sequence: Sequence, batch: int = 1) -> dict[str, Tensor]:
