@@ -9,11 +9,12 @@ import torch
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import atman_kernels as ak
-from atman_kernels.explain import execution
+from atman_kernels.explain import execution, methods
 from atman_kernels.hf import forward
 
 MODES = ("log_additive", "multiplicative", "shifted")
 ANSWER = "w20 w21 w22"
+PICTURE = tiny.picture(24, 24)
 TEXTS = {
     "llava": "w5 w6 <image> w7 w8 w9",
     "qwen2_vl": "w5 w6 <start><image><end> w7 w8 w9",
@@ -201,6 +202,14 @@ def test_text_alone_is_explained_before_and_after_images(family):
     explainer.explain(images=tiny.picture(40, 30), text=TEXTS[family], target=ANSWER)
     after = explainer.explain("w5 w6 w7 w8", ANSWER)
     assert torch.equal(before.scores, after.scores)
+
+
+def test_methods_that_read_token_ids_are_refused(monkeypatch):
+    explainer, asked = explainer_of("llava"), {"images": PICTURE, "text": "w5 <image>", "target": ANSWER}
+    assert explainer.explain(**asked, method="random").scores.shape == (17, 3)
+    monkeypatch.setattr(methods, "WITH_IMAGES", ("atman",))
+    with pytest.raises(ak.InputError, match="method with images must be one of atman, got 'random'"):
+        explainer.explain(**asked, method="random")
 
 
 # --- where units lie ---
@@ -412,9 +421,6 @@ def test_other_image_models_are_refused_by_name():
 def llava_inputs(**changes):
     inputs = dict(tiny.processor("llava")(images=tiny.picture(24, 24), text="w5 <image> w6", return_tensors="pt"))
     return {key: value for key, value in (inputs | changes).items() if value is not None}
-
-
-PICTURE = tiny.picture(24, 24)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,10 @@ class Explanation:
     have scores of their own kind, and say in `measure` which.
 
     Attributes:
-        prompt: the exact text that was tokenized.
+        prompt: the exact text that was tokenized; with images what the processor made of it, one placeholder each.
         target: the text whose loss was measured.
-        units: what has a score; they may overlap, and need not cover the prompt.
+        units: what has a score: of the text, of the answer or of images; they may overlap, and need not cover the
+            prompt.
         scores: (n_units, n_target_tokens) float32 on the CPU, finite.
         target_tokens: the text to show for each target token.
         base_logprobs: (n_target_tokens,) float32 on the CPU: natural log of each target token's probability

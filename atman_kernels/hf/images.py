@@ -20,7 +20,7 @@ from atman_kernels.hf.sequence import Embedded
 
 
 @dataclass(frozen=True)
-class Family:
+class ImageFamily:
     """What has to be known about a kind of model to explain its images.
 
     Attributes:
@@ -33,18 +33,19 @@ class Family:
     answer_type: int = 0
 
 
-FAMILIES = {  # by config.model_type
-    "blip-2": Family("queries"),
-    "gemma3": Family("square"),
-    "idefics3": Family("square"),
-    "llava": Family("square"),
-    "paligemma": Family("square", answer_type=1),  # 0 is the prefix, which attends both ways
-    "qwen2_5_vl": Family("grid"),
-    "qwen2_vl": Family("grid"),
-    "qwen3_vl": Family("grid"),
-    "smolvlm": Family("square"),
+IMAGE_FAMILIES = {  # by config.model_type
+    "blip-2": ImageFamily("queries"),
+    "gemma3": ImageFamily("square"),
+    "idefics3": ImageFamily("square"),
+    "llava": ImageFamily("square"),
+    "paligemma": ImageFamily("square", answer_type=1),  # 0 is the prefix, which attends both ways
+    "qwen2_5_vl": ImageFamily("grid"),
+    "qwen2_vl": ImageFamily("grid"),
+    "qwen3_vl": ImageFamily("grid"),
+    "smolvlm": ImageFamily("square"),
 }
 NOT_READ = ("labels", "num_crops")  # what processors return for training and for themselves
+_Size = tuple[int, tuple[int, int] | None, tuple[int, int]]  # tokens, (rows, columns), (height, width) in pixels
 READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds")
 
 
@@ -65,19 +66,19 @@ class ImageTokens:
     pixels: tuple[int, int]
 
 
-def family_of(model: PreTrainedModel) -> Family:
+def image_family_of(model: PreTrainedModel) -> ImageFamily:
     """What is known about the model's images.
 
     Raises:
         UnsupportedModelError: nothing.
     """
     kind = getattr(model.config, "model_type", None)
-    if kind not in FAMILIES:
+    if kind not in IMAGE_FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be explained with images: where its image tokens lie in a picture is not "
-            f"known; it is for {', '.join(FAMILIES)}"
+            f"known; it is for {', '.join(IMAGE_FAMILIES)}"
         )
-    return FAMILIES[kind]
+    return IMAGE_FAMILIES[kind]
 
 
 def checked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -117,25 +118,17 @@ def image_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[I
         InputError: placeholders and images do not belong together, or lie in no grid that is known.
         UnsupportedModelError: the model's family is not known.
     """
-    family = family_of(model)
+    family = image_family_of(model)
     token = model.config.image_token_id
     places = (inputs["input_ids"][0] == token).nonzero()[:, 0].tolist()
     if not places:
         raise InputError(f"text has no image placeholder (token id {token}), but images came with it")
-    sizes = _sizes(model, inputs, family)
-    if sizes is None:
-        images = math.prod(inputs["pixel_values"].shape[:-3])
-        if len(places) % images:
-            raise InputError(f"text has {len(places)} image tokens, which do not divide among {images} images")
-        height, width = inputs["pixel_values"].shape[-2:]
-        count = len(places) // images
-        if family.layout == "queries" and count != model.config.num_query_tokens:
-            wanted = model.config.num_query_tokens
-            raise InputError(f"text has {count} image tokens per image, but the model has {wanted} queries")
-        grid = None if family.layout == "queries" else _square(count, height, width)
-        sizes = [(count, grid, (height, width))] * images
-    elif sum(count for count, *_ in sizes) != len(places):
-        wanted = sum(count for count, *_ in sizes)
+    if family.layout == "grid":
+        sizes = _reported_grids(model, inputs)
+    else:
+        sizes = _equal_shares(model, inputs, len(places), family)
+    wanted = sum(count for count, *_ in sizes)
+    if wanted != len(places):
         raise InputError(f"text has {len(places)} image tokens, but the images' grids make {wanted}")
     found = []
     for count, grid, (height, width) in sizes:
@@ -148,23 +141,35 @@ def image_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[I
     return found
 
 
-def _sizes(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], family: Family
-) -> list[tuple[int, tuple[int, int] | None, tuple[int, int]]] | None:
-    """Per image its number of tokens, grid, and height and width in pixels, as the processor reports them."""
-    if family.layout != "grid":
-        return None
+def _reported_grids(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[_Size]:
+    """From what the processor says: its patches, some of which the model merges into one token."""
     if "image_grid_thw" not in inputs:
         raise InputError(f"inputs hold no 'image_grid_thw', which {type(model).__name__} needs")
     vision = model.config.vision_config
     merge, patch = int(vision.spatial_merge_size), int(vision.patch_size)
-    sizes: list[tuple[int, tuple[int, int] | None, tuple[int, int]]] = []
+    sizes: list[_Size] = []
     for frames, height, width in inputs["image_grid_thw"].tolist():
         if frames != 1:
             raise InputError(f"inputs['image_grid_thw'] has {frames} frames; images have one, videos are not explained")
         grid = (height // merge, width // merge)
         sizes.append((grid[0] * grid[1], grid, (height * patch, width * patch)))
     return sizes
+
+
+def _equal_shares(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], tokens: int, family: ImageFamily
+) -> list[_Size]:
+    """All images (or crops) are of one size and have the same number of tokens."""
+    *_, height, width = inputs["pixel_values"].shape
+    images = math.prod(inputs["pixel_values"].shape[:-3])
+    if tokens % images:
+        raise InputError(f"text has {tokens} image tokens, which do not divide among {images} images")
+    count = tokens // images
+    if family.layout == "queries" and count != model.config.num_query_tokens:
+        wanted = model.config.num_query_tokens
+        raise InputError(f"text has {count} image tokens per image, but the model has {wanted} queries")
+    grid = None if family.layout == "queries" else _square(count, height, width)
+    return [(count, grid, (height, width))] * images
 
 
 def _square(count: int, height: int, width: int) -> tuple[int, int]:
@@ -194,7 +199,7 @@ def embed(
         InputError: the model does not take the inputs.
         UnsupportedModelError: its decoder reads more than embeddings.
     """
-    answer_type = family_of(model).answer_type
+    answer_type = image_family_of(model).answer_type
     longer = {key: value for key, value in inputs.items() if key != "attention_mask"}  # all ones
     longer["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
     for key in ("token_type_ids", "mm_token_type_ids"):
