@@ -379,6 +379,10 @@ def test_suffixes_never_begin_inside_a_block():
     pattern = torch.zeros(1, 7, 7).masked_fill(~visible, -torch.inf)
     base = forward.Base({}, {}, (0,), {torch.nn.Identity(): pattern})
     assert base.suffix_starts().tolist() == [0, 1, 2, 2, 2, 5, 6, 7]
+    blind = base.patterns | {torch.nn.Identity(): torch.full((1, 7, 7), -torch.inf)}
+    assert forward.Base({}, {}, (0,), blind).suffix_starts().tolist() == [0, 1, 2, 2, 2, 5, 6, 7]
+    nothing = {torch.nn.Identity(): torch.full((1, 7, 7), -torch.inf)}
+    assert forward.Base({}, {}, (0,), nothing).suffix_starts().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert forward.Base({}, {}, (0,)).suffix_starts() is None
 
 
@@ -437,7 +441,10 @@ def llava_inputs(**changes):
         ({"text": "<image> w5", "images": PICTURE, "image_units": "tile"}, "image_units must be .*, got 'tile'"),
         ({"text": "<image> w5", "images": PICTURE, "image_units": None, "units": None}, "are both None"),
         ({"text": "<image> w5", "images": PICTURE, "units": "syllable"}, "units: got 'syllable'"),
+        ({"text": "<image> w5", "images": PICTURE, "units": [(3, 99)]}, r"units\[0\]: got \(3, 99\)"),
+        ({"text": "<image> w5", "images": PICTURE, "units": [7]}, r"units\[0\]: got 7, expected a pair"),
         ({"text": "<image> w5", "images": PICTURE, "target": ""}, "target is empty"),
+        ({"prompt": llava_inputs(pixel_values=torch.zeros(1, 3, 30, 30)), "target": None}, "inputs do not fit Llava"),
         ({"text": "<image> w5", "prompt": "<image> w5", "images": PICTURE}, "give the prompt once"),
         ({"images": PICTURE}, "give the prompt once"),
         ({"text": 7, "images": PICTURE}, "prompt must be a text or a list of chat messages, got int"),

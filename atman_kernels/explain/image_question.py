@@ -20,7 +20,7 @@ from atman_kernels.explain.question import (
     special_flags,
     token_texts_of,
 )
-from atman_kernels.hf.images import ImageTokens, checked_inputs, embed, image_tokens, vision_runs_once
+from atman_kernels.hf.images import ImageTokens, checked_inputs, embed, image_tokens, refusals_named, vision_runs_once
 from atman_kernels.planning.units import Span, Unit, split_units, target_units
 
 
@@ -149,7 +149,8 @@ def _answered(
 ) -> tuple[Tensor, str]:
     """(m,) token ids of the answer, and its text."""
     if target is None:
-        ids = greedy_answer(model, tokenizer, inputs, max_new_tokens)
+        with refusals_named(model):
+            ids = greedy_answer(model, tokenizer, inputs, max_new_tokens)
         return torch.tensor(ids, device=model.device), str(tokenizer.decode(ids))
     ids = tokenizer(target, add_special_tokens=False)["input_ids"] if target else []
     if not ids:
@@ -211,8 +212,6 @@ def _moved(spans: Any, text: str | None, shown: str) -> Any:
             f"units: spans of the text have no place in what the processor made of it, {shown!r}; give a processor's "
             "output as the prompt, and spans of this text"
         )
+    split_units(text, [(0, len(text))], spans)  # refuses spans outside the text
     start = shown.index(text)
-    try:
-        return [(begin + start, end + start) for begin, end in spans]
-    except (TypeError, ValueError):
-        return spans  # whoever cuts the text says what is wrong with them
+    return [(begin + start, end + start) for begin, end in spans]

@@ -70,7 +70,8 @@ class Base:
         distinct = {id(pattern): pattern for pattern in self.patterns.values()}
         visible = torch.stack([(pattern > -math.inf).any(dim=0) for pattern in distinct.values()]).any(dim=0).cpu()
         positions = torch.arange(visible.shape[0] + 1)
-        furthest = (visible * positions[:-1]).amax(dim=1).cummax(dim=0).values  # key seen by a row or any before it
+        last = positions[-2] - visible.flip(1).byte().argmax(dim=1)  # argmax gives the first of equal maxima
+        furthest = last.masked_fill(~visible.any(dim=1), 0).cummax(dim=0).values  # key seen by a row or any before it
         free = torch.cat([torch.tensor([True]), furthest < positions[1:]])
         return torch.where(free, positions, 0).cummax(dim=0).values
 

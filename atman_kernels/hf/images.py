@@ -45,8 +45,8 @@ IMAGE_FAMILIES = {  # by config.model_type
     "smolvlm": ImageFamily("square"),
 }
 NOT_READ = ("labels", "num_crops")  # what processors return for training and for themselves
-_Size = tuple[int, tuple[int, int] | None, tuple[int, int]]  # tokens, (rows, columns), (height, width) in pixels
 READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds")
+_Size = tuple[int, tuple[int, int] | None, tuple[int, int]]  # tokens, (rows, columns), (height, width) in pixels
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def embed(
     decoder = decoder_of(model)
     hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs), with_kwargs=True)
     try:
-        with _refusals_named(model):
+        with refusals_named(model):
             logprobs = logprobs_of(model, longer, rows, answer[None])[0]
     finally:
         hook.remove()
@@ -253,7 +253,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 @contextmanager
-def _refusals_named(model: PreTrainedModel) -> Iterator[None]:
+def refusals_named(model: PreTrainedModel) -> Iterator[None]:
     """What a model says of inputs that do not fit is the caller's mistake, in one line."""
     try:
         yield
