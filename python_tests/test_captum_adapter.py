@@ -110,7 +110,7 @@ def test_atman_is_the_explainer(model, tokenizer, threshold):
 
 def test_targets(attribution, model, tokenizer):
     by_text = attribution.attribute(PROMPT, ANSWER)
-    by_ids = attribution.attribute(PROMPT, IDS[N:])
+    by_ids = attribution.attribute(PROMPT, IDS[N:], forward_in_tokens=False, num_trials=2)
     assert torch.equal(by_text.token_attr, by_ids.token_attr)
     generated = model.generate(IDS[None, :N], attention_mask=torch.ones(1, N), max_new_tokens=4, do_sample=False)
     answered = attribution.attribute(PROMPT, gen_args={"max_new_tokens": 4, "do_sample": False})
@@ -314,6 +314,8 @@ def test_refused_arguments(attribution, model, tokenizer):
         (torch.tensor([[3]]), {}, "one dimension"),
         (["w5"], {}, "a text, token ids or None"),
         ("w5", {"gen_args": {"max_new_tokens": 1}}, "gen_args"),
+        ("w5 " * 200, {}, "205 tokens, but the model has 128 positions"),
+        ("w5", {"feature_mask": torch.zeros(1, N)}, "feature_mask is no argument"),
     ]:
         with pytest.raises(ak.InputError, match=message):
             attribution.attribute(PROMPT, target, **options)
@@ -364,6 +366,8 @@ def test_a_model_that_drops_keyword_arguments_is_noticed(tokenizer):
     model.forward = lambda input_ids, **_: forward(input_ids=input_ids)
     with pytest.raises(ak.UnsupportedModelError, match="does not hand keyword arguments on"):
         stock(model, tokenizer, inp)
+    model.forward = forward
+    close(stock(model, tokenizer, inp).token_attr, oracle(model, [(i,) for i in range(N)]))
 
 
 # Real weights -------------------------------------------------------------------------------------------------------

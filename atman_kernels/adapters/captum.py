@@ -25,15 +25,16 @@ from captum.attr import (  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atman_kernels.adapters.token_question import evaluating, run_rows, token_question, unit_factors
+from atman_kernels.adapters.token_question import evaluating, run_rows, suppressing, token_question, unit_factors
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.question import Question, UnitChoice
 from atman_kernels.hf.interface import decoder_of
-from atman_kernels.hf.suppression import suppress
 from atman_kernels.planning.units import Unit, split_units
 
 SUPPRESSION = "atman_suppression"  # the keyword under which a forward of the model carries its row of factors
+# what captum's users hand to `attribute` for the way it computes; ours computes everything at once, exactly
+WAYS = {"num_trials", "use_cached_outputs", "forward_in_tokens", "perturbations_per_eval", "show_progress"}
 ROWS_PER_CALL = 1024  # perturbations that captum hands over at once; packs have their own limit, the token budget
 
 
@@ -108,7 +109,8 @@ class SuppressedTextInput(TextTokenInput):
         if len(perturbed_tensor) != 1:
             raise InputError("perturbations_per_eval must be 1 with LLMAttribution; SuppressedLLMAttribution batches")
         model = self.explainer.model
-        if self._arriving is not None and not self._arriving.arrived:
+        previous, self._arriving = self._arriving, None
+        if previous is not None and not previous.arrived:
             raise UnsupportedModelError(
                 f"{type(model).__name__} does not hand keyword arguments on to its layers, so that nothing was "
                 "suppressed; use SuppressedLLMAttribution"
@@ -210,6 +212,7 @@ class AtManAttribution(SuppressedLLMAttribution):
         *,
         units: UnitChoice | None = None,
         gen_args: dict[str, Any] | None = None,
+        **way: Any,
     ) -> LLMAttributionResult:
         """Scores of every feature for every token of the answer.
 
@@ -218,6 +221,7 @@ class AtManAttribution(SuppressedLLMAttribution):
             target: the answer, its token ids (m,), or None to let the model answer first.
             units: of a text, as in `SuppressedTextInput`.
             gen_args: for the model's own answer, as in captum.
+            way: what captum takes about the way to compute (`forward_in_tokens`, …), which changes nothing here.
 
         Returns:
             `LLMAttributionResult`: seq_attr (n_features,), token_attr (m, n_features), output_probs (m,).
@@ -225,6 +229,9 @@ class AtManAttribution(SuppressedLLMAttribution):
         Raises:
             InputError: an argument does not fit; UnsupportedModelError: the model cannot be explained.
         """
+        unknown = sorted(set(way) - WAYS)
+        if unknown:
+            raise InputError(f"{unknown[0]} is no argument of AtManAttribution.attribute")
         given = inp if isinstance(inp, SuppressedTextInput) else SuppressedTextInput(inp, self.explainer, units)
         if given is inp and (units is not None or given.explainer is not self.explainer):
             raise InputError("inp brings its own units and explainer; it must be this attribution's `explainer`")
@@ -370,10 +377,8 @@ def _suppress_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
             "the transformers versions that this package needs"
         )
     ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-    explainer = suppression.inp.explainer
-    how = explainer._runner.perturbation
     stack = ExitStack()
-    stack.enter_context(suppress(explainer.model, suppression.factors(ids[0]), mode=how.mode, layers=how.layers))
+    stack.enter_context(suppressing(suppression.inp.explainer, suppression.factors(ids[0])))
 
     def leave(*_: Any) -> None:
         handle.remove()
