@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import random
 from types import SimpleNamespace
 
 import eager_oracle
@@ -207,6 +208,25 @@ def test_methods_batched_equal_captums_own_loop(attribution, model, tokenizer, m
     assert ours.inp is inp
 
 
+@pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap])
+def test_random_numbers_go_on_as_after_captums_own_loop(attribution, model, tokenizer, method):
+    inp = SuppressedTextInput(PROMPT, attribution.explainer)
+    torch.manual_seed(3)
+    SuppressedLLMAttribution(method(model), tokenizer).attribute(inp, ANSWER, n_samples=4)
+    ours = torch.rand(1)
+    torch.manual_seed(3)
+    stock(model, tokenizer, inp, method=method, n_samples=4)
+    assert torch.equal(ours, torch.rand(1))
+
+
+def test_samples_that_differ_between_the_two_runs_are_computed_all_the_same(attribution, model, tokenizer):
+    method, unseeded = ShapleyValueSampling(model), random.Random(1)
+    method.permutation_generator = lambda n, samples: (unseeded.sample(range(n), n) for _ in range(samples))
+    inp = SuppressedTextInput(PROMPT, attribution.explainer)
+    result = SuppressedLLMAttribution(method, tokenizer).attribute(inp, ANSWER, n_samples=3)
+    close(result.token_attr.sum(dim=1), oracle(model, [range(N)])[:, 0])  # all absent, in any order
+
+
 def test_shapley_values_are_the_average_over_all_orders(attribution, model, tokenizer):
     groups = [(0, 1), (2,), (3, 4, 5)]
     inp = SuppressedTextInput(PROMPT, attribution.explainer, [(0, 5), (6, 8), (9, 17)])
@@ -267,8 +287,10 @@ def test_perturbations_share_forwards(attribution, model, tokenizer):
     attribution.attribute(PROMPT, ANSWER)  # the check of the model's attention is behind it
     batched = SuppressedLLMAttribution(FeatureAblation(model), tokenizer)
     assert forwards_of(model, lambda: stock(model, tokenizer, inp)) == N + 1
-    # once unperturbed, once perturbed: base, probe, and one pack for all features
-    assert forwards_of(model, lambda: batched.attribute(inp, ANSWER)) == 2 + 3
+    # base, probe, and one pack for all features, or all samples
+    assert forwards_of(model, lambda: batched.attribute(inp, ANSWER)) == 3
+    sampling = SuppressedLLMAttribution(ShapleyValueSampling(model), tokenizer)
+    assert forwards_of(model, lambda: sampling.attribute(inp, ANSWER, n_samples=5)) == 3
     assert forwards_of(model, lambda: attribution.attribute(PROMPT, ANSWER)) == 3
 
 

@@ -12,6 +12,7 @@ import copy
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class SuppressedTextInput(TextTokenInput):
         self.itp_mask = self.skip_tokens = None
         self.baselines = 0
         self.question: Question | None = None
+        self.answers: _Answers | None = None
         self._hook: Any = None
         self._arriving: _Suppression | None = None
 
@@ -86,18 +88,23 @@ class SuppressedTextInput(TextTokenInput):
         asked.unit_factors = unit_factors(self.explainer, asked.question)
         return asked
 
-    def factors(self, presence: Tensor) -> Tensor:
-        """(n_rows, n + m - 1) factors for presences (n_rows, n_features) of 0 and 1, once the answer is known.
+    def checked(self, presence: Tensor) -> Tensor:
+        """Presences (n_rows, n_features) as booleans on the CPU.
 
         Raises:
-            InputError: a presence that is neither.
+            InputError: one of them is neither 0 nor 1.
         """
         present = presence.cpu()
         if present.shape[1:] != (self.n_itp_features,) or not bool(((present == 0) | (present == 1)).all()):
             raise InputError("baselines must be 0, captum's default: a feature is there (1) or suppressed (0)")
+        return present == 1
+
+    def factors(self, presence: Tensor) -> Tensor:
+        """(n_rows, n + m - 1) factors for presences (n_rows, n_features) of 0 and 1, once the answer is known."""
+        present = self.checked(presence)
         strongest = torch.amin if self.explainer.factor <= 1 else torch.amax
         rows = torch.ones(len(present), self.unit_factors.shape[1])
-        for row, absent in zip(rows, present == 0, strict=True):
+        for row, absent in zip(rows, ~present, strict=True):
             if absent.any():
                 row.copy_(strongest(self.unit_factors[absent], dim=0))
         return rows
@@ -127,10 +134,11 @@ class SuppressedTextInput(TextTokenInput):
 
 
 class SuppressedLLMAttribution(LLMAttribution):
-    """captum's `LLMAttribution` for a `SuppressedTextInput`, with all of a method's perturbations in packs.
+    """captum's `LLMAttribution` for a `SuppressedTextInput`, with all of a method's perturbations in one packed run.
 
-    Takes what `LLMAttribution` takes and gives what it gives. `forward_in_tokens` and `use_cached_outputs` change
-    nothing: the answer is read along with the prompt, and the prompt's keys and values are shared.
+    Takes what `LLMAttribution` takes and gives what it gives. Each different perturbation is computed once: exact
+    `ShapleyValues` of n features take 2ⁿ of them. `forward_in_tokens` and `use_cached_outputs` change nothing: the
+    answer is read along with the prompt, and the prompt's keys and values are shared.
 
     Args:
         attr_method: captum's FeatureAblation, ShapleyValueSampling, ShapleyValues, KernelShap or Lime, of the model
@@ -147,15 +155,20 @@ class SuppressedLLMAttribution(LLMAttribution):
         gen_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LLMAttributionResult:
-        """As captum's; `perturbations_per_eval` is as many as there are unless it is given.
+        """As captum's. The method runs twice: first only to see what it asks for, then with the answers.
 
         Raises:
             InputError: another input, one of another model, or an empty target.
         """
         asked = self._asked(inp, target, gen_args)
         assert asked.question is not None
+        asked.answers = answers = _Answers(asked)
+        run = partial(super().attribute, asked, asked.question.targets, num_trials=num_trials)
         kwargs.setdefault("perturbations_per_eval", ROWS_PER_CALL)
-        result = super().attribute(asked, asked.question.targets, num_trials=num_trials, **kwargs)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the same samples again
+            run(**kwargs | {"show_progress": False})
+        answers.collecting = False
+        result = run(**kwargs)
         result.inp = inp
         return result
 
@@ -176,9 +189,9 @@ class SuppressedLLMAttribution(LLMAttribution):
 
     def _forward_func(self, perturbed_tensor: Tensor, inp: SuppressedTextInput, *unused: Any, **options: Any) -> Tensor:
         """(n_rows, 1 + m), the whole answer's and each token's, or (n_rows,) for methods without token scores."""
-        assert inp.question is not None
         # captum repeats the target's ids for every row; the input has its own
-        logprobs = run_rows(inp.explainer, [inp.question], [inp.factors(perturbed_tensor)]).perturbed[0]
+        assert inp.answers is not None
+        logprobs = inp.answers.of(perturbed_tensor)
         total = logprobs.sum(dim=1, keepdim=True)
         found = torch.cat([total, logprobs], dim=1) if self.include_per_token_attr else total[:, 0]
         return (found if self.attr_target == "log_prob" else found.exp()).to(perturbed_tensor.device)
@@ -247,6 +260,37 @@ class AtManAttribution(SuppressedLLMAttribution):
             output_probs=outcome.unperturbed[0].exp(),
             inp=given if isinstance(inp, str) else inp,
         )
+
+
+class _Answers:
+    """Log-probs of an input's answer for presences of its features, each different one computed once, in one run.
+
+    While `collecting`, presences are only taken down. What then comes unannounced is computed when it comes.
+    """
+
+    def __init__(self, inp: SuppressedTextInput) -> None:
+        self.inp = inp
+        self.collecting = True
+        self._presences: dict[bytes, Tensor] = {}
+        self._logprobs: dict[bytes, Tensor] = {}
+
+    def of(self, presence: Tensor) -> Tensor:
+        """(n_rows, m) for presences (n_rows, n_features); zeros while collecting."""
+        present = self.inp.checked(presence)
+        keys = [row.numpy().tobytes() for row in present]
+        self._presences |= dict(zip(keys, present, strict=True))
+        if self.collecting:
+            assert self.inp.question is not None
+            return torch.zeros(len(keys), len(self.inp.question.targets))
+        if any(key not in self._logprobs for key in keys):
+            self._run([key for key in self._presences if key not in self._logprobs])
+        return torch.stack([self._logprobs[key] for key in keys])
+
+    def _run(self, keys: list[bytes]) -> None:
+        assert self.inp.question is not None
+        rows = self.inp.factors(torch.stack([self._presences[key] for key in keys]))
+        outcome = run_rows(self.inp.explainer, [self.inp.question], [rows])
+        self._logprobs |= dict(zip(keys, outcome.perturbed[0], strict=True))
 
 
 # From captum's inputs to units -----------------------------------------------------------------------------------
