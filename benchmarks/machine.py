@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {
             name: _version(name)
-            for name in ("atman-kernels", "torch", "triton", "transformers", "captum", "numpy", "scipy")
+            for name in ("atman-kernels", "torch", "triton", "transformers", "captum", "inseq", "numpy", "scipy")
         },
         "command": " ".join(map(_without_folder, sys.argv)),
     }

@@ -1,0 +1,1 @@
+"""Ways into this package from other explanation libraries; each module needs its library, the package needs none."""

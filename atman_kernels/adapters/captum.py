@@ -1,0 +1,432 @@
+"""captum's language model attributions on suppressed attention: its inputs, its methods, its results.
+
+>>> from captum.attr import ShapleyValueSampling                                         # doctest: +SKIP
+>>> attribution = AtManAttribution(model, tokenizer)                                     # doctest: +SKIP
+>>> attribution.attribute("The capital of France is", " Paris").plot_token_attr()        # doctest: +SKIP
+>>> inp = SuppressedTextInput("The capital of France is", attribution.explainer)         # doctest: +SKIP
+>>> shapley = SuppressedLLMAttribution(ShapleyValueSampling(model), tokenizer)           # doctest: +SKIP
+>>> shapley.attribute(inp, " Paris").seq_attr                                            # doctest: +SKIP
+"""
+
+import copy
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from captum.attr import (  # type: ignore[import-untyped, unused-ignore]
+    FeatureAblation,
+    LLMAttribution,
+    LLMAttributionResult,
+    TextTemplateInput,
+    TextTokenInput,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atman_kernels.adapters.token_question import evaluating, run_rows, suppressing, token_question, unit_factors
+from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.explain.explainer import Explainer
+from atman_kernels.explain.question import Question, UnitChoice
+from atman_kernels.hf.interface import decoder_of
+from atman_kernels.planning.units import Unit, split_units
+
+SUPPRESSION = "atman_suppression"  # the keyword under which a forward of the model carries its row of factors
+# what captum's users hand to `attribute` for the way it computes; ours computes everything at once, exactly
+WAYS = {"num_trials", "use_cached_outputs", "forward_in_tokens", "perturbations_per_eval", "show_progress"}
+ROWS_PER_CALL = 1024  # perturbations that captum hands over at once; packs have their own limit, the token budget
+
+
+class SuppressedTextInput(TextTokenInput):
+    """A text whose features captum turns off by suppressing the attention to them; the tokens stay as they are.
+
+    It is an input for captum's `LLMAttribution`, around any of its methods, and, faster, for
+    `SuppressedLLMAttribution`. Where a method turns several features off, each token keeps what the strongest
+    suppression leaves of it.
+
+    Args:
+        source: a text; or a captum input whose features are pieces of its text: a `TextTokenInput` (`skip_tokens`
+            included), or a `TextTemplateInput` (`mask` included). Their baselines must be captum's default, as nothing
+            is put in a feature's place.
+        explainer: the model, its tokenizer, and how to suppress.
+        units: of a text: "token" | "word" | "sentence" | "paragraph", or (start, end) character spans.
+        language: of the text, for sentence splitting.
+
+    Raises:
+        InputError: another kind of input, other baselines, a feature that is no piece of the text or holds no token.
+    """
+
+    def __init__(
+        self,
+        source: str | TextTokenInput | TextTemplateInput,
+        explainer: Explainer,
+        units: UnitChoice | None = None,
+        *,
+        language: str = "en",
+    ) -> None:
+        self.explainer = explainer
+        self.tokenizer = explainer.tokenizer
+        features = _features(source, explainer.tokenizer, units, language)
+        self.units, self.values, self._spread = features.units, features.values, features.spread
+        self.inp_tensor = features.ids.to(explainer.model.device)
+        self.n_itp_features = len(self.units)
+        self.itp_tensor = torch.ones(1, self.n_itp_features)
+        self.itp_mask = self.skip_tokens = None
+        self.baselines = 0
+        self.question: Question | None = None
+        self.answers: _Answers | None = None
+        self._hook: Any = None
+        self._arriving: _Suppression | None = None
+
+    def asking(self, target_ids: Tensor) -> "SuppressedTextInput":
+        """The same input with its answer (m,): `question`, and `unit_factors` (n_units, n + m - 1) of its tokens."""
+        ids = torch.cat([self.inp_tensor[0], target_ids.to(self.inp_tensor.device)])
+        asked = copy.copy(self)
+        asked.question = token_question(self.explainer, ids, self.inp_tensor.shape[1], self.units)
+        asked.unit_factors = unit_factors(self.explainer, asked.question)
+        return asked
+
+    def checked(self, presence: Tensor) -> Tensor:
+        """Presences (n_rows, n_features) as booleans on the CPU.
+
+        Raises:
+            InputError: one of them is neither 0 nor 1.
+        """
+        present = presence.cpu()
+        if present.shape[1:] != (self.n_itp_features,) or not bool(((present == 0) | (present == 1)).all()):
+            raise InputError("baselines must be 0, captum's default: a feature is there (1) or suppressed (0)")
+        return present == 1
+
+    def factors(self, presence: Tensor) -> Tensor:
+        """(n_rows, n + m - 1) factors for presences (n_rows, n_features) of 0 and 1, once the answer is known."""
+        present = self.checked(presence)
+        strongest = torch.amin if self.explainer.factor <= 1 else torch.amax
+        rows = torch.ones(len(present), self.unit_factors.shape[1])
+        for row, absent in zip(rows, ~present, strict=True):
+            if absent.any():
+                row.copy_(strongest(self.unit_factors[absent], dim=0))
+        return rows
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Any:
+        """Token ids (1, n); with a presence (1, n_features) what the model's forward takes to suppress the rest."""
+        if perturbed_tensor is None:
+            return self.inp_tensor
+        if len(perturbed_tensor) != 1:
+            raise InputError("perturbations_per_eval must be 1 with LLMAttribution; SuppressedLLMAttribution batches")
+        model = self.explainer.model
+        previous, self._arriving = self._arriving, None
+        if previous is not None and not previous.arrived:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not hand keyword arguments on to its layers, so that nothing was "
+                "suppressed; use SuppressedLLMAttribution"
+            )
+        if self._hook is None:
+            self._hook = decoder_of(model).register_forward_pre_hook(_suppress_forward, with_kwargs=True)
+            weakref.finalize(self, self._hook.remove)
+        self._arriving = _Suppression(self, perturbed_tensor)
+        return {"input_ids": self.inp_tensor, SUPPRESSION: self._arriving}
+
+    def format_attr(self, itp_attr: Tensor) -> Tensor:
+        """(…, n_units) as (…, n_values): values that share a feature of a template share its score."""
+        return itp_attr if self._spread is None else itp_attr[..., self._spread]
+
+
+class SuppressedLLMAttribution(LLMAttribution):
+    """captum's `LLMAttribution` for a `SuppressedTextInput`, with all of a method's perturbations in one packed run.
+
+    Takes what `LLMAttribution` takes and gives what it gives. Each different perturbation is computed once: exact
+    `ShapleyValues` of n features take 2ⁿ of them. `forward_in_tokens` and `use_cached_outputs` change nothing: the
+    answer is read along with the prompt, and the prompt's keys and values are shared.
+
+    Args:
+        attr_method: captum's FeatureAblation, ShapleyValueSampling, ShapleyValues, KernelShap or Lime, of the model
+            that the input's explainer has.
+        tokenizer: its tokenizer.
+        attr_target: "log_prob" | "prob".
+    """
+
+    def attribute(
+        self,
+        inp: SuppressedTextInput,
+        target: str | Tensor | None = None,
+        num_trials: int = 1,
+        gen_args: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LLMAttributionResult:
+        """As captum's. The method runs twice: first only to see what it asks for, then with the answers.
+
+        Raises:
+            InputError: another input, one of another model, or an empty target.
+        """
+        asked = self._asked(inp, target, gen_args)
+        assert asked.question is not None
+        asked.answers = answers = _Answers(asked)
+        run = partial(super().attribute, asked, asked.question.targets, num_trials=num_trials)
+        kwargs.setdefault("perturbations_per_eval", ROWS_PER_CALL)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the same samples again
+            run(**kwargs | {"show_progress": False})
+        answers.collecting = False
+        result = run(**kwargs)
+        result.inp = inp
+        return result
+
+    def _asked(self, inp: Any, target: Any, gen_args: dict[str, Any] | None) -> SuppressedTextInput:
+        if not isinstance(inp, SuppressedTextInput):
+            raise InputError(f"inp must be a SuppressedTextInput, got {type(inp).__name__}")
+        if inp.explainer.model is not self.model:
+            raise InputError("inp belongs to an explainer of another model than the attribution method")
+        if target is not None and not isinstance(target, str | Tensor):
+            raise InputError(f"target must be a text, token ids or None, got {type(target).__name__}")
+        if target is not None and gen_args is not None:
+            raise InputError("gen_args must be None where a target is given")
+        with evaluating(self.model):
+            ids = self._get_target_tokens(inp, target, gen_args=gen_args)
+        if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
+            raise InputError(f"target must have at least one token, in one dimension; got shape {tuple(ids.shape)}")
+        return inp.asking(ids)
+
+    def _forward_func(self, perturbed_tensor: Tensor, inp: SuppressedTextInput, *unused: Any, **options: Any) -> Tensor:
+        """(n_rows, 1 + m), the whole answer's and each token's, or (n_rows,) for methods without token scores."""
+        # captum repeats the target's ids for every row; the input has its own
+        assert inp.answers is not None
+        logprobs = inp.answers.of(perturbed_tensor)
+        total = logprobs.sum(dim=1, keepdim=True)
+        found = torch.cat([total, logprobs], dim=1) if self.include_per_token_attr else total[:, 0]
+        return (found if self.attr_target == "log_prob" else found.exp()).to(perturbed_tensor.device)
+
+
+class AtManAttribution(SuppressedLLMAttribution):
+    """AtMan with captum's inputs and results: how much each feature is worth to each token of the answer.
+
+    `AtManAttribution(model, tokenizer)` stands where `LLMAttribution(FeatureAblation(model), tokenizer)` stood. A
+    score is the log-probability of a target token minus what is left of it with the feature suppressed, in nats:
+    positive = important, as in captum.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its (fast) tokenizer.
+        **settings: mode, factor, similarity_threshold, layers, token_budget, progress: see `atman_kernels.Explainer`.
+
+    Raises:
+        InputError: an argument does not fit.
+        UnsupportedModelError: the model's attention cannot be reached.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        self.explainer = Explainer(model, tokenizer, **settings)
+        super().__init__(FeatureAblation(model), tokenizer)
+
+    def attribute(  # type: ignore[override]
+        self,
+        inp: str | TextTokenInput | TextTemplateInput | SuppressedTextInput,
+        target: str | Tensor | None = None,
+        *,
+        units: UnitChoice | None = None,
+        gen_args: dict[str, Any] | None = None,
+        **way: Any,
+    ) -> LLMAttributionResult:
+        """Scores of every feature for every token of the answer.
+
+        Args:
+            inp: a text, or an input of captum's that `SuppressedTextInput` takes, or such an input of this explainer.
+            target: the answer, its token ids (m,), or None to let the model answer first.
+            units: of a text, as in `SuppressedTextInput`.
+            gen_args: for the model's own answer, as in captum.
+            way: what captum takes about the way to compute (`forward_in_tokens`, …), which changes nothing here.
+
+        Returns:
+            `LLMAttributionResult`: seq_attr (n_features,), token_attr (m, n_features), output_probs (m,).
+
+        Raises:
+            InputError: an argument does not fit; UnsupportedModelError: the model cannot be explained.
+        """
+        unknown = sorted(set(way) - WAYS)
+        if unknown:
+            raise InputError(f"{unknown[0]} is no argument of AtManAttribution.attribute")
+        given = inp if isinstance(inp, SuppressedTextInput) else SuppressedTextInput(inp, self.explainer, units)
+        if given is inp and (units is not None or given.explainer is not self.explainer):
+            raise InputError("inp brings its own units and explainer; it must be this attribution's `explainer`")
+        asked = self._asked(given, target, gen_args)
+        assert asked.question is not None
+        outcome = run_rows(self.explainer, [asked.question], [asked.unit_factors])
+        scores = given.format_attr((outcome.unperturbed[0] - outcome.perturbed[0]).T)  # (m, n_features)
+        return LLMAttributionResult(
+            input_tokens=given.values,
+            output_tokens=[self.tokenizer.decode([token]) for token in asked.question.targets.tolist()],
+            seq_attr=scores.sum(dim=0),
+            token_attr=scores,
+            output_probs=outcome.unperturbed[0].exp(),
+            inp=given if isinstance(inp, str) else inp,
+        )
+
+
+class _Answers:
+    """Log-probs of an input's answer for presences of its features, each different one computed once, in one run.
+
+    While `collecting`, presences are only taken down. What then comes unannounced is computed when it comes.
+    """
+
+    def __init__(self, inp: SuppressedTextInput) -> None:
+        self.inp = inp
+        self.collecting = True
+        self._presences: dict[bytes, Tensor] = {}
+        self._logprobs: dict[bytes, Tensor] = {}
+
+    def of(self, presence: Tensor) -> Tensor:
+        """(n_rows, m) for presences (n_rows, n_features); zeros while collecting."""
+        present = self.inp.checked(presence)
+        keys = [row.numpy().tobytes() for row in present]
+        self._presences |= dict(zip(keys, present, strict=True))
+        if self.collecting:
+            assert self.inp.question is not None
+            return torch.zeros(len(keys), len(self.inp.question.targets))
+        if any(key not in self._logprobs for key in keys):
+            self._run([key for key in self._presences if key not in self._logprobs])
+        return torch.stack([self._logprobs[key] for key in keys])
+
+    def _run(self, keys: list[bytes]) -> None:
+        assert self.inp.question is not None
+        rows = self.inp.factors(torch.stack([self._presences[key] for key in keys]))
+        outcome = run_rows(self.inp.explainer, [self.inp.question], [rows])
+        self._logprobs |= dict(zip(keys, outcome.perturbed[0], strict=True))
+
+
+# From captum's inputs to units -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Features:
+    ids: Tensor  # (1, n)
+    units: tuple[Unit, ...]
+    values: list[str]  # what captum shows
+    spread: list[int] | None = None  # the unit of every value, where that is not one to one
+
+
+def _features(source: Any, tokenizer: Any, units: UnitChoice | None, language: str) -> _Features:
+    if isinstance(source, str):
+        return _text_features(source, tokenizer, "token" if units is None else units, language)
+    if units is not None:
+        raise InputError(f"units are for texts; {type(source).__name__} brings its own features")
+    # not isinstance: what a subclass makes of its features is not known
+    if type(source) is TextTokenInput:
+        return _token_features(source, tokenizer)
+    if type(source) is TextTemplateInput:
+        return _template_features(source, tokenizer)
+    raise InputError(f"inp must be a text, a TextTokenInput or a TextTemplateInput, got {type(source).__name__}")
+
+
+def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) -> _Features:
+    if not text:
+        raise InputError("inp is an empty text; expected at least one character")
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    found = split_units(
+        text,
+        encoded["offset_mapping"],
+        units,
+        special=[token in special for token in ids],
+        token_texts=tokenizer.convert_ids_to_tokens(ids),
+        language=language,
+    )
+    return _Features(torch.tensor([ids]), found, [unit.text for unit in found])
+
+
+def _token_features(source: TextTokenInput, tokenizer: Any) -> _Features:
+    if source.baselines != 0:
+        raise InputError(f"baselines must be 0, captum's default, as no token is replaced; got {source.baselines!r}")
+    if source.tokenizer is not tokenizer and source.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise InputError("inp was made with another tokenizer than the model's")
+    kept = torch.ones_like(source.inp_tensor) if source.itp_mask is None else source.itp_mask
+    positions = kept[0].nonzero()[:, 0].tolist()
+    units = tuple(Unit(text, 0, 0, (at,)) for text, at in zip(source.values, positions, strict=True))
+    return _Features(source.inp_tensor, units, source.values)
+
+
+def _template_features(source: TextTemplateInput, tokenizer: Any) -> _Features:
+    if callable(source.baselines) or any(source.baselines):
+        raise InputError("baselines must be None: nothing is put in the place of a template's value")
+    text = source.to_model_input()
+    spans = _value_spans(source, text)
+    features = _text_features(text, tokenizer, [span for found in spans for span in found], "en")
+    owned = iter(features.units)
+    tokens = [{token for _ in found for token in next(owned).token_indices} for found in spans]  # of every value
+    spread = list(range(len(tokens))) if source.mask is None else source.formatted_mask
+    units = []
+    for feature in range(source.n_itp_features):
+        members = [value for value, group in enumerate(spread) if group == feature]
+        positions = set().union(*(tokens[value] for value in members))
+        units.append(Unit(source.values[members[0]], 0, 0, tuple(sorted(positions))))
+    return _Features(features.ids, tuple(units), source.values, spread)
+
+
+def _value_spans(source: TextTemplateInput, text: str) -> list[list[tuple[int, int]]]:
+    """The characters of every value in the text, wherever the template puts it.
+
+    The template is filled with values between characters of the private use planes, which tell where each went.
+
+    Raises:
+        InputError: a value is nowhere in the text, is empty, or the template does more than put values into a text.
+    """
+    first = 0xF0000
+    marked = [f"{chr(first + 2 * i)}{value}{chr(first + 2 * i + 1)}" for i, value in enumerate(source.values)]
+    keys = source.dict_keys
+    filled = source.format_fn(**dict(zip(keys, marked, strict=True))) if keys else source.format_fn(*marked)
+    spans: list[list[tuple[int, int]]] = [[] for _ in marked]
+    plain, starts = [], {}
+    for character in filled:
+        mark = ord(character) - first
+        if not 0 <= mark < 2 * len(marked):
+            plain.append(character)
+        elif mark % 2 == 0:
+            starts[mark // 2] = len(plain)
+        elif mark // 2 in starts:
+            spans[mark // 2].append((starts.pop(mark // 2), len(plain)))
+    for value, found in zip(source.values, spans, strict=True):
+        if "".join(plain) != text or not found or any(text[start:end] != value or not value for start, end in found):
+            raise InputError(f"template: its value {value!r} is no piece of its text, so no tokens can be suppressed")
+    return spans
+
+
+# Suppression in the forwards of captum's own LLMAttribution ----------------------------------------------------------
+
+
+@dataclass
+class _Suppression:
+    """A presence (1, n_features) on its way through captum to the model's layers."""
+
+    inp: SuppressedTextInput
+    presence: Tensor
+    arrived: bool = False
+
+    def factors(self, ids: Tensor) -> Tensor:
+        """(1, L) for the ids (L,) of a forward, which begin with the prompt."""
+        answer = ids[self.inp.inp_tensor.shape[1] :]
+        return self.inp.asking(torch.cat([answer, ids[-1:]])).factors(self.presence)  # any next token will do
+
+
+def _suppress_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: suppresses a forward that carries a `_Suppression`, and no other."""
+    suppression = kwargs.get(SUPPRESSION)
+    if suppression is None:
+        return None
+    suppression.arrived = True
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        raise InputError(
+            "use_cached_outputs must be False, or forward_in_tokens: captum's cached path gives wrong log-probs with "
+            "the transformers versions that this package needs"
+        )
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    stack = ExitStack()
+    stack.enter_context(suppressing(suppression.inp.explainer, suppression.factors(ids[0])))
+
+    def leave(*_: Any) -> None:
+        handle.remove()
+        stack.close()
+
+    handle = decoder.register_forward_hook(leave, always_call=True)
+    return args, {name: value for name, value in kwargs.items() if name != SUPPRESSION}

@@ -1,0 +1,67 @@
+"""Questions about token ids that another library has made, put to an explainer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import Tensor, nn
+
+from atman_kernels.errors import InputError
+from atman_kernels.explain.explainer import Explainer
+from atman_kernels.explain.question import Question
+from atman_kernels.explain.runner import Outcome
+from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.suppression import suppress
+from atman_kernels.planning.units import Unit
+
+
+def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units: Sequence[Unit]) -> Question:
+    """A question about ids (n + m,), of which the first n are the prompt.
+
+    Raises:
+        InputError: there is no prompt, no answer or no unit, or the model has too few positions.
+    """
+    if not 0 < prompt_length < len(ids):
+        came = f"{prompt_length} and {len(ids) - prompt_length}"
+        raise InputError(f"prompt and target must have at least one token each, got {came}")
+    if not units:
+        raise InputError("the input has no feature; expected at least one")
+    most = getattr(decoder_of(explainer.model).config, "max_position_embeddings", None)
+    if most is not None and len(ids) - 1 > most:
+        raise InputError(f"prompt and target have {len(ids) - 1} tokens, but the model has {most} positions")
+    texts = explainer.tokenizer.convert_ids_to_tokens(ids.tolist())
+    return Question(
+        prompt=explainer.tokenizer.decode(ids[:prompt_length]),
+        target=explainer.tokenizer.decode(ids[prompt_length:]),
+        ids=ids.to(explainer.model.device),
+        prompt_length=prompt_length,
+        units=tuple(units),
+        target_tokens=tuple(texts[prompt_length:]),
+    )
+
+
+def unit_factors(explainer: Explainer, question: Question) -> Tensor:
+    """(n_units, n + m - 1) on the CPU: one row of factors per unit, similar tokens included if they are asked for."""
+    return explainer._factors(question)
+
+
+def run_rows(explainer: Explainer, questions: Sequence[Question], factors: Sequence[Tensor]) -> Outcome:
+    """Log-probs of the answers under any rows of factors (n_rows, n + m - 1), one tensor of rows per question."""
+    with evaluating(explainer.model):
+        return explainer._runner.run(questions, factors)
+
+
+def suppressing(explainer: Explainer, factors: Tensor) -> AbstractContextManager[None]:
+    """The explainer's model with factors (1, L) in its explainer's way, for any forward inside the context."""
+    how = explainer._runner.perturbation
+    return suppress(explainer.model, factors, mode=how.mode, layers=how.layers)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and then in the mode that it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,85 @@
+"""The adapters' benchmark on a tiny model: it checks before it times, and writes what it says."""
+
+import json
+
+import click
+import pytest
+import torch
+import transformers as hf
+from click.testing import CliRunner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+pytest.importorskip("captum")
+pytest.importorskip("inseq")
+from benchmarks import adapters
+from benchmarks.prompts import OWN_PARAGRAPH
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random two-layer Llama with a byte-level tokenizer that knows the benchmark's own text, and special tokens."""
+    special = ["<pad>", "<s>", "</s>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    bpe.train_from_iterator([OWN_PARAGRAPH], trainer)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<pad>", **names)
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    hf.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_program(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "find_squad", lambda _: None)
+    output = tmp_path / "out.json"
+    done = CliRunner().invoke(
+        adapters.main, ["--quick", "--model", str(folder), "--output", str(output)], catch_exceptions=False
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["environment"]["versions"]["inseq"]
+    ablation, shapley, occlusion = result["records"]
+    assert ablation["features"] == 128
+    assert ablation["peer_scaled_by"] == 129 / 8
+    assert ablation["peer_extrapolated"]
+    assert (shapley["sentences"], shapley["permutations"]) == (2, 2)
+    forwards = [2 * n + 2 for n in shapley["features"]]
+    assert shapley["peer_scaled_by"] == pytest.approx(sum(forwards) / sum(n + 2 for n in shapley["features"]))
+    assert not occlusion["peer_extrapolated"]
+    assert 1 in occlusion["peer_batches_that_are_right"]
+    for record in result["records"]:
+        ratio = record["peer_seconds"][0] / record["ours_seconds"][0]
+        assert record["ratio"]["median"] == pytest.approx(ratio)
+
+
+def test_what_is_wrong_is_not_timed():
+    assert adapters.checked(torch.ones(2), torch.ones(2), "ours") == 0
+    for wrong in (torch.tensor([1.0, 1.1]), torch.tensor([1.0, float("nan")])):
+        with pytest.raises(click.ClickException, match="ours is off by"):
+            adapters.checked(wrong, torch.ones(2), "ours")
+
+
+def test_sentences_are_cut_before_their_last_words():
+    found = list(adapters.sentences(None, 12))
+    assert len(found) == 12
+    prompt, target = found[0]
+    assert OWN_PARAGRAPH.startswith(prompt + target)
+    assert len(target.split()) == adapters.TARGET_WORDS
