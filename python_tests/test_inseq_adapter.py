@@ -221,8 +221,5 @@ def test_smollm2():
     )
     explanation = ak.Explainer(model, tokenizer, progress=False).explain(prompt, answer, include_target=True)
     close(scores_of(output)[:-1].nan_to_num(0.0), explanation.scores, 1e-4)
-    assert output[0].target[int(scores_of(output)[:, 0].nan_to_num(0).argmax())].token.strip("Ġ") in (
-        "Eiff",
-        "el",
-        "Tower",
-    )
+    best = int(scores_of(output)[:, 0].nan_to_num(0).argmax())
+    assert output[0].target[best].token.strip("Ġ") in ("E", "iffel", "Tower")

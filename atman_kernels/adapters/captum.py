@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atman_kernels.adapters.token_question import evaluating, run_rows, suppressing, token_question, unit_factors
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.question import Question, UnitChoice
+from atman_kernels.explain.question import Question, UnitChoice, special_flags
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.planning.units import Unit, split_units
 
@@ -324,12 +324,11 @@ def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) 
         raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    special = set(tokenizer.all_special_ids)
     found = split_units(
         text,
         encoded["offset_mapping"],
         units,
-        special=[token in special for token in ids],
+        special=special_flags(tokenizer, ids),
         token_texts=tokenizer.convert_ids_to_tokens(ids),
         language=language,
     )

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.question import Question
+from atman_kernels.explain.question import Question, check_length
 from atman_kernels.explain.runner import Outcome
-from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.suppression import suppress
 from atman_kernels.planning.units import Unit
 
@@ -25,9 +24,7 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
         raise InputError(f"prompt and target must have at least one token each, got {came}")
     if not units:
         raise InputError("the input has no feature; expected at least one")
-    most = getattr(decoder_of(explainer.model).config, "max_position_embeddings", None)
-    if most is not None and len(ids) - 1 > most:
-        raise InputError(f"prompt and target have {len(ids) - 1} tokens, but the model has {most} positions")
+    check_length(explainer.model, len(ids) - 1)
     texts = explainer.tokenizer.convert_ids_to_tokens(ids.tolist())
     return Question(
         prompt=explainer.tokenizer.decode(ids[:prompt_length]),
