@@ -33,6 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
     "gemma3": ("Gemma3", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}),
 }
 IDS = (5, 17, 31, 8, 64, 90, 12, 45, 77, 23)
@@ -46,7 +47,9 @@ def build(family: str) -> Any:
     prefix, extra = FAMILIES[family]
     config_class = getattr(transformers, f"{prefix}TextConfig" if family == "gemma3" else f"{prefix}Config")
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**COMMON, **extra)).eval()
+    model = getattr(transformers, f"{prefix}{'LMHeadModel' if family == 'gpt2' else 'ForCausalLM'}")(
+        config_class(**COMMON, **extra)
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

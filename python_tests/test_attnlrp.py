@@ -1,5 +1,7 @@
 """AttnLRP by changed gradients against relevances carried through the model by hand; restoration; refusals."""
 
+import os
+
 import explicit_lrp
 import pytest
 import tiny_models
@@ -165,3 +167,16 @@ def test_families_are_model_types():
     from transformers import CONFIG_MAPPING
 
     assert [name for name in FAMILIES if name not in CONFIG_MAPPING] == []
+
+
+@pytest.mark.slow
+def test_equals_lxt():
+    python = os.environ.get("ATMAN_LXT_PYTHON")
+    if not python:
+        pytest.skip("ATMAN_LXT_PYTHON names no interpreter of an environment with lxt (benchmarks/lxt_parity.py)")
+    from benchmarks.lxt_parity import FAMILIES as COMPARED
+    from benchmarks.lxt_parity import parity
+
+    found = parity(python)
+    assert set(found) == set(COMPARED)
+    assert max(found.values()) < 1e-4, found

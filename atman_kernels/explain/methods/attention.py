@@ -87,8 +87,8 @@ def chefer(model: PreTrainedModel, question: Question) -> TokenScores:
 def gradcam(model: PreTrainedModel, question: Question) -> TokenScores:
     """GradCAM with the last layer's attention heads as its maps (Selvaraju et al., arXiv 1610.02391).
 
-    max(mean over heads of α_h A_h, 0), with α_h the mean over the visible keys of ∂y/∂A_h and y the target token's
-    logit; all in the row of the position that predicts the token.
+    max(mean over heads of α_h A_h, 0), with α_h the mean of ∂y/∂A_h over the keys that head h sees, and y the target
+    token's logit; all in the row of the position that predicts the token.
     Cost: one forward with eager attention, and m backward passes through the model's last layer.
 
     Returns:
@@ -102,9 +102,10 @@ def gradcam(model: PreTrainedModel, question: Question) -> TokenScores:
         last = run.attentions[-1]
         columns = []
         for row, (gradient,) in zip(question.rows.tolist(), target_gradients(run.logits, [last]), strict=True):
-            visible = slice(0, row + 1)
-            importance = gradient[0, :, row, visible].mean(-1, keepdim=True)  # (Hq, 1)
-            columns.append((importance * last.detach()[0, :, row]).mean(0).clamp_min(0))
+            maps = last.detach()[0, :, row]  # (Hq, L)
+            seen = maps > 0  # a hidden key has a gradient too, but no weight
+            importance = torch.where(seen, gradient[0, :, row], 0.0).sum(-1) / seen.sum(-1)
+            columns.append((importance[:, None] * maps).mean(0).clamp_min(0))
     return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
 
 
