@@ -10,9 +10,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from atman_kernels import InputError, UnsupportedModelError, suppress
+from atman_kernels.explain.methods import unit_scores
 from atman_kernels.explain.methods.attention import chefer, gradcam, raw_attention, rollout
 from atman_kernels.explain.methods.gradients import input_x_gradient, integrated_gradients
-from atman_kernels.explain.methods.token_scores import unit_scores
 from atman_kernels.explain.question import Question, ask
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"

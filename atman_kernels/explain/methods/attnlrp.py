@@ -28,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.explain.methods.token_scores import TokenScores
+from atman_kernels.explain.methods import TokenScores
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.hf.interface import AttentionCall, activate, decoder_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError
-from atman_kernels.explain.methods.token_scores import TokenScores
+from atman_kernels.explain.methods import TokenScores
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.gradients import differentiable_run, differentiation, input_embeddings, target_gradients
 
