@@ -16,6 +16,7 @@ from atman_kernels.explain.question import ask
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
 ANSWER = "w20 w21 w22"
+pytestmark = pytest.mark.filterwarnings("ignore:integrated gradients have not converged")
 OTHERS = methods.names()[1:]
 
 
