@@ -94,6 +94,10 @@ def test_random_scores_go_by_their_seed(explainer):
         ({"method": "rollout", "steps": 3}, "method 'rollout' has no option 'steps'; it has none"),
         ({"method": "attnlrp", "model": 1}, "method 'attnlrp' has no option 'model'; it has checkpointing"),
         ({"steps": 3}, "method 'atman' has no option 'steps'; it has none"),
+        ({"method": "raw_attention", "layer": "last"}, "layer must be an integer, got 'last'"),
+        ({"method": "raw_attention", "layer": 3}, "layer must be an index into 3 layers, got 3"),
+        ({"method": "attnlrp", "checkpointing": "yes"}, "checkpointing must be True or False, got 'yes'"),
+        ({"method": "input_x_gradient", "checkpointing": 1}, "checkpointing must be True or False, got 1"),
         ({"method": "random", "seed": -1}, "seed must be an integer >= 0, got -1"),
     ],
 )

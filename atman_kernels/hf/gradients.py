@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.forward import forward_replaced, head_in_float32
 from atman_kernels.hf.interface import decoder_of, eager
 
@@ -48,8 +48,11 @@ def differentiation(model: PreTrainedModel, *, checkpointing: bool = False) -> I
             a third more time, one layer's activations instead of all layers'.
 
     Raises:
+        InputError: checkpointing is neither True nor False.
         UnsupportedModelError: checkpointing, where transformers does not mark the model's layers.
     """
+    if not isinstance(checkpointing, bool):
+        raise InputError(f"checkpointing must be True or False, got {checkpointing!r}")
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -29,6 +29,8 @@ def raw_attention(model: PreTrainedModel, question: Question, *, layer: int = -1
         InputError: there is no such layer.
         UnsupportedModelError: the model does not give its attention weights.
     """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise InputError(f"layer must be an integer, got {layer!r}")
     with torch.no_grad():
         run = _attended(model, question)
     layers = len(run.attentions)
