@@ -112,9 +112,9 @@ def gradcam(model: PreTrainedModel, question: Question) -> TokenScores:
 
 
 def _attended(model: PreTrainedModel, question: Question) -> Differentiable:
-    return differentiable_run(model, question.inputs, question.rows, question.targets, attentions=True)
+    return differentiable_run(model, question.ids[:-1], question.rows, question.targets, attentions=True)
 
 
 def _one_hot_rows(question: Question, run: Differentiable) -> Tensor:
     """(m, L) float32 (float64 for float64 models): 1 at the position that predicts each target token."""
-    return torch.nn.functional.one_hot(question.rows, len(question.inputs)).to(run.logprobs.dtype)
+    return torch.nn.functional.one_hot(question.rows, len(question.ids[:-1])).to(run.logprobs.dtype)

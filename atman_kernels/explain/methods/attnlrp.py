@@ -69,7 +69,7 @@ def attnlrp(model: PreTrainedModel, question: Question, *, checkpointing: bool =
         UnsupportedModelError: there are no rules for this model's family, or for some module of this model.
     """
     with differentiation(model, checkpointing=checkpointing), rules(model):
-        run = differentiable_run(model, question.inputs, question.rows, question.targets)
+        run = differentiable_run(model, question.ids[:-1], question.rows, question.targets)
         embeddings = run.embeddings.detach()[0].to(run.logits.dtype)  # (L, H)
         columns = [
             (embeddings * gradient[0].to(embeddings.dtype)).sum(-1)

@@ -33,7 +33,7 @@ def input_x_gradient(model: PreTrainedModel, question: Question, *, checkpointin
         scores (L, m) over the model's inputs, in nats; log-probs (m,) of the target.
     """
     with differentiation(model, checkpointing=checkpointing):
-        run = differentiable_run(model, question.inputs, question.rows, question.targets)
+        run = differentiable_run(model, question.ids[:-1], question.rows, question.targets)
         columns = [
             _dot(run.embeddings, gradient)[0] for (gradient,) in target_gradients(run.logprobs, [run.embeddings])
         ]
@@ -71,7 +71,7 @@ def integrated_gradients(
     for name, value in (("steps", steps), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be an integer >= 1, got {value!r}")
-    ids, rows, targets = question.inputs, question.rows, question.targets
+    ids, rows, targets = question.ids[:-1], question.rows, question.targets
     with differentiation(model, checkpointing=checkpointing):
         end = input_embeddings(model, ids)  # (L, H)
         start = _baseline_embeddings(model, question, baseline)
@@ -108,11 +108,11 @@ def _batches(points: np.ndarray, shares: np.ndarray, size: int) -> Iterator[tupl
 def _baseline_embeddings(model: PreTrainedModel, question: Question, baseline: int | None) -> Tensor:
     """(L, H)"""
     if baseline is None:
-        return torch.zeros_like(input_embeddings(model, question.inputs))
+        return torch.zeros_like(input_embeddings(model, question.ids[:-1]))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if isinstance(baseline, bool) or not isinstance(baseline, int) or not 0 <= baseline < vocabulary:
         raise InputError(f"baseline must be None or a token id below {vocabulary}, got {baseline!r}")
-    return input_embeddings(model, torch.full_like(question.inputs, baseline))
+    return input_embeddings(model, torch.full_like(question.ids[:-1], baseline))
 
 
 def _dot(embeddings: Tensor, gradient: Tensor) -> Tensor:
