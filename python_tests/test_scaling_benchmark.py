@@ -12,6 +12,7 @@ from benchmarks.scaling import cell as cells
 from benchmarks.scaling.models import SIZES, build
 from benchmarks.scaling.work import METHODS, Work, case_of, prepare
 
+pytestmark = pytest.mark.filterwarnings("ignore:integrated gradients have not converged")
 TINY = ["--size", "tiny", "--tokens", "12", "--threads", "1", "--budget", "1"]
 
 
