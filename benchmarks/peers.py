@@ -102,7 +102,9 @@ class DenseEager:
     def _log_probs(self, case: Case, rows: Tensor) -> Tensor:
         batch, length = rows.shape
         rows = rows.log() if self.mode == "log_additive" else rows
-        dense = rows.to(self.model.dtype)[:, None, None, :].expand(batch, 1, length, length).contiguous()
+        dense = (
+            rows.to(self.model.device, self.model.dtype)[:, None, None, :].expand(batch, 1, length, length).contiguous()
+        )
         token = _dense_factor.set((dense, self.mode))
         try:
             ids = case.inputs.expand(batch, -1)

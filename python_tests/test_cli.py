@@ -385,9 +385,10 @@ def test_bench_tune_needs_a_gpu():
     assert "tuning needs a GPU" in result.stderr
 
 
-def test_bench_outside_a_checkout(monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", [("bench",), ("bench", "scaling")])
+def test_bench_outside_a_checkout(command, monkeypatch, tmp_path):
     monkeypatch.setattr(atman_kernels, "__file__", str(tmp_path / "atman_kernels" / "__init__.py"))
-    result = atman("bench")
+    result = atman(*command)
     assert result.exit_code == 2
     assert "in the repository" in result.stderr
 

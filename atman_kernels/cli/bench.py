@@ -1,6 +1,7 @@
 """`atman bench`: the benchmarks of a checkout, and one quick measurement that needs nothing but the package."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,11 +32,26 @@ def command(ctx: click.Context) -> None:
     """Measure. Without a command: all benchmarks of the checkout (`make bench` installs what they need)."""
     if ctx.invoked_subcommand is not None:
         return
+    checkout = _checkout()
+    say(f"Results go to {checkout / 'benchmarks' / 'results'}")
+    ctx.exit(subprocess.run([sys.executable, "-m", "benchmarks"], cwd=checkout, check=False).returncode)
+
+
+@command.command("scaling", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def scaling(ctx: click.Context, options: tuple[str, ...]) -> None:
+    """Time and memory of AtMan and gradient methods over model size and prompt length (in a checkout)."""
+    paths = [str(_checkout()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    ctx.exit(subprocess.run([sys.executable, "-m", "benchmarks.scaling", *options], env=found, check=False).returncode)
+
+
+def _checkout() -> Path:
     checkout = Path(atman_kernels.__file__).resolve().parent.parent
     if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise InputError("the benchmarks are in the repository, not in the package; atman bench ops runs anywhere")
-    say(f"Results go to {checkout / 'benchmarks' / 'results'}")
-    ctx.exit(subprocess.run([sys.executable, "-m", "benchmarks"], cwd=checkout, check=False).returncode)
+    return checkout
 
 
 @command.command("ops")

@@ -289,7 +289,7 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
     if not keeps:
         step = max(1, len(rows))
     pieces = []
-    with torch.inference_mode(), _layers_run_once(model), _head_in_float32(model):
+    with torch.inference_mode(), _layers_run_once(model), head_in_float32(model):
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
             keep = {"logits_to_keep": chunk} if keeps else {}
@@ -349,7 +349,7 @@ def _later_features(model: PreTrainedModel, sequence: Sequence, batch: int = 1) 
 
 
 @contextmanager
-def _head_in_float32(model: PreTrainedModel) -> Iterator[None]:
+def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
     """The last product of a 16-bit model with float32 logits.
 
     A logit of 20 is a multiple of 1/8 in bfloat16: rounding it would add more noise to a loss than all layers do.

@@ -239,7 +239,7 @@ def activate(model: nn.Module, run: Run) -> Iterator[None]:
     if any(a.modules & modules for a in _active.get()):
         raise InputError(f"model {name} is already under a suppression or an explanation; leave that context first")
     active = _Active(run, modules, frozenset(id(c) for c in _configs(decoder)), name)
-    with _switched(decoder):
+    with _switched(decoder, NAME):
         _everywhere.append(active)
         token = _active.set((*_active.get(), active))
         try:
@@ -249,6 +249,17 @@ def activate(model: nn.Module, run: Run) -> Iterator[None]:
             _everywhere.remove(active)
 
 
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """The model's own eager attention, the one that can tell its weights; on exit all is as before.
+
+    Raises:
+        InputError, UnsupportedModelError: see `decoder_of`; also if a run is active on the model.
+    """
+    with _switched(decoder_of(model), "eager"):
+        yield
+
+
 def is_active(run: Run) -> bool:
     """Whether the calling thread or task is inside the run's context."""
     return any(a.run is run for a in _active.get())
@@ -256,6 +267,7 @@ def is_active(run: Run) -> bool:
 
 @dataclass
 class _Switch:
+    name: str
     holders: int
     before: list[tuple[Any, str | None]]  # configs and the names they had
 
@@ -265,14 +277,19 @@ _switch_lock = threading.Lock()
 
 
 @contextmanager
-def _switched(decoder: PreTrainedModel) -> Iterator[None]:
-    """Name `NAME` in the decoder's configs until the last of the threads that hold it has left."""
+def _switched(decoder: PreTrainedModel, name: str) -> Iterator[None]:
+    """`name` in the decoder's configs until the last of the threads that hold it has left."""
     with _switch_lock:
         switch = _switches.get(id(decoder))
         if switch is None:
-            switch = _Switch(0, [(config, config._attn_implementation) for config in _configs(decoder)])
-            decoder.set_attn_implementation(NAME)
+            switch = _Switch(name, 0, [(config, config._attn_implementation) for config in _configs(decoder)])
+            decoder.set_attn_implementation(name)
             _switches[id(decoder)] = switch
+        elif switch.name != name:
+            raise InputError(
+                f"model {type(decoder).__name__} is in use with attention {switch.name!r}, where {name!r} is needed; "
+                "leave that suppression or explanation first"
+            )
         switch.holders += 1
     try:
         yield

@@ -138,7 +138,7 @@ def _embedded(explanation: Explanation, image: Any, index: int) -> str:
 
 def _summary(explanation: Explanation) -> str:
     settings = explanation.settings
-    parts = [str(settings[key]) for key in ("model", "mode") if settings.get(key)]
+    parts = [str(settings[key]) for key in ("model", "method", "mode") if settings.get(key)]
     if settings.get("factor") is not None:
         parts.append(f"factor {settings['factor']}")
     kind = settings.get("units")

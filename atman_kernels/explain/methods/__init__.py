@@ -26,7 +26,15 @@ OF_UNITS: dict[str, tuple[str, str | None]] = {
     "atman": ("perturbation", None),
     "random": ("chance", "random number"),
 }
-OF_TOKENS: dict[str, tuple[str, str | None]] = {}
+OF_TOKENS: dict[str, tuple[str, str | None]] = {
+    "raw_attention": ("attention", "share of one layer's attention"),
+    "rollout": ("attention", "share of the attention, followed through the layers"),
+    "chefer": ("attention", "attention weighted by its gradient, followed through the layers"),
+    "gradcam": ("attention", "the last layer's attention, its heads weighted by their gradient"),
+    "input_x_gradient": ("gradients", "embedding times gradient of the log-probability, in nats"),
+    "integrated_gradients": ("gradients", "part of the log-probability's distance from the baseline, in nats"),
+    "attnlrp": ("attnlrp", "relevance for the logit (AttnLRP)"),
+}
 WITH_IMAGES = ("atman", "random")  # the others read token ids, which images do not have
 
 

@@ -1,0 +1,212 @@
+"""AttnLRP (Achtibat et al., arXiv 2402.05602): the target's logit, propagated back by rules instead of by gradients.
+
+Relevance is embedding · gradient, so every rule of the paper becomes a change of one gradient (its "efficient" form):
+
+| where | rule | gradient |
+|---|---|---|
+| linear map, residual sum, rotary embedding | ε → 0 | its own |
+| elementwise activation f | identity: the relevance passes whole | f(x) / x |
+| normalisation | identity on the division by its statistic | as if the statistic were a constant |
+| gate ⊙ up | half to each factor | halved |
+| softmax(QKᵀ) | Taylor | its own |
+| the products A · V and Q · Kᵀ | half to each factor | v halved; q and k halved twice, once per product |
+
+Attention itself is touched at its inputs only, so a fused function stays usable. Nothing of the model is replaced for
+good: the rules are hooks and a run of the attention interface, gone when the scores are there.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.explain.methods import TokenScores
+from atman_kernels.explain.question import Question
+from atman_kernels.hf.gradients import differentiable_run, differentiation, target_gradients
+from atman_kernels.hf.interface import AttentionCall, activate, decoder_of
+
+# model_type of the decoder -> name of the linear map that reads a gated product; None where nothing is gated
+FAMILIES: dict[str, str | None] = {
+    "llama": "down_proj",
+    "mistral": "down_proj",
+    "qwen2": "down_proj",
+    "qwen3": "down_proj",
+    "gemma": "down_proj",
+    "gemma3_text": "down_proj",
+    "phi3": "down_proj",
+    "olmo2": "down_proj",
+    "smollm3": "down_proj",
+    "gpt2": None,
+    "gpt_neox": None,
+}
+_LINEAR = (nn.Linear, Conv1D, nn.Embedding, nn.Dropout, nn.Identity)  # the gradient is the rule
+_ACTIVATIONS: tuple[type[nn.Module], ...] = tuple({c if isinstance(c, type) else c[0] for c in ACT2CLS.values()})
+ROUNDING = 8  # how many epsilons of its dtype a normalisation may differ from what its rule takes it for
+
+
+def attnlrp(model: PreTrainedModel, question: Question, *, checkpointing: bool = False) -> TokenScores:
+    """Relevance of each input token for each target token's logit.
+
+    A column adds up to the logit, less what the softmax of each layer and additive biases absorb (position embeddings
+    are such a bias). Cost: one forward and m backward passes, with fused attention; the graph of all layers, or with
+    `checkpointing` that of one layer and the inputs of all.
+
+    Args:
+        checkpointing: compute the layers again on the way back instead of keeping their activations.
+
+    Returns:
+        scores (L, m) over the model's inputs, in units of the logit; log-probs (m,) of the target.
+
+    Raises:
+        UnsupportedModelError: there are no rules for this model's family, or for some module of this model.
+    """
+    with differentiation(model, checkpointing=checkpointing), rules(model):
+        run = differentiable_run(model, question.ids[:-1], question.rows, question.targets)
+        embeddings = run.embeddings.detach()[0].to(run.logits.dtype)  # (L, H)
+        columns = [
+            (embeddings * gradient[0].to(embeddings.dtype)).sum(-1)
+            for (gradient,) in target_gradients(run.logits, [run.embeddings])
+        ]
+    return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
+
+
+@contextmanager
+def rules(model: PreTrainedModel) -> Iterator[None]:
+    """Gradients of `model` are AttnLRP's inside; its values are what they were.
+
+    Raises:
+        UnsupportedModelError: see `attnlrp`.
+    """
+    decoder = decoder_of(model)
+    hooks = _hooks(decoder)  # refuses before anything is changed
+    with ExitStack() as stack:
+        for register, hook in hooks:
+            stack.callback(register(hook).remove)
+        stack.enter_context(activate(model, _AttentionRules(type(model).__name__)))
+        yield
+
+
+def _hooks(decoder: PreTrainedModel) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
+    """(what registers a hook, the hook) for every module that has a rule of its own."""
+    config, name = decoder.config, type(decoder).__name__
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} has no AttnLRP rules: they are known for {', '.join(FAMILIES)}, not for {config.model_type!r}"
+        )
+    if getattr(config, "final_logit_softcapping", None):
+        raise UnsupportedModelError(f"{name} has no AttnLRP rules: its head caps the logits")
+    gated = FAMILIES[config.model_type]
+    hooks: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            hooks.append((module.register_forward_hook, _layer_norm))
+        elif type(module).__name__.endswith("RMSNorm"):
+            hooks.append((module.register_forward_hook, _rms_norm))
+        elif isinstance(module, _ACTIVATIONS):
+            hooks.append((module.register_forward_hook, _activation))
+        elif gated is not None and path.endswith(f".{gated}"):
+            hooks.append((module.register_forward_pre_hook, _halved))
+        elif not any(True for _ in module.children()) and not _passes_gradient(module):
+            raise UnsupportedModelError(f"{name} has no AttnLRP rules: {path} is a {type(module).__name__}")
+    return hooks
+
+
+def _passes_gradient(module: nn.Module) -> bool:
+    return isinstance(module, _LINEAR) or type(module).__name__.endswith("RotaryEmbedding")
+
+
+class _Secant(torch.autograd.Function):
+    """`value`, as if it had been x times a constant `slope`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient * ctx.saved_tensors[0], None, None
+
+
+def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    return _Secant.apply(x, value.detach(), slope.detach().to(x.dtype))  # type: ignore[no-any-return]
+
+
+def _scaled_gradient(x: Tensor, by: float) -> Tensor:
+    return _with_slope(x, x, x.new_tensor(by))
+
+
+def _halved(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_scaled_gradient(args[0], 0.5),)
+
+
+def _activation(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = args[0].detach()
+    return _with_slope(args[0], output, torch.where(x == 0, 0.0, output.detach() / x))
+
+
+def _rms_norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    x = args[0].detach().to(torch.promote_types(args[0].dtype, torch.float32))
+    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+    # whatever a family makes of its weight (Gemma adds 1), of ones it makes that
+    scale = module.forward(torch.ones_like(args[0][..., :1, :])) * (1 + eps) ** 0.5
+    slope = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
+    _check_rule(module, x * slope, output)
+    return _with_slope(args[0], output, slope)
+
+
+def _layer_norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm)
+    centred = args[0] - args[0].mean(-1, keepdim=True)  # linear, so the gradient goes through it
+    wide = centred.detach().to(torch.promote_types(centred.dtype, torch.float32))
+    slope = torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.eps)
+    slope = slope if module.weight is None else slope * module.weight
+    _check_rule(module, wide * slope if module.bias is None else wide * slope + module.bias, output)
+    return _with_slope(centred, output, slope)
+
+
+def _check_rule(module: nn.Module, expected: Tensor, output: Tensor) -> None:
+    """Refuses a normalisation that computes something else than its rule supposes."""
+    output = output.detach()
+    error = float((expected.detach() - output).abs().amax())
+    eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)  # families compute in float32 at most
+    if not error <= ROUNDING * eps * (1 + float(output.abs().amax())):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no AttnLRP rule: it is no plain normalisation, from which it differs by "
+            f"{error:.2g}"
+        )
+
+
+class _AttentionRules:
+    """Fused attention whose inputs get AttnLRP's shares."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+
+    def mask(self, **kwargs: Any) -> Tensor | None:
+        return sdpa_mask(**kwargs)
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        if call.softcap is not None or call.sinks is not None or call.position_bias is not None:
+            raise UnsupportedModelError(
+                f"{self.model_name} has no AttnLRP rules: its attention has a softcap, sinks or a position bias"
+            )
+        query, key = _scaled_gradient(call.query, 0.25), _scaled_gradient(call.key, 0.25)
+        output, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            _scaled_gradient(call.value, 0.5),
+            call.mask,
+            scaling=call.scale,
+            is_causal=call.is_causal,
+        )
+        return output

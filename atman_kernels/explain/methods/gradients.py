@@ -1,0 +1,124 @@
+"""Scores from gradients by the input embeddings: input × gradient, and integrated gradients.
+
+What is explained is the target token's log-prob, so that scores are in nats. Any causal language model will do: its
+attention stays what it is. The graph of one forward lives until the last target token's backward pass.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atman_kernels.errors import InputError
+from atman_kernels.explain.methods import TokenScores
+from atman_kernels.explain.question import Question
+from atman_kernels.hf.gradients import differentiable_run, differentiation, input_embeddings, target_gradients
+
+UNCONVERGED = 0.1  # of the distance that integrated gradients should add up to
+NEGLIGIBLE = 0.01  # nats
+
+
+def input_x_gradient(model: PreTrainedModel, question: Question, *, checkpointing: bool = False) -> TokenScores:
+    """x · ∂ log p / ∂x, summed over the features of each token's embedding x (Shrikumar et al., arXiv 1605.01713).
+
+    Cost: one forward and m backward passes.
+
+    Args:
+        checkpointing: compute the layers again on the way back instead of keeping their activations.
+
+    Returns:
+        scores (L, m) over the model's inputs, in nats; log-probs (m,) of the target.
+    """
+    with differentiation(model, checkpointing=checkpointing):
+        run = differentiable_run(model, question.ids[:-1], question.rows, question.targets)
+        columns = [
+            _dot(run.embeddings, gradient)[0] for (gradient,) in target_gradients(run.logprobs, [run.embeddings])
+        ]
+    return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
+
+
+def integrated_gradients(
+    model: PreTrainedModel,
+    question: Question,
+    *,
+    steps: int = 32,
+    baseline: int | None = None,
+    batch: int = 4,
+    checkpointing: bool = False,
+) -> TokenScores:
+    """The gradient of log p averaged over the way from a baseline to the input (Sundararajan et al., arXiv 1703.01365).
+
+    (x − x₀) · ∫ ∂ log p(x₀ + α (x − x₀)) / ∂x dα, summed over features, by Gauss-Legendre quadrature. A column adds up
+    to log p(x) − log p(x₀) as far as `steps` suffice; `stats["completeness_gap"]` is what is missing, in nats, and a
+    warning says when that is much. In deep models it often is: log p jumps on the way.
+    Cost: `steps` forwards and m · `steps` backward passes.
+
+    Args:
+        steps: points of the quadrature, all of them inside the way.
+        baseline: a token id whose embedding stands at every position of x₀; None: zeros.
+        batch: points per forward; memory grows with it.
+        checkpointing: compute the layers again on the way back instead of keeping their activations.
+
+    Returns:
+        scores (L, m) over the model's inputs, in nats; log-probs (m,) of the target.
+
+    Raises:
+        InputError: steps or batch below 1, or a baseline outside the vocabulary.
+    """
+    for name, value in (("steps", steps), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
+    ids, rows, targets = question.ids[:-1], question.rows, question.targets
+    with differentiation(model, checkpointing=checkpointing):
+        end = input_embeddings(model, ids)  # (L, H)
+        start = _baseline_embeddings(model, question, baseline)
+        nodes, weights = np.polynomial.legendre.leggauss(steps)  # of [-1, 1]
+        total = torch.zeros(len(targets), *end.shape, dtype=_wide(end), device=end.device)  # (m, L, H)
+        for alphas, shares in _batches((nodes + 1) / 2, weights / 2, batch):
+            way = start + alphas.to(end)[:, None, None] * (end - start)
+            run = differentiable_run(model, ids, rows, targets, embeddings=way)
+            for target, (gradient,) in enumerate(target_gradients(run.logprobs, [run.embeddings])):
+                total[target] += torch.einsum("s,slh->lh", shares.to(total), gradient.to(total.dtype))
+        with torch.no_grad():
+            ends = differentiable_run(model, ids, rows, targets, embeddings=torch.stack([start, end])).logprobs
+    scores = _dot(end - start, total).T
+    return TokenScores(scores, ends[1], {"completeness_gap": _completeness_gap(scores, ends[1] - ends[0], steps)})
+
+
+def _completeness_gap(scores: Tensor, distances: Tensor, steps: int) -> float:
+    """What the (L, m) scores miss of the distances (m,) that they should add up to; a warning where it is much."""
+    gaps = (scores.sum(0) - distances).abs()
+    gap = float(gaps.max())
+    if bool((gaps > UNCONVERGED * distances.abs() + NEGLIGIBLE).any()):
+        warnings.warn(
+            f"integrated gradients have not converged: with {steps} steps their sum is {gap:.2g} nats off; take more "
+            "steps, or do not rely on them",
+            stacklevel=2,
+        )
+    return gap
+
+
+def _batches(points: np.ndarray, shares: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.from_numpy(points).split(size), torch.from_numpy(shares).split(size), strict=True)
+
+
+def _baseline_embeddings(model: PreTrainedModel, question: Question, baseline: int | None) -> Tensor:
+    """(L, H)"""
+    if baseline is None:
+        return torch.zeros_like(input_embeddings(model, question.ids[:-1]))
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if isinstance(baseline, bool) or not isinstance(baseline, int) or not 0 <= baseline < vocabulary:
+        raise InputError(f"baseline must be None or a token id below {vocabulary}, got {baseline!r}")
+    return input_embeddings(model, torch.full_like(question.ids[:-1], baseline))
+
+
+def _dot(embeddings: Tensor, gradient: Tensor) -> Tensor:
+    """(…, L, H) twice -> (…, L), in float32 (float64 for float64 models)."""
+    return (embeddings.detach().to(_wide(embeddings)) * gradient.to(_wide(embeddings))).sum(-1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
