@@ -34,6 +34,11 @@ def signed(value: float) -> str:
     return digits if value == 0 else ("+" if value > 0 else "−") + digits
 
 
+def give_or_take(error: float | None) -> str:
+    """What stands behind a score that is an estimate, and nothing behind an exact one."""
+    return "" if error is None else f" ±{signed(abs(error)).lstrip('+')}"
+
+
 def percent(logprob: float) -> str:
     """The probability behind a natural logarithm, for a reader; a very small one as a power of ten."""
     power = round(logprob / math.log(10))
