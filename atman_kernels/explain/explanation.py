@@ -96,6 +96,12 @@ class Explanation:
         return self.measure == RISE
 
     @property
+    def versus(self) -> str | None:
+        """The other answer, if this explains why the model prefers one to the other."""
+        other = self.settings.get("versus")
+        return None if other is None else str(other)
+
+    @property
     def total(self) -> torch.Tensor:
         """(n_units,) float32: each unit's scores summed over the target tokens."""
         return self.scores.sum(dim=1)
@@ -242,10 +248,11 @@ class Explanation:
 
     def __repr__(self) -> str:
         n_units, n_tokens = self.scores.shape
+        likelihood = f"{'log p' if self.versus is None else 'log odds'} = {float(self.base_logprobs.sum()):.2f}"
         strongest = ", ".join(f"{_shortened(unit.text)} {score:+.2f}" for unit, score in self.top(3))
         return (
             f"Explanation({n_units} units × {n_tokens} target tokens, target={_shortened(self.target)}, "
-            f"log p = {float(self.base_logprobs.sum()):.2f}, top: {strongest})"
+            f"{likelihood}, top: {strongest})"
         )
 
 

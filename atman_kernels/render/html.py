@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from atman_kernels.errors import InputError
-from atman_kernels.render.labels import give_or_take, label, percent, printable, signed
+from atman_kernels.render.labels import give_or_take, label, likelihood, printable, signed, token_label
 from atman_kernels.render.places import boxes_of, explained_size, reach
 from atman_kernels.render.segments import ranked, segments, strongest
 
@@ -61,7 +61,7 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
     scale = max(map(abs, total)) or 1.0
     speaks_for, speaks_against = ranked(total, TOP)
     errors = [None] * len(total) if explanation.standard_errors is None else explanation.standard_errors.tolist()
-    logprob = float(explanation.base_logprobs.sum())
+    tokens = [token_label(explanation, token) for token in range(len(explanation.target_tokens))]
 
     def painted(text: str, source: str) -> list[dict[str, Any]]:
         pieces = []
@@ -72,8 +72,8 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
 
     return {
         "explanation": explanation,
-        "logprob": logprob,
-        "probability": percent(logprob),
+        "likelihood": likelihood(explanation),
+        "tokens": tokens,
         "token_logprobs": explanation.base_logprobs.tolist(),
         "total": total,
         "errors": errors,
@@ -87,7 +87,7 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
         "script": _file("explanation.js"),
         "data": {
             "labels": [label(unit.text, 60) for unit in explanation.units],
-            "tokens": [label(token, 24) for token in explanation.target_tokens],
+            "tokens": tokens,
             "total": [float(f"{score:.4g}") for score in total],
             "scores": [[float(f"{score:.4g}") for score in row] for row in explanation.scores.tolist()],
             "errors": [give_or_take(error) for error in errors],
@@ -141,7 +141,7 @@ def _embedded(explanation: Explanation, image: Any, index: int) -> str:
 
 def _summary(explanation: Explanation) -> str:
     settings = explanation.settings
-    parts = [str(settings[key]) for key in ("model", "mode") if settings.get(key)]
+    parts = [str(settings[key]) for key in ("model", "method", "mode") if settings.get(key)]
     if settings.get("factor") is not None:
         parts.append(f"factor {settings['factor']}")
     kind = settings.get("units")

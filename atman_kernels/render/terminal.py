@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from atman_kernels.render import NEGATIVE, POSITIVE
-from atman_kernels.render.labels import give_or_take, label, percent, printable, signed
+from atman_kernels.render.labels import give_or_take, label, likelihood, printable, signed, token_label
 from atman_kernels.render.segments import Segment, ranked, segments, strongest
 
 if TYPE_CHECKING:
@@ -86,10 +86,12 @@ class _Canvas:
 
     def answer(self) -> Text:
         logprobs: list[float] = self.explanation.base_logprobs.tolist()
-        whole = f"log p {self.number(sum(logprobs))}, {self.safe(percent(sum(logprobs)))}"
+        whole = ", ".join(
+            self.safe(part.replace("−", "-") if self.ascii else part) for part in likelihood(self.explanation)
+        )
         line = Text.assemble(("Answer", "bold"), (f"  {whole}", "dim"), "\n")
-        for token, logprob in zip(self.explanation.target_tokens, logprobs, strict=True):
-            line.append(self.safe(label(token, 24)), "bold")
+        for token, logprob in enumerate(logprobs):
+            line.append(self.safe(token_label(self.explanation, token)), "bold")
             line.append(f" {self.number(logprob)}   ", "dim")
         line.rstrip()
         return line

@@ -135,10 +135,10 @@ def seeded(seed: int) -> torch.Generator:
     """A generator of random numbers.
 
     Raises:
-        InputError: seed is no integer >= 0.
+        InputError: seed is no integer from 0 to 2^63 − 1.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise InputError(f"seed must be an integer from 0 to 2^63 − 1, got {seed!r}")
     return torch.Generator().manual_seed(seed)
 
 
