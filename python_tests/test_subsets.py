@@ -12,6 +12,7 @@ import sys
 import eager_oracle
 import numpy as np
 import pytest
+import tiny_image_models
 import tiny_models
 import torch
 from rich.console import Console
@@ -119,6 +120,16 @@ def test_order_of_masks_and_small_packs_change_nothing(model, tokenizer):
     assert parts.stats["forwards"] > whole.stats["forwards"]
 
 
+def test_whole_rows_where_packing_cannot(model, tokenizer):
+    explainer = explainer_of(model, tokenizer)
+    explainer._runner.unpackable = "so that rows are recomputed"
+    masks = [[True, True, False, False, True], [False] * 5, [False, False, True, False, False]]
+    found = explainer.ablate(PROMPT, ANSWER, masks=masks)
+    assert found.settings["path"] == "batched"
+    for logprobs, positions in zip(found.logprobs, ((0, 1, 4), (), (2,)), strict=True):
+        torch.testing.assert_close(logprobs.double(), oracle(model, positions), atol=1e-4, rtol=0)
+
+
 def test_models_own_answer(explainer):
     found = explainer.ablate(PROMPT, masks=lambda units: torch.ones(1, len(units), dtype=torch.bool), max_new_tokens=3)
     assert found.target == explainer.explain(PROMPT, max_new_tokens=3).target
@@ -213,6 +224,30 @@ def test_a_batch_is_its_prompts_one_by_one(explainer):
         alone = explainer.explain(prompt, answer, method="shapley", permutations=4)
         torch.testing.assert_close(joint.scores, alone.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(joint.standard_errors, alone.standard_errors, atol=1e-5, rtol=0)
+
+
+def test_values_of_an_image_and_its_text_add_up():
+    """Beside the fall that `explain` measures with all of them as one: the image and the words around it."""
+    model, text = tiny_image_models.build("llava"), "w5 w6 <image> w7 w8"
+    explainer = explainer_of(model, tiny_image_models.processor("llava"), factor=0.1)
+    asked = {"images": tiny_image_models.picture(24, 24), "text": text, "target": ANSWER, "image_units": 2}
+    found = explainer.explain(**asked, method="shapley", permutations=4)
+    inputs = dict(tiny_image_models.processor("llava")(images=asked["images"], text=text, return_tensors="pt"))
+    answer = torch.tensor([20, 21])
+    n = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    gone = torch.ones(2, n + 1)
+    gone[1, sorted({index for unit in found.units for index in unit.token_indices})] = 0.1
+    base, left = (
+        eager_oracle.whole_model_logprobs(model, inputs, answer, n, row, "log_additive", None) for row in gone
+    )
+    torch.testing.assert_close(found.scores.sum(0).double(), (base - left).double(), atol=1e-4, rtol=0)
+    assert {unit.source for unit in found.units} == {"prompt", "image"}
+    with pytest.raises(ak.InputError, match="versus does not go with images"):
+        explainer.explain(**asked, versus=OTHER)
+    with pytest.raises(ak.InputError, match="images is missing"):
+        explainer.ablate(text, ANSWER, masks=[[True]])
 
 
 # --- Lasso ---

@@ -29,7 +29,7 @@ OF_UNITS: dict[str, tuple[str, str | None]] = {
     "random": ("chance", "random number"),
 }
 OF_TOKENS: dict[str, tuple[str, str | None]] = {}
-WITH_IMAGES = ("atman", "random")  # the others read token ids, which images do not have
+WITH_IMAGES = ("atman", "shapley", "lasso", "random")  # the others read token ids, which images do not have
 
 
 @dataclass(frozen=True, eq=False)
