@@ -32,6 +32,8 @@ ROW = 0.26  # inches per unit
 def bar(explanation: Explanation, top: int = 15, ax: Axes | None = None) -> Axes:
     """Horizontal bars: the units with the largest totals in absolute value, most important at the top.
 
+    Scores that are estimates get a line of one standard error to either side.
+
     Args:
         explanation: what to draw.
         top: how many units to show.
@@ -50,7 +52,9 @@ def bar(explanation: Explanation, top: int = 15, ax: Axes | None = None) -> Axes
     ax = ax or _axes(7.0, 1.2 + ROW * len(values))
 
     colours = [POSITIVE if value > 0 else NEGATIVE for value in values]
-    bars = ax.barh(range(len(values)), values, height=0.72, color=colours)
+    errors = None if explanation.standard_errors is None else explanation.standard_errors[shown].tolist()
+    style: dict[str, Any] = {"ecolor": "0.3", "capsize": 2.5, "error_kw": {"elinewidth": 1}}
+    bars = ax.barh(range(len(values)), values, height=0.72, color=colours, xerr=errors, **style)
     ax.bar_label(bars, [signed(value) for value in values], padding=4, fontsize=9)
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.margins(x=0.14, y=0.01)

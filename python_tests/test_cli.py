@@ -120,6 +120,20 @@ def test_same_scores_as_the_explainer(explain, tiny_llama):
         assert found["settings"][name] == expected.settings[name]
 
 
+def test_method_and_other_answer(explain, tiny_llama):
+    from atman_kernels.hf.loading import load_model
+
+    model, tokenizer = load_model(tiny_llama, dtype="float32", device="cpu")
+    expected = atman_kernels.Explainer(model, tokenizer, progress=False).explain(
+        PROMPT, " Pilot", "word", versus=" rang", method="shapley", permutations=6, seed=3
+    )
+    options = ("--method", "shapley", "--permutations", 6, "--seed", 3, "--units", "word")
+    found = explain("--target", " Pilot", "--versus", " rang", *options, PROMPT)
+    torch.testing.assert_close(torch.tensor(found["scores"]), expected.scores, atol=1e-5, rtol=0)
+    assert found["settings"]["versus"] == " rang"
+    assert found["settings"]["options"] == {"permutations": 6, "seed": 3}
+
+
 @pytest.mark.parametrize(("given", "expected"), [("0-1", [0, 1]), ("1,0", [0, 1]), ("1", [1]), ("0,0-1", [0, 1])])
 def test_layers(explain, given, expected):
     assert explain("--layers", given, "--target", " Pilot", PROMPT)["settings"]["layers"] == expected
@@ -233,6 +247,8 @@ def test_squad_sample(squad_sample):
         (("--model", "m", "--json", ".", PROMPT), "--json must be a file"),
         (("--model", "m", "--device", "toaster", PROMPT), "device 'toaster'"),
         (("--model", "m", "--nonsense", PROMPT), "--nonsense"),
+        (("--model", "m", "--method", "shapely", PROMPT), "method must be one of 'atman', 'shapley'"),
+        (("--model", "m", "--permutations", "8", PROMPT), "'atman' has no option 'permutations'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -254,11 +270,12 @@ def test_wrong_input(arguments, message, squad, monkeypatch):
     ("arguments", "message"),
     [
         (("--target", "", PROMPT), "target is empty"),
+        (("--target", " Pilot", "--versus", "", PROMPT), "versus must be a text"),
         (("--layers", "7", "--target", " Pilot", PROMPT), "layer"),
         (("--factor", "nan", "--target", " Pilot", PROMPT), "factor"),
         (("--target", " Pilot", "~" * 1100), "positions"),
     ],
-    ids=["empty target", "layer", "factor", "too long"],
+    ids=["empty target", "empty versus", "layer", "factor", "too long"],
 )
 def test_input_that_does_not_fit_the_model(arguments, message, tiny_llama, tmp_path):
     page = tmp_path / "page.html"

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,7 +41,13 @@ def _layers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> 
 @click.option("--squad", metavar="FILE", help="Ask a question of a file in SQuAD format.")
 @click.option("--item", type=int, metavar="N", help="Which question of it, from 0.")
 @click.option("--target", help="The answer to explain; usually starts with a space.  [default: the model's own]")
+@click.option("--versus", metavar="TEXT", help="Another answer: show why the model prefers the target to it.")
 @click.option("--units", type=click.Choice(UNITS), default="token", show_default=True, help="What gets a score.")
+@click.option(
+    "--method", metavar="NAME", default="atman", show_default=True, help="Or shapley, lasso, …: see the docs."
+)
+@click.option("--permutations", type=int, metavar="N", help="Orders that shapley draws; even, at least 4.")
+@click.option("--seed", type=int, metavar="N", help="Of methods that draw.")
 @click.option("--mode", type=click.Choice(MODES), default="log_additive", show_default=True, help="How to suppress.")
 @click.option("--factor", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Attention that is kept.")
 @click.option(
@@ -67,7 +73,11 @@ def command(
     squad: str | None,
     item: int | None,
     target: str | None,
+    versus: str | None,
     units: str,
+    method: str,
+    permutations: int | None,
+    seed: int | None,
     mode: str,
     factor: float,
     threshold: float | None,
@@ -94,6 +104,8 @@ def command(
     for option, path in (("--html", html), ("--json", None if json_file == "-" else json_file)):
         if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
             raise InputError(f"{option} must be a file in an existing folder, got {path!r}")
+    options: dict[str, Any] = {k: v for k, v in (("permutations", permutations), ("seed", seed)) if v is not None}
+    _check_method(method, options)
 
     with warnings_as_messages(quiet):
         loaded, tokenizer = load(
@@ -111,9 +123,25 @@ def command(
             progress=not quiet and sys.stderr.isatty(),
         )
         explanation = explainer.explain(
-            text, answer, units, include_target=include_target, chat=chat, max_new_tokens=max_new_tokens
+            text,
+            answer,
+            units,
+            versus=versus,
+            include_target=include_target,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            method=method,
+            **options,
         )
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
+
+
+def _check_method(name: str, options: dict[str, Any]) -> None:
+    """Before a model is loaded for nothing."""
+    if name != "atman" or options:
+        from atman_kernels.explain.methods import method
+
+        method(name, options)
 
 
 def _question(

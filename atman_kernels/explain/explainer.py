@@ -13,11 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 import atman_kernels
 from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
+from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
 from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images
+from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
 from atman_kernels.explain.runner import VariantRunner
+from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_subsets
 from atman_kernels.formula import MODES
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.sequence import Embedded
@@ -86,6 +89,7 @@ class Explainer:
         target: str | None = None,
         units: UnitChoice | None = "token",
         *,
+        versus: str | None = None,
         images: Any = None,
         text: Prompt | None = None,
         image_units: ImageUnitChoice | None = "patch",
@@ -105,6 +109,9 @@ class Explainer:
                 space); None lets the model answer first, greedily.
             units: "token" | "word" | "sentence" | "paragraph", or (start, end) character spans of the prompt,
                 which may overlap and leave text out. None, with images: only they are explained.
+            versus: another answer: the scores then say why the model gives the target rather than this one. They
+                are those of the target minus those of this answer, summed up, on the one target token "A rather
+                than B". Not with images.
             images: one PIL image or several, in the order of the placeholders in the text. Needs an explainer that
                 was given the model's processor.
             text: another name for prompt, the processor's own.
@@ -118,7 +125,8 @@ class Explainer:
             options: of that method, by name.
 
         Returns:
-            An `Explanation`; scores (n_units, n_target_tokens) are in nats.
+            An `Explanation`; scores are (n_units, n_target_tokens), or (n_units, 1) for the whole answer with versus
+            and with methods that explain no single tokens.
 
         Raises:
             InputError: an argument does not fit.
@@ -136,7 +144,11 @@ class Explainer:
         if images is None and not isinstance(asked, Mapping):
             if units is None:
                 raise InputError("units is None, which needs images; without them nothing would get a score")
-            return self.explain_batch([asked], [target], [units], **settings, method=method, **options)[0]
+            return self.explain_batch(
+                [asked], [target], [units], versus=[versus], **settings, method=method, **options
+            )[0]
+        if versus is not None:
+            raise InputError("versus does not go with images; explain either answer by itself")
         chosen = methods.method(method, options)
         if chosen.name not in methods.WITH_IMAGES:
             raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method!r}")
@@ -153,6 +165,7 @@ class Explainer:
         targets: Sequence[str | None] | None = None,
         units: str | Sequence[UnitChoice] = "token",
         *,
+        versus: Sequence[str | None] | None = None,
         include_target: bool = False,
         chat: bool = False,
         max_new_tokens: int = 32,
@@ -166,6 +179,7 @@ class Explainer:
             prompts: as in `explain`, one or more.
             targets: one per prompt; None, whole or in places, lets the model answer.
             units: one granularity for all prompts, or one choice per prompt.
+            versus: one other answer per prompt, or None, whole or in places.
             include_target, chat, max_new_tokens, language, method, options: as in `explain`.
 
         Returns:
@@ -179,33 +193,52 @@ class Explainer:
             raise InputError("prompts must be a list with at least one prompt")
         answers = [None] * len(prompts) if targets is None else list(targets)
         choices = [units] * len(prompts) if isinstance(units, str) else list(units)
-        for name, given in (("targets", answers), ("units", choices)):
+        others = [None] * len(prompts) if versus is None else list(versus)
+        for name, given in (("targets", answers), ("units", choices), ("versus", others)):
             if len(given) != len(prompts):
                 raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts")
+        for answer, other in zip(answers, others, strict=True):
+            check_versus(answer, other, include_target)
         for prompt in prompts:
             check_without_images(self.model, self.processor, prompt)
+        contrasted = [index for index, other in enumerate(others) if other is not None]
+        asked = [*range(len(prompts)), *contrasted]  # which prompt each question is about
         started = time.perf_counter()
         with _evaluating(self.model):
             questions = [
                 ask(
                     self.model,
                     self.tokenizer,
-                    prompt,
+                    prompts[index],
                     answer,
-                    choice,
+                    choices[index],
                     include_target=include_target,
                     chat=chat,
                     max_new_tokens=max_new_tokens,
                     language=language,
                 )
-                for prompt, answer, choice in zip(prompts, answers, choices, strict=True)
+                for index, answer in zip(asked, [*answers, *(others[i] for i in contrasted)], strict=True)
             ]
-            return self._explained(chosen, questions, list(map(_name, choices)), started)
+            return self._explained(chosen, questions, [_name(choices[i]) for i in asked], started, contrasted)
 
     def _explained(
-        self, method: methods.Method, questions: list[Question], names: list[str | None], started: float
+        self,
+        method: methods.Method,
+        questions: list[Question],
+        names: list[str | None],
+        started: float,
+        contrasted: Sequence[int] = (),
     ) -> list[Explanation]:
-        """What the method finds; `names` are of the questions' units, `started` is when asking began."""
+        """What the method finds.
+
+        Args:
+            names: of the questions' units.
+            started: when asking began.
+            contrasted: questions whose other answers are the last ones, in this order.
+        """
+        pairs = list(zip(contrasted, range(len(questions) - len(contrasted), len(questions)), strict=True))
+        for first, second in pairs:
+            check_answers(questions[first], questions[second])
         answered = time.perf_counter()
         outcome = method.run(self._context(), questions)
         stats = {
@@ -214,12 +247,80 @@ class Explainer:
             "questions": len(questions),
             **outcome.stats,
         }
-        return [
-            self._explanation(
-                question, scores.float(), logprobs, self._settings(method, outcome, name) | question.facts, stats
-            )
-            for question, scores, logprobs, name in zip(questions, outcome.scores, outcome.logprobs, names, strict=True)
+        explanations = [
+            _explanation(question, outcome, index, self._settings(method, outcome, name) | question.facts, stats)
+            for index, (question, name) in enumerate(zip(questions, names, strict=True))
         ]
+        for first, second in pairs:
+            errors = None if outcome.draws is None else _errors(outcome.draws[first] - outcome.draws[second])
+            explanations[first] = contrast(explanations[first], explanations[second], errors)
+        return explanations[: len(questions) - len(pairs)]
+
+    def ablate(
+        self,
+        prompt: Prompt,
+        target: str | None = None,
+        units: UnitChoice = "token",
+        *,
+        masks: Masks,
+        include_target: bool = False,
+        chat: bool = False,
+        max_new_tokens: int = 32,
+        language: str = "en",
+    ) -> Ablation:
+        """The answer's log-probabilities with any sets of units suppressed: as many sets as wanted, in one go.
+
+        Units are suppressed as in `explain`, by this explainer's mode, factor, similarity threshold and layers; with
+        `factor=0` and mode "log_additive" they are gone. Equal masks run once.
+
+        Args:
+            masks: bool (n_variants, n_units), True = suppressed: a tensor, an array or nested lists; or a function
+                that makes them from the tuple of units.
+            prompt, target, units, include_target, chat, max_new_tokens, language: as in `explain`.
+
+        Returns:
+            An `Ablation`. Beside it, memory holds one float32 factor per mask and token of the prompt and target.
+
+        Raises:
+            InputError: an argument does not fit.
+            UnsupportedModelError: the model cannot be explained, with the reason.
+
+        Example:
+            >>> removing = Explainer(model, tokenizer, factor=0.0)                          # doctest: +SKIP
+            >>> halves = lambda units: torch.rand(1000, len(units)) < 0.5                   # doctest: +SKIP
+            >>> removing.ablate("The capital of France is", " Paris", masks=halves).logprobs.shape  # doctest: +SKIP
+            torch.Size([1000, 1])
+        """
+        check_without_images(self.model, self.processor, prompt)
+        started = time.perf_counter()
+        with _evaluating(self.model):
+            question = ask(
+                self.model,
+                self.tokenizer,
+                prompt,
+                target,
+                units,
+                include_target=include_target,
+                chat=chat,
+                max_new_tokens=max_new_tokens,
+                language=language,
+            )
+            rows = checked_masks(masks, question.units)
+            answered = time.perf_counter()
+            context = self._context()
+            outcome = run_subsets(context, [question], [rows], "ablating")
+        return Ablation(
+            prompt=question.prompt,
+            target=question.target,
+            units=question.units,
+            masks=rows,
+            logprobs=outcome.perturbed[0].float(),
+            target_tokens=question.target_tokens,
+            base_logprobs=outcome.unperturbed[0].float(),
+            settings=suppression(context) | self._origin(_name(units)),
+            stats={"seconds": time.perf_counter() - started, "answering_seconds": answered - started}
+            | cost(outcome.work),
+        )
 
     def _context(self) -> methods.MethodContext:
         return methods.MethodContext(self.model, self._runner, self._factors, self.factor, self.similarity_threshold)
@@ -242,26 +343,14 @@ class Explainer:
         )
         return rows[:, :-1]  # the last answer token is no key
 
-    def _explanation(
-        self, question: Question, scores: Tensor, logprobs: Tensor, settings: dict[str, Any], stats: dict[str, Any]
-    ) -> Explanation:
-        return Explanation(
-            prompt=question.prompt,
-            target=question.target,
-            units=question.units,
-            scores=scores,
-            target_tokens=question.target_tokens,
-            base_logprobs=logprobs.float(),
-            settings=settings,
-            stats=stats,
-        )
-
     def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: str | None) -> dict[str, Any]:
+        own = {} if method.measure is None else {"measure": method.measure, "options": method.options}
+        return {"method": method.name, **own, **outcome.settings, **self._origin(units)}
+
+    def _origin(self, units: str | None) -> dict[str, Any]:
+        """What was explained with what."""
         return {
             "model": getattr(self.model.config, "name_or_path", "") or type(self.model).__name__,
-            "method": method.name,
-            **({} if method.measure is None else {"measure": method.measure, "options": method.options}),
-            **outcome.settings,
             "units": units,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
@@ -271,6 +360,32 @@ class Explainer:
                 "transformers": transformers.__version__,
             },
         }
+
+
+def _explanation(
+    question: Question, outcome: methods.MethodOutcome, index: int, settings: dict[str, Any], stats: dict[str, Any]
+) -> Explanation:
+    """One question's share of what a method found."""
+    scores, logprobs = outcome.scores[index].float(), outcome.logprobs[index]
+    tokens = question.target_tokens
+    if scores.shape[1] < len(tokens):  # one score for the whole answer
+        tokens, logprobs = (question.target,), logprobs.sum(dim=0, keepdim=True)
+    return Explanation(
+        prompt=question.prompt,
+        target=question.target,
+        units=question.units,
+        scores=scores,
+        target_tokens=tokens,
+        base_logprobs=logprobs.float(),
+        settings=settings,
+        stats=stats,
+        standard_errors=None if outcome.draws is None else _errors(outcome.draws[index]),
+    )
+
+
+def _errors(draws: Tensor) -> Tensor:
+    """(n_units,) standard errors of the means of (n_draws, n_units) independent draws."""
+    return (draws.std(dim=0) / len(draws) ** 0.5).float()
 
 
 def _name(units: UnitChoice | None) -> str | None:

@@ -7,7 +7,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class Explanation:
             with nothing suppressed.
         settings: how it was computed; JSON types only (a copy is kept, tuples become lists).
         stats: what it cost; JSON types only, likewise.
+        standard_errors: (n_units,) float32 on the CPU, of each unit's total, where scores are estimates from random
+            draws; None where they are exact.
 
     Raises:
         InputError: a field has the wrong type, shape, dtype or device or is not finite, or a unit lies
@@ -68,6 +70,7 @@ class Explanation:
     base_logprobs: torch.Tensor
     settings: dict[str, Any]
     stats: dict[str, Any]
+    standard_errors: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target"):
@@ -77,6 +80,8 @@ class Explanation:
         _check_target_tokens(self.target_tokens)
         _check_tensor("scores", self.scores, (len(self.units), len(self.target_tokens)))
         _check_tensor("base_logprobs", self.base_logprobs, (len(self.target_tokens),))
+        if self.standard_errors is not None:
+            _check_tensor("standard_errors", self.standard_errors, (len(self.units),))
         for name in ("settings", "stats"):
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
 
@@ -89,6 +94,12 @@ class Explanation:
     def measures_suppression(self) -> bool:
         """Whether scores are rises of the loss, and so ratios of probabilities."""
         return self.measure == RISE
+
+    @property
+    def versus(self) -> str | None:
+        """The other answer, if this explains why the model prefers one to the other."""
+        other = self.settings.get("versus")
+        return None if other is None else str(other)
 
     @property
     def total(self) -> torch.Tensor:
@@ -215,6 +226,7 @@ class Explanation:
         # float32 → float64 → shortest decimal is lossless in both directions.
         content["scores"] = self.scores.tolist()
         content["base_logprobs"] = self.base_logprobs.tolist()
+        content["standard_errors"] = None if self.standard_errors is None else self.standard_errors.tolist()
         _write_whole(path, (json.dumps(content, allow_nan=False) + "\n").encode("utf-8"))
 
     @classmethod
@@ -236,10 +248,11 @@ class Explanation:
 
     def __repr__(self) -> str:
         n_units, n_tokens = self.scores.shape
+        likelihood = f"{'log p' if self.versus is None else 'log odds'} = {float(self.base_logprobs.sum()):.2f}"
         strongest = ", ".join(f"{_shortened(unit.text)} {score:+.2f}" for unit, score in self.top(3))
         return (
             f"Explanation({n_units} units × {n_tokens} target tokens, target={_shortened(self.target)}, "
-            f"log p = {float(self.base_logprobs.sum()):.2f}, top: {strongest})"
+            f"{likelihood}, top: {strongest})"
         )
 
 
@@ -322,14 +335,15 @@ def _from_json(content: Any) -> Explanation:
         raise InputError(f'not an explanation: expected "format": "{FORMAT}", found {found!r}')
     if content.get("version") != VERSION:
         raise InputError(f"version {content.get('version')!r} cannot be read, only version {VERSION}")
-    missing = [field.name for field in fields(Explanation) if field.name not in content]
+    missing = [field.name for field in fields(Explanation) if field.name not in content and field.default is MISSING]
     if missing:
         raise InputError(f"missing {', '.join(missing)}")
-    values = {field.name: content[field.name] for field in fields(Explanation)}
+    values = {field.name: content[field.name] for field in fields(Explanation) if field.name in content}
     try:
         values["units"] = tuple(map(_unit_from_json, _list("units", values["units"])))
         values["target_tokens"] = tuple(_list("target_tokens", values["target_tokens"]))
-        for name in ("scores", "base_logprobs"):
+        estimated = values.get("standard_errors") is not None
+        for name in ("scores", "base_logprobs", *(["standard_errors"] if estimated else [])):
             values[name] = torch.tensor(_list(name, values[name]), dtype=torch.float32)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"a field has the wrong form: {error}") from error

@@ -64,6 +64,39 @@ def factor_rows(
     return rows
 
 
+def subset_rows(rows: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Factors that suppress several units at once, from those that suppress each of them.
+
+    A token that several of them own, or neighbour, keeps the least that any of them leaves it; where they amplify
+    it (factors above 1), the most.
+
+    Args:
+        rows: (n_units, length), as `factor_rows` makes them.
+        masks: (n_variants, n_units) bool, True = suppressed.
+
+    Returns:
+        (n_variants, length), in the rows' dtype and on their device.
+
+    Raises:
+        InputError: masks of another dtype or width.
+
+    >>> rows = torch.tensor([[0.5, 1.0, 1.0], [0.2, 0.2, 1.0]])
+    >>> subset_rows(rows, torch.tensor([[True, False], [True, True], [False, False]]))
+    tensor([[0.5000, 1.0000, 1.0000],
+            [0.2000, 0.2000, 1.0000],
+            [1.0000, 1.0000, 1.0000]])
+    """
+    if masks.dtype != torch.bool or masks.dim() != 2 or masks.shape[1] != len(rows):
+        raise InputError(f"masks: got {masks.dtype} {tuple(masks.shape)}, expected bool (n_variants, {len(rows)})")
+    result = torch.ones(len(masks), rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for row, mask in zip(result, masks.to(rows.device), strict=True):
+        chosen = rows[mask]
+        if len(chosen):
+            least = chosen.amin(dim=0)
+            row.copy_(torch.where(least < 1, least, chosen.amax(dim=0)))
+    return result
+
+
 def first_suppressed(factors: torch.Tensor) -> torch.Tensor:
     """First position of every row whose factor is not 1; the row's length where there is none.
 

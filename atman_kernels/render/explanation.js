@@ -52,7 +52,7 @@
       root.querySelectorAll(".ranking").forEach((ranking, side) => {
         ranking.hidden = !lists[side].length;
         ranking.querySelector("ol").replaceChildren(...lists[side].slice(0, side ? data.top >> 1 : data.top).map((i) => {
-          const button = make("button", "", make("bdi", "", data.labels[i]), make("b", "", signed(scores[i])), bar(scores[i], scale));
+          const button = make("button", "", make("bdi", "", data.labels[i]), make("b", "", signed(scores[i]) + (token < 0 ? data.errors[i] : "")), bar(scores[i], scale));
           button.type = "button";
           button.dataset.unit = i;
           return make("li", "", button);

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from atman_kernels.errors import InputError
-from atman_kernels.render.labels import label, percent, printable, signed
+from atman_kernels.render.labels import give_or_take, label, likelihood, printable, signed, token_label
 from atman_kernels.render.places import boxes_of, explained_size, reach
 from atman_kernels.render.segments import ranked, segments, strongest
 
@@ -46,7 +46,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"label": label, "printable": printable, "signed": signed}
+    environment.filters |= {"give_or_take": give_or_take, "label": label, "printable": printable, "signed": signed}
     return environment
 
 
@@ -60,7 +60,8 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
     total: list[float] = explanation.total.tolist()
     scale = max(map(abs, total)) or 1.0
     speaks_for, speaks_against = ranked(total, TOP)
-    logprob = float(explanation.base_logprobs.sum())
+    errors = [None] * len(total) if explanation.standard_errors is None else explanation.standard_errors.tolist()
+    tokens = [token_label(explanation, token) for token in range(len(explanation.target_tokens))]
 
     def painted(text: str, source: str) -> list[dict[str, Any]]:
         pieces = []
@@ -71,10 +72,11 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
 
     return {
         "explanation": explanation,
-        "logprob": logprob,
-        "probability": percent(logprob),
+        "likelihood": likelihood(explanation),
+        "tokens": tokens,
         "token_logprobs": explanation.base_logprobs.tolist(),
         "total": total,
+        "errors": errors,
         "scale": scale,
         "pictures": _pictures(explanation, total, images),
         "texts": [painted(explanation.prompt, "prompt"), painted(explanation.target, "target")],
@@ -85,9 +87,10 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
         "script": _file("explanation.js"),
         "data": {
             "labels": [label(unit.text, 60) for unit in explanation.units],
-            "tokens": [label(token, 24) for token in explanation.target_tokens],
+            "tokens": tokens,
             "total": [float(f"{score:.4g}") for score in total],
             "scores": [[float(f"{score:.4g}") for score in row] for row in explanation.scores.tolist()],
+            "errors": [give_or_take(error) for error in errors],
             "top": TOP,
             "suppressed": explanation.measures_suppression,
         },

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atman_kernels.explain.explanation import Explanation
 
 # Control characters but line feed and tab, and halves of surrogate pairs: shown instead of obeyed.
 _SHOWN = (
@@ -32,6 +36,27 @@ def signed(value: float) -> str:
     """A score for a reader: its sign and two decimals, or one significant digit where that would be 0.00."""
     digits = f"{abs(value):.2f}" if abs(value) >= 0.005 or value == 0 else f"{abs(value):.1g}"
     return digits if value == 0 else ("+" if value > 0 else "−") + digits
+
+
+def likelihood(explanation: Explanation) -> tuple[str, str]:
+    """How likely the model finds the answer, as a logarithm and in another way; for a contrast, its log odds."""
+    logprob = float(explanation.base_logprobs.sum())
+    if explanation.versus is None:
+        return f"log p {signed(logprob)}", percent(logprob)
+    both = [f"{signed(value)}" for value in explanation.settings.get("logprobs", {}).values()]
+    return f"log odds {signed(logprob)}", f"log p {' and '.join(both)}"
+
+
+def token_label(explanation: Explanation, token: int) -> str:
+    """What stands for a target token; a contrast's only one names both answers."""
+    if explanation.versus is None:
+        return label(explanation.target_tokens[token], 24)
+    return f"{label(explanation.target, 24)} rather than {label(explanation.versus, 24)}"
+
+
+def give_or_take(error: float | None) -> str:
+    """What stands behind a score that is an estimate, and nothing behind an exact one."""
+    return "" if error is None else f" ±{signed(abs(error)).lstrip('+')}"
 
 
 def percent(logprob: float) -> str:

@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from atman_kernels.render import NEGATIVE, POSITIVE
-from atman_kernels.render.labels import label, percent, printable, signed
+from atman_kernels.render.labels import give_or_take, label, likelihood, printable, signed, token_label
 from atman_kernels.render.segments import Segment, ranked, segments, strongest
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class _Canvas:
     def __init__(self, explanation: Explanation, console: Console, top: int) -> None:
         self.explanation = explanation
         self.total: list[float] = explanation.total.tolist()
+        errors = explanation.standard_errors
+        self.errors: list[float | None] = [None] * len(self.total) if errors is None else errors.tolist()
         self.scale = max(map(abs, self.total)) or 1.0
         speaks_for, speaks_against = ranked(self.total, top)
         self.listed = speaks_for + speaks_against
@@ -74,15 +76,22 @@ class _Canvas:
     def number(self, value: float) -> str:
         return self.safe(signed(value).replace("−", "-") if self.ascii else signed(value))
 
+    def uncertain(self, unit: int) -> str:
+        """A unit's total, with its standard error if it has one."""
+        sign = "+-" if self.ascii else "±"
+        return self.number(self.total[unit]) + give_or_take(self.errors[unit]).replace("±", sign)
+
     def heading(self, text: str) -> Text:
         return Text("\n" + text, style="bold")
 
     def answer(self) -> Text:
         logprobs: list[float] = self.explanation.base_logprobs.tolist()
-        whole = f"log p {self.number(sum(logprobs))}, {self.safe(percent(sum(logprobs)))}"
+        whole = ", ".join(
+            self.safe(part.replace("−", "-") if self.ascii else part) for part in likelihood(self.explanation)
+        )
         line = Text.assemble(("Answer", "bold"), (f"  {whole}", "dim"), "\n")
-        for token, logprob in zip(self.explanation.target_tokens, logprobs, strict=True):
-            line.append(self.safe(label(token, 24)), "bold")
+        for token, logprob in enumerate(logprobs):
+            line.append(self.safe(token_label(self.explanation, token)), "bold")
             line.append(f" {self.number(logprob)}   ", "dim")
         line.rstrip()
         return line
@@ -136,11 +145,13 @@ class _Canvas:
     def ranking(self) -> Text:
         labels = [self.safe(label(self.explanation.units[unit].text)) for unit in self.listed]
         width = max(map(cell_len, labels), default=0)
+        numbers = [self.uncertain(unit) for unit in self.listed]
+        digits = max([7, *map(len, numbers)])
         lines = Text(no_wrap=True, overflow="ellipsis")
-        for rank, (unit, shown) in enumerate(zip(self.listed, labels, strict=True), 1):
+        for rank, (unit, shown, number) in enumerate(zip(self.listed, labels, numbers, strict=True), 1):
             score = self.total[unit]
             lines.append(f"{rank:3}  ", "dim")
-            lines.append(f"{set_cell_size(shown, width)}  {self.number(score):>7}  ")
+            lines.append(f"{set_cell_size(shown, width)}  {number:>{digits}}  ")
             hue = POSITIVE if score > 0 else NEGATIVE
             lines.append(self.bar(score) + "\n", hue if self.colour else None)
         lines.rstrip()

@@ -24,6 +24,8 @@ from atman_kernels.explain.runner import VariantRunner
 # name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
 OF_UNITS: dict[str, tuple[str, str | None]] = {
     "atman": ("perturbation", None),
+    "shapley": ("shapley", "Shapley value of the log-probability, in nats"),
+    "lasso": ("lasso", "weight in a sparse linear model of the answer's log-odds, in nats"),
     "random": ("chance", "random number"),
 }
 OF_TOKENS: dict[str, tuple[str, str | None]] = {
@@ -35,7 +37,7 @@ OF_TOKENS: dict[str, tuple[str, str | None]] = {
     "integrated_gradients": ("gradients", "part of the log-probability's distance from the baseline, in nats"),
     "attnlrp": ("attnlrp", "relevance for the logit (AttnLRP)"),
 }
-WITH_IMAGES = ("atman", "random")  # the others read token ids, which images do not have
+WITH_IMAGES = ("atman", "shapley", "lasso", "random")  # the others read token ids, which images do not have
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +62,19 @@ class MethodOutcome:
     """What a method found.
 
     Attributes:
-        scores: per question, (n_units, m).
+        scores: per question, (n_units, m); (n_units, 1) where there is but one score, for the whole answer.
         logprobs: per question, (m,) of the target tokens with the model as it is.
         stats: what it cost, JSON types.
         settings: what of the explainer's it went by, JSON types.
-        standard_errors: per question, (n_units, m), where scores are estimates.
+        draws: per question, (n_draws, n_units) where the units' totals are means of random draws: those draws,
+            independent of one another.
     """
 
     scores: list[Tensor]
     logprobs: list[Tensor]
     stats: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    standard_errors: list[Tensor] | None = None
+    draws: list[Tensor] | None = None
 
 
 class TokenScores(NamedTuple):
@@ -114,7 +117,7 @@ def names() -> tuple[str, ...]:
 
 
 def method(name: str, options: dict[str, Any]) -> Method:
-    """The method of that name.
+    """The method of that name, with its options and the defaults of those not given.
 
     Raises:
         InputError: there is no such method, or it has no such option.
@@ -128,11 +131,23 @@ def method(name: str, options: dict[str, Any]) -> Method:
         raise InputError(f"method must be one of {', '.join(map(repr, names()))}, got {name!r}")
     module, measure = found
     function = getattr(import_module(f"{__name__}.{module}"), name)
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for option in options:
-        if option not in known:
-            raise InputError(f"method {name!r} has no option {option!r}; it has {', '.join(known) or 'none'}")
-    return Method(name, measure, dict(options), function)
+        if option not in defaults:
+            raise InputError(f"method {name!r} has no option {option!r}; it has {', '.join(defaults) or 'none'}")
+    return Method(name, measure, defaults | options, function)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator of random numbers.
+
+    Raises:
+        InputError: seed is no integer from 0 to 2^63 − 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise InputError(f"seed must be an integer from 0 to 2^63 − 1, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
 
 
 def unit_scores(question: Question, scores: Tensor) -> Tensor:

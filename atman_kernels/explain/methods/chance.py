@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from atman_kernels.errors import InputError
-from atman_kernels.explain.methods import MethodContext, MethodOutcome
+from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import own_logprobs
 
@@ -19,9 +18,7 @@ def random(context: MethodContext, questions: Sequence[Question], *, seed: int =
     Raises:
         InputError: seed is no integer >= 0.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return MethodOutcome(
         scores=[torch.rand(len(q.units), len(q.targets), generator=generator) for q in questions],
         logprobs=[own_logprobs(context.model, q.inputs, q.rows, q.targets).cpu() for q in questions],

@@ -1,7 +1,9 @@
 """AtMan: every unit suppressed by itself."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from atman_kernels.explain.execution import Work
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.explain.question import Question
 
@@ -12,21 +14,31 @@ def atman(context: MethodContext, questions: Sequence[Question]) -> MethodOutcom
     Cost: for n tokens Σ(n − i + m) tokens through the layers, in packs.
     """
     outcome = context.runner.run(questions, [context.factors(question) for question in questions])
-    perturbation = context.runner.perturbation
     return MethodOutcome(
         scores=[own - perturbed for own, perturbed in zip(outcome.unperturbed, outcome.perturbed, strict=True)],
         logprobs=outcome.unperturbed,
-        stats={
-            "tokens_through_model": outcome.work.tokens,
-            "forwards": outcome.work.forwards,
-            "variants": outcome.work.variants,
-            "token_budget": outcome.work.token_budget,
-        },
-        settings={
-            "mode": perturbation.mode,
-            "factor": context.factor,
-            "similarity_threshold": context.similarity_threshold,
-            "layers": None if perturbation.layers is None else list(perturbation.layers),
-            "path": "packed" if context.runner.unpackable is None else "batched",
-        },
+        stats=cost(outcome.work),
+        settings=suppression(context),
     )
+
+
+def cost(work: Work) -> dict[str, Any]:
+    """What a run cost, for `stats`."""
+    return {
+        "tokens_through_model": work.tokens,
+        "forwards": work.forwards,
+        "variants": work.variants,
+        "token_budget": work.token_budget,
+    }
+
+
+def suppression(context: MethodContext) -> dict[str, Any]:
+    """How units were suppressed, for `settings`; asked for after the run, which finds out the path."""
+    perturbation = context.runner.perturbation
+    return {
+        "mode": perturbation.mode,
+        "factor": context.factor,
+        "similarity_threshold": context.similarity_threshold,
+        "layers": None if perturbation.layers is None else list(perturbation.layers),
+        "path": "packed" if context.runner.unpackable is None else "batched",
+    }
