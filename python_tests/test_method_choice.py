@@ -28,10 +28,14 @@ def explainer():
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_explains(explainer, method, tmp_path):
     found = explainer.explain(PROMPT, ANSWER, method=method)
-    assert found.scores.shape == (10, 3)
+    columns = 1 if method == "lasso" else 3  # its weights are of the whole answer
+    assert found.scores.shape == (10, columns)
     assert found.scores.dtype == torch.float32
-    assert found.scores.abs().max() > 0
-    torch.testing.assert_close(found.base_logprobs, explainer.explain(PROMPT, ANSWER).base_logprobs, atol=1e-4, rtol=0)
+    if method != "lasso":  # which may well find that nothing matters in a random model
+        assert found.scores.abs().max() > 0
+    plain = explainer.explain(PROMPT, ANSWER).base_logprobs
+    expected = plain.sum(0, keepdim=True) if columns == 1 else plain
+    torch.testing.assert_close(found.base_logprobs, expected, atol=1e-4, rtol=0)
     assert found.settings["method"] == method
     found.save(tmp_path / "explanation.json")
     loaded = ak.Explanation.load(tmp_path / "explanation.json")
@@ -68,12 +72,16 @@ def test_a_batch_is_its_prompts_one_by_one(explainer, method):
     prompts, answers = [PROMPT, "w30 w31 w32"], [ANSWER, "w50"]
     together = explainer.explain_batch(prompts, answers, method=method)
     for prompt, answer, found in zip(prompts, answers, together, strict=True):
-        assert torch.equal(found.scores, explainer.explain(prompt, answer, method=method).scores)
+        alone = explainer.explain(prompt, answer, method=method).scores
+        if method in methods.OF_UNITS:  # packs of both prompts add up in another order
+            torch.testing.assert_close(found.scores, alone, atol=1e-4, rtol=0)
+        else:
+            assert torch.equal(found.scores, alone)
 
 
 def test_options_reach_the_method_and_the_settings(explainer):
     found = explainer.explain(PROMPT, ANSWER, method="integrated_gradients", steps=3, baseline=7)
-    assert found.settings["options"] == {"steps": 3, "baseline": 7}
+    assert found.settings["options"] == {"steps": 3, "baseline": 7, "batch": 4, "checkpointing": False}
     assert len(found.stats["completeness_gap"]) == 1
     other = explainer.explain(PROMPT, ANSWER, method="integrated_gradients", steps=4, baseline=7)
     assert not torch.equal(found.scores, other.scores)
@@ -89,7 +97,7 @@ def test_random_scores_go_by_their_seed(explainer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "lime"}, "method must be one of 'atman', 'random', .*, got 'lime'"),
+        ({"method": "lime"}, "method must be one of 'atman', 'shapley', .*, got 'lime'"),
         ({"method": ["atman"]}, "method must be one of"),
         ({"method": "rollout", "steps": 3}, "method 'rollout' has no option 'steps'; it has none"),
         ({"method": "attnlrp", "model": 1}, "method 'attnlrp' has no option 'model'; it has checkpointing"),
@@ -98,7 +106,7 @@ def test_random_scores_go_by_their_seed(explainer):
         ({"method": "raw_attention", "layer": 3}, "layer must be an index into 3 layers, got 3"),
         ({"method": "attnlrp", "checkpointing": "yes"}, "checkpointing must be True or False, got 'yes'"),
         ({"method": "input_x_gradient", "checkpointing": 1}, "checkpointing must be True or False, got 1"),
-        ({"method": "random", "seed": -1}, "seed must be an integer >= 0, got -1"),
+        ({"method": "random", "seed": -1}, "seed must be an integer from 0 to .*, got -1"),
     ],
 )
 def test_what_is_refused(explainer, arguments, message):

@@ -178,10 +178,10 @@ def report(explanation: "Explanation", *, html: str | None, json_file: str | Non
     if quiet:
         return
     stats, settings = explanation.stats, explanation.settings
-    say(
-        f"\n{len(explanation.units)} units explained in {stats['seconds']:.1f} s, {settings['dtype']}, "
-        f"{stats['tokens_through_model']:,} tokens through the model ({settings['path']})"
-    )
+    cost = ""  # other methods than perturbation have other costs
+    if "tokens_through_model" in stats:
+        cost = f", {stats['tokens_through_model']:,} tokens through the model ({settings['path']})"
+    say(f"\n{len(explanation.units)} units explained in {stats['seconds']:.1f} s, {settings['dtype']}{cost}")
     for path in (html, json_file):
         if path not in (None, "-"):
             say(f"Wrote {path}")
