@@ -140,8 +140,8 @@ def occurrences(span: str | re.Pattern[str] | Occurrence, text: str) -> Iterator
         if len(found) > 1:
             places = ", ".join(str(start) for start, _ in found[:8]) + (", …" if len(found) > 8 else "")
             raise InputError(
-                f"spans: {_shown(wanted)} occurs {len(found)} times (at characters {places}); choose by its number or "
-                f"take every one: Occurrence({_shown(wanted)}, 0) or Occurrence({_shown(wanted)}, 'all')"
+                f"spans: {_shown(wanted)} occurs {len(found)} times (at characters {places}); say which with "
+                f"Occurrence({_shown(wanted)}, 0), or every one with 'all' (command line: --occurrence 0|all)"
             )
         yield found[0]
     elif not -len(found) <= int(which) < len(found):
