@@ -15,6 +15,9 @@ _HOME = {
     "suppress": "hf.suppression",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explanation",
+    "steer": "steering.steer",
+    "Steered": "steering.steer",
+    "Occurrence": "steering.spans",
     "InputError": "errors",
     "UnsupportedModelError": "errors",
     "BackendUnavailableError": "errors",
@@ -24,10 +27,13 @@ __all__ = [
     "Explainer",
     "Explanation",
     "InputError",
+    "Occurrence",
+    "Steered",
     "UnsupportedModelError",
     "VariantPack",
     "__version__",
     "packed_suppressed_attention",
+    "steer",
     "suppress",
     "suppressed_attention",
 ]
@@ -39,6 +45,8 @@ if TYPE_CHECKING:
     from atman_kernels.hf.suppression import suppress
     from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
     from atman_kernels.pack import VariantPack
+    from atman_kernels.steering.spans import Occurrence
+    from atman_kernels.steering.steer import Steered, steer
 
 
 def __getattr__(name: str) -> Any:

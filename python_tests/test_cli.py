@@ -443,3 +443,67 @@ def test_demo_finds_the_answer(tmp_path):
     explanation = explain_demo(*load_model("smollm2", dtype="float32", device="cpu"))
     assert "Pilot" in explanation.target
     assert any("Pilot" in unit.text for unit, _ in explanation.top(3))
+
+
+# --- steer ---
+
+
+def steer(tiny_llama, *arguments):
+    return atman("steer", "--model", tiny_llama, "--dtype", "float32", "--max-new-tokens", 6, *arguments)
+
+
+def test_steer_prints_both_answers(tiny_llama):
+    result = steer(tiny_llama, "--suppress", "dog", "--amplify", "named", "--amplify-factor", 4, PROMPT)
+    assert result.exit_code == 0, result.stderr
+    assert "The [dog ×0.1] is [named ×4]" in result.stdout
+    assert "Plain" in result.stdout
+    assert "Steered" in result.stdout
+    assert "Loading" not in result.stdout
+    quiet = steer(tiny_llama, "--suppress", "dog", "--quiet", PROMPT)
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+
+
+def test_steer_json_holds_the_librarys_answers(tiny_llama, tmp_path):
+    from atman_kernels.hf.loading import load_model
+
+    options = ("--chat", "--suppress", "the d.g", "--regex", "--occurrence", -1, "--factor", 0, "--layers", "0-1")
+    prompt = "Pilot is the dog. Who is the dog?"
+    result = steer(tiny_llama, *options, "--json", "-", prompt)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    text = f"[user] {prompt}\n[assistant] "
+    start = text.rindex("the dog")
+    (span,) = found["spans"]
+    assert (found["prompt"], span["text"], span["start"], span["factor"]) == (text, "the dog", start, 0.0)
+    model, tokenizer = load_model(tiny_llama, dtype="float32", device="cpu")
+    with atman_kernels.steer(model, tokenizer, prompt, {(start, start + 7): 0.0}, chat=True) as steered:
+        assert found["steered"] == steered.generate(max_new_tokens=6, do_sample=False)[0]
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert found["plain"] == tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    assert found["plain"] != found["steered"]
+    file = tmp_path / "steered.json"
+    assert steer(tiny_llama, *options, "--json", file, prompt).exit_code == 0
+    assert json.loads(file.read_text(encoding="utf-8")) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((PROMPT,), "--suppress or --amplify is missing"),
+        (("--suppress", "cat", PROMPT), "'cat' does not occur in the prompt"),
+        (("--suppress", "a", PROMPT + " a"), "'a' occurs 2 times"),
+        (("--suppress", "a", "--occurrence", "3", PROMPT), "'a' has no occurrence 3"),
+        (("--suppress", "a", "--occurrence", "last", PROMPT), "expected a number, from 0, or all, got 'last'"),
+        (("--suppress", "(", "--regex", PROMPT), "'(' is no regular expression"),
+        (("--suppress", "dog", "--amplify", "dog", PROMPT), "'dog' is both in --suppress and in --amplify"),
+        (("--suppress", "dog", "--factor", "1.5", PROMPT), "--factor"),
+        (("--suppress", "dog", "--json", "/nowhere/at/all.json", PROMPT), "--json must be a file"),
+        (("--suppress", "dog"), "prompt: give exactly one"),
+    ],
+)
+def test_steer_refuses_what_does_not_fit_before_a_model_is_loaded(no_model, options, message):
+    result = atman("steer", "--model", "tiny", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -3,6 +3,7 @@
 import contextvars
 import threading
 
+import eager_edits
 import eager_oracle
 import pytest
 import tiny_models
@@ -125,6 +126,160 @@ def test_encoder_is_suppressed_both_ways_and_with_padding():
             got = model(ids, attention_mask=mask).last_hidden_state
         expected = model(ids, attention_mask=bias).last_hidden_state
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+# --- factors by layer and head, values, queries ---
+
+
+def random_factors(*shape: int) -> torch.Tensor:
+    """Seeded by the shape; the first key stays, so that every query sees one."""
+    factor = torch.rand(*shape, generator=torch.Generator().manual_seed(len(shape))) * 1.5
+    factor[..., 5] = 0.0
+    factor[..., 0] = 1.0
+    return factor
+
+
+INTERVENTIONS = {
+    "layers": lambda heads: {"factor": {0: random_factors(1, 12), 2: random_factors(1, heads, 12)}},
+    "queries": lambda heads: {"factor": random_factors(1, 12), "queries": (6, 9)},
+    "query_mask": lambda heads: {"factor": random_factors(1, heads, 12), "queries": torch.arange(12) % 3 == 1},
+    "values": lambda heads: {"factor": None, "value_factor": random_factors(1, 12)},
+    "head_values": lambda heads: {"factor": None, "value_factor": {1: random_factors(1, heads, 12)}},
+    "all": lambda heads: {
+        "factor": {0: random_factors(1, 12), 1: random_factors(1, 12)},
+        "value_factor": random_factors(1, heads, 12),
+        "queries": (3, None),
+    },
+}
+
+
+def edits(factor, value_factor=None, queries=None):
+    """The same, as edits of all scores (B, Hq, T, S) and all weights."""
+
+    def at(factors, layer, tensor):
+        found = factors.get(layer) if isinstance(factors, dict) else factors
+        if found is None:
+            return torch.ones_like(tensor)
+        found = found if found.ndim == 3 else found[:, None]
+        beyond = tensor.shape[-1] - found.shape[-1]
+        spread = torch.cat([found, found.new_ones(*found.shape[:-1], beyond)], dim=-1)[:, :, None].expand_as(tensor)
+        chosen = torch.zeros(tensor.shape[-2], dtype=torch.bool)
+        if isinstance(queries, torch.Tensor):
+            chosen[: len(queries)] = queries
+        else:
+            start, end = queries or (0, None)
+            chosen[start:end] = True
+        return torch.where(chosen[:, None], spread, 1.0)
+
+    return {
+        "scores": lambda layer, scores: scores + at(factor, layer, scores).log(),
+        "weights": lambda layer, weights: weights * at(value_factor, layer, weights),
+    }
+
+
+@pytest.mark.parametrize("kind", INTERVENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interventions_equal_edits_of_all_scores(family, kind):
+    """Forward, and generation with a cache: prompt and answer exceed the sliding window, so that caches drop keys."""
+    model = tiny_models.build(family)
+    what = INTERVENTIONS[kind](model.config.num_attention_heads)
+    with ak.suppress(model, **what):
+        output = model.generate(
+            PROMPT, max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        with torch.no_grad():
+            prompt_logits = model(PROMPT).logits
+    with torch.no_grad():
+        with eager_edits.edited(model, **edits(**what)):
+            expected = model(output.sequences, use_cache=False).logits
+        plain = model(PROMPT).logits
+    torch.testing.assert_close(prompt_logits, expected[:, :12], atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected[:, 11:-1], atol=1e-4, rtol=0)
+    assert (prompt_logits - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_interventions_with_a_static_cache(family):
+    model = tiny_models.build(family)
+    what = INTERVENTIONS["all"](4) | {"queries": (4, 15)}  # from within the prompt to within the answer
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    with ak.suppress(model, **what):
+        output = model.generate(PROMPT, cache_implementation="static", **settings)
+    with torch.no_grad(), eager_edits.edited(model, **edits(**what)):
+        expected = model(output.sequences, use_cache=False).logits[:, 11:-1]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1), expected, atol=1e-4, rtol=0)
+
+
+def test_interventions_of_left_padded_rows_and_beams():
+    model = tiny_models.build("mistral")
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), PROMPT[:, 4:]], dim=1)
+    ids, mask = torch.cat([PROMPT, padded]), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    factor, value_factor, queries = torch.ones(2, 12), torch.ones(2, 4, 12), torch.zeros(2, 12, dtype=torch.bool)
+    factor[0, 3], value_factor[1, 2, 6] = 0.1, 0.0
+    queries[0, 5:], queries[1, 9:] = True, True
+    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with ak.suppress(model, factor, value_factor=value_factor, queries=queries):
+        together = model.generate(ids, attention_mask=mask, **settings)
+    for row, (prompt, first) in enumerate(((PROMPT, 0), (PROMPT[:, 4:], 4))):
+        own = [x[row : row + 1, ..., first:] for x in (factor, value_factor, queries)]
+        with ak.suppress(model, own[0], value_factor=own[1], queries=own[2]):
+            alone = model.generate(prompt, **settings)
+        assert together[row, 12:].tolist() == alone[0, prompt.shape[1] :].tolist()
+
+
+def test_interventions_without_effect_change_no_bit():
+    model = tiny_models.build("gpt_oss")
+    ones, heads = torch.ones(1, 12), torch.ones(1, 4, 12)
+    with torch.no_grad():
+        with ak.suppress(model, None):
+            expected = model(PROMPT).logits
+        for what in (
+            {"factor": ones},
+            {"factor": {1: heads}, "queries": (3, 7)},
+            {"factor": ones, "value_factor": ones},
+            {"factor": None, "value_factor": {0: heads}},
+            {"factor": heads * 0.2, "queries": (12, None)},
+            {"factor": heads * 0.2, "queries": torch.zeros(1, 12, dtype=torch.bool)},
+        ):
+            with ak.suppress(model, **what):
+                assert torch.equal(model(PROMPT).logits, expected)
+
+
+def test_queries_of_a_4d_mask_count_from_the_start_or_are_refused():
+    model = tiny_models.build("llama")
+    visible = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    what = {"factor": random_factors(1, 12), "queries": (6, 9)}
+    with torch.no_grad(), ak.suppress(model, **what):
+        expected = model(PROMPT).logits
+        torch.testing.assert_close(model(PROMPT, attention_mask=visible).logits, expected, atol=1e-5, rtol=0)
+        cache = model(PROMPT[:, :8]).past_key_values
+        with pytest.raises(ak.InputError, match="queries: 4 queries over 12 keys came with a mask of their own"):
+            model(PROMPT[:, 8:], attention_mask=visible[:, :, 8:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "called by compiled code"])
+def test_a_compiled_model_is_suppressed_by_the_run_at_hand(way):
+    """Each suppression differs, so that a graph which kept the first one would show."""
+    model, same = tiny_models.build("llama"), tiny_models.build("llama")
+    call = suppressed = model
+    if way == "wrapped":
+        call = suppressed = torch.compile(model, backend="eager")
+    elif way == "in place":
+        model.compile(backend="eager")
+    else:
+        call = torch.compile(lambda ids: model(ids), backend="eager")
+    with torch.no_grad():
+        for key in (3, 5, 2):
+            factor = torch.ones(1, 12)
+            factor[0, key] = 0.1
+            with ak.suppress(same, factor):
+                expected = same(PROMPT).logits
+            with ak.suppress(suppressed, factor):
+                torch.testing.assert_close(call(PROMPT).logits, expected, atol=1e-6, rtol=0)
+            torch.testing.assert_close(call(PROMPT).logits, same(PROMPT).logits, atol=1e-6, rtol=0)
 
 
 # --- nothing is left behind ---
@@ -265,6 +420,41 @@ def test_bad_factor_is_refused_and_leaves_the_model_alone(factor, message):
     with pytest.raises(ak.InputError, match=message), ak.suppress(model, factor):
         pass
     assert set(implementations(model)) == {"sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"factor": {}}, r"the keys of factor must be indices in \[0, 3\), got \[\]"),
+        ({"factor": {3: torch.ones(1, 12)}}, r"the keys of factor must be indices in \[0, 3\), got \[3\]"),
+        ({"factor": {1: torch.ones(1, 12) * -1}}, r"factor\[1\] must be finite and >= 0"),
+        ({"factor": {1: torch.ones(1, 12)}, "layers": [0]}, "layers must be left out where factor is a mapping"),
+        ({"value_factor": torch.ones(12)}, r"value_factor must be .* got torch.float32 \(12,\)"),
+        ({"value_factor": {0: torch.ones(1, 12) * torch.inf}}, r"value_factor\[0\] must be finite"),
+        ({"value_factor": torch.ones(0, 12)}, "value_factor must have at least one row"),
+        ({"queries": (3, 3)}, r"queries: got \(3, 3\), expected"),
+        ({"queries": (-1, 3)}, r"queries: got \(-1, 3\), expected"),
+        ({"queries": (0.5, 3)}, r"queries: got \(0.5, 3\), expected"),
+        ({"queries": 3}, "queries: got 3, expected"),
+        ({"queries": torch.ones(12)}, r"queries must be bool .* got torch.float32 \(12,\)"),
+    ],
+)
+def test_bad_interventions_are_refused_and_leave_the_model_alone(what, message):
+    model = tiny_models.build("llama")
+    with pytest.raises(ak.InputError, match=message), ak.suppress(model, **{"factor": None, **what}):
+        pass
+    assert set(implementations(model)) == {"sdpa"}
+
+
+def test_heads_and_rows_of_interventions_must_fit_the_model():
+    model = tiny_models.build("llama")
+    for what, message in (
+        ({"value_factor": torch.zeros(1, 3, 12)}, "value_factor has 3 heads, but the model's attention has 4"),
+        ({"value_factor": torch.zeros(2, 12)}, "value_factor has 2 rows"),
+        ({"value_factor": torch.zeros(1, 12), "queries": torch.ones(2, 12) > 0}, "queries has 2 rows"),
+    ):
+        with pytest.raises(ak.InputError, match=message), ak.suppress(model, None, **what):
+            model(PROMPT)
 
 
 def test_factor_rows_must_divide_the_batch():

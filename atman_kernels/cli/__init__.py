@@ -1,4 +1,4 @@
-"""The command line: `atman explain | demo | doctor | bench`.
+"""The command line: `atman explain | steer | demo | doctor | bench`.
 
 Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 3 this model or backend cannot do it, 130 interrupted.
 Results go to standard output, messages and progress to standard error. Whatever takes long to import is imported
@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import atman_kernels
-from atman_kernels.cli import bench, demo, doctor, explain
+from atman_kernels.cli import bench, demo, doctor, explain, steer
 from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
 
 UNEXPECTED, WRONG_INPUT, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 130
@@ -60,5 +60,5 @@ def main(ctx: click.Context, traceback: bool) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (explain.command, demo.command, doctor.command, bench.command):
+for _command in (explain.command, steer.command, demo.command, doctor.command, bench.command):
     main.add_command(_command)

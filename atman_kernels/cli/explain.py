@@ -19,7 +19,7 @@ MODES = ("log_additive", "multiplicative", "shifted")
 UNITS = ("token", "word", "sentence", "paragraph")
 
 
-def _layers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> list[int] | None:
+def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> list[int] | None:
     """ "0-5,8" as [0, 1, 2, 3, 4, 5, 8]."""
     if text is None:
         return None
@@ -55,7 +55,7 @@ def _layers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> 
     type=click.FloatRange(0, 1, min_open=True),
     help="Suppress tokens of at least this cosine similarity along with each unit.",
 )
-@click.option("--layers", callback=_layers, metavar="0-5,8", help="Suppress in these layers only.")
+@click.option("--layers", callback=layer_numbers, metavar="0-5,8", help="Suppress in these layers only.")
 @click.option("--chat/--no-chat", default=False, help="Put the prompt into the model's chat template.")
 @click.option("--include-target", is_flag=True, help="Earlier answer tokens explain the later ones, too.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of its own answer.")

@@ -81,7 +81,7 @@ def ask(
     text, is_template = prompt_text(tokenizer, prompt, chat)
     if not text:
         raise InputError("prompt is empty; expected a text with at least one character")
-    encoded = _encode(tokenizer, text, add_special_tokens=not is_template)
+    encoded = encode(tokenizer, text, add_special_tokens=not is_template)
     prompt_ids = encoded["input_ids"]
     check_length(model, len(prompt_ids) + 1)
     if target is None:
@@ -90,7 +90,7 @@ def ask(
         target_ids = greedy_answer(model, tokenizer, inputs, max_new_tokens)
         target = tokenizer.decode(target_ids)
     else:
-        target_ids = _encode(tokenizer, target, add_special_tokens=False)["input_ids"] if target else []
+        target_ids = encode(tokenizer, target, add_special_tokens=False)["input_ids"] if target else []
         if not target_ids:
             raise InputError("target is empty; give the answer to explain, or None to let the model answer")
     check_length(model, len(prompt_ids) + len(target_ids) - 1)
@@ -125,7 +125,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) 
     return str(text), True
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> dict[str, Any]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> dict[str, Any]:
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
     return dict(tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens))

@@ -114,6 +114,7 @@ _active: contextvars.ContextVar[tuple[_Active, ...]] = contextvars.ContextVar("a
 _everywhere: list[_Active] = []
 
 
+@torch.compiler.disable  # a compiled model would keep the run that was active when it was traced
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -169,6 +170,7 @@ def _refuse_lost_run(module: nn.Module) -> None:
         )
 
 
+@torch.compiler.disable
 def mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
     """The mask function that transformers calls; a bool mask (True = visible) or None."""
     active = next((a for a in _active.get() if id(config) in a.configs), None)

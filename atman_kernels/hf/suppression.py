@@ -1,8 +1,9 @@
-"""`suppress`: any forward of an unmodified model, `generate` included, with some keys turned down."""
+"""`suppress`: any forward of an unmodified model, `generate` included, with the attention to some keys changed."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,31 +12,39 @@ from torch import Tensor, nn
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
 from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of, is_active
+from atman_kernels.hf.positional import Factors, LayerFactors, Queries, checked_queries
 
 
 @contextmanager
 def suppress(
     model: nn.Module,
-    factor: Tensor | None,
+    factor: Factors,
     *,
     mode: str = "log_additive",
     layers: Iterable[int] | None = None,
+    queries: Queries = None,
+    value_factor: Factors = None,
     backend: str | None = None,
 ) -> Iterator[None]:
     """Scale the attention to some tokens in every forward of `model` inside the context.
 
     Args:
-        model: a transformers model; it is used as it is, and is as before when the context ends.
+        model: a transformers model, compiled by torch or not; it is used as it is, and is as before when the context
+            ends. Compiled code leaves its graph for the attention meanwhile, so `fullgraph=True` fails.
         factor: (B, L) or (B, Hq, L) over key positions, finite and >= 0; 1 leaves a token alone, 0 removes it in
             "log_additive" mode. Positions are those of the (padded) input; later keys, such as those that `generate`
-            adds, count as 1. With beams or several returned sequences each row serves all of its copies. None
-            runs the model through the same attention without suppression.
+            adds, count as 1. With beams or several returned sequences each row serves all of its copies. A mapping
+            {layer: tensor} acts on its layers only, on each with its own factors. None leaves all scores alone.
         mode: see `atman_kernels.suppressed_attention`.
         layers: indices of the attention layers to act on, in the order in which the model calls them; None for all.
+        queries: the positions whose attention is changed, counted like those of the keys: (start, end), where end
+            may be None for all that follows, or a bool tensor (L,) or (B, L), whose end ends the change. None: all.
+        value_factor: what each key's value vector is scaled by after the softmax, which is not normalised again;
+            shapes, positions and mappings as for `factor`. 0 is value zeroing.
         backend: see `atman_kernels.suppressed_attention`.
 
     Raises:
-        InputError: factor, mode or layers do not fit, or the model is under another suppression already.
+        InputError: an argument does not fit, or the model is under another suppression already.
         UnsupportedModelError: the model's attention cannot be reached. If that shows only when a forward did not
             come by, the error is raised by that forward.
 
@@ -46,11 +55,28 @@ def suppress(
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> with suppress(model, torch.tensor([[1.0, 0.0, 1.0]])):
         ...     without_token_1 = model(ids).logits[0, -1]
+        >>> with suppress(model, {0: torch.tensor([[0.0]])}, queries=(2, None)):
+        ...     last_token_does_not_see_token_0 = model(ids).logits[0, -1]
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     decoder = decoder_of(model)
-    run = SuppressedRun(factor, mode=mode, layers=checked_layers(model, layers), backend=backend)
+    for name, factors in (("factor", factor), ("value_factor", value_factor)):
+        if isinstance(factors, Mapping):
+            if layers is not None:
+                raise InputError(f"layers must be left out where {name} is a mapping, whose keys are the layers")
+            checked_layers(model, factors, f"the keys of {name}")
+    run = SuppressedRun(
+        factor,
+        mode=mode,
+        layers=checked_layers(model, layers),
+        queries=queries,
+        value_factor=value_factor,
+        backend=backend,
+    )
 
+    @torch.compiler.disable
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
+        run.forget_offsets()
         if is_active(run) and not run.reached:  # not another thread's forward
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be suppressed: a forward of it never called the attention function"
@@ -65,50 +91,91 @@ def suppress(
 
 
 class SuppressedRun:
-    """Dense attention under one factor tensor, layer by layer."""
+    """Dense attention, changed layer by layer; arguments as of `suppress`."""
 
     def __init__(
         self,
-        factor: Tensor | None,
+        factor: Factors,
         *,
         mode: str = "log_additive",
         layers: Iterable[int] | None = None,
+        queries: Queries = None,
+        value_factor: Factors = None,
         backend: str | None = None,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        self.factor = None if factor is None else checked_factor(factor)
+        self.factors = LayerFactors("factor", factor)
+        self.value_factors = LayerFactors("value_factor", value_factor)
+        self.queries = checked_queries(queries)
         self.mode = mode
         self.layers = LayerSelection(layers)
         self.backend = backend
         self.reached = False
-        # where the keys of a call begin, by (queries, keys); a sliding cache drops its oldest keys
-        self._key_offsets: dict[tuple[int, int], int] = {}
-        self._expanded: dict[tuple[Any, ...], Tensor] = {}
+        # where the queries and the keys of a call begin, by their numbers; a sliding cache drops its oldest keys
+        self._offsets: dict[tuple[int, int], tuple[int, int]] = {}
 
     def mask(self, **kwargs: Any) -> Tensor | None:
-        self._key_offsets[kwargs["q_length"], kwargs["kv_length"]] = int(kwargs.get("kv_offset", 0))
+        # a static cache counts on the device, in a tensor that it changes: read only where it is needed, and now
+        first_query = 0 if self.queries is None else int(kwargs.get("q_offset", 0))
+        self._offsets[kwargs["q_length"], kwargs["kv_length"]] = first_query, int(kwargs.get("kv_offset", 0))
         return compact_mask(**kwargs)
+
+    def forget_offsets(self) -> None:
+        """A forward that brings its own mask must not be taken for the one before."""
+        self._offsets.clear()
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         self.reached = True
-        factor = self._factor_for(call) if module in self.layers else None
-        return call.attend(factor, self.mode, self.backend)
+        changed, factor = self._changed(module, call)
+        if changed is call and factor is None:
+            return call.attend(None, self.mode, self.backend)
+        rows = self._rows(call)
+        if rows is not None and not rows.any():
+            return call.attend(None, self.mode, self.backend)
+        output = changed.attend(factor, self.mode, self.backend)
+        if rows is None or rows.all():
+            return output
+        untouched = call.attend(None, self.mode, self.backend)
+        return torch.where(rows.to(output.device)[:, :, None, None], output, untouched)
 
-    def _factor_for(self, call: AttentionCall) -> Tensor | None:
-        """The rows and keys of this call; the same tensor for all layers of a forward."""
-        if self.factor is None:
-            return None
+    def _changed(self, module: nn.Module, call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
+        """The call with its values scaled, and the factors of its scores."""
+        layer = self.layers.index(module)
+        if layer not in self.layers:
+            return call, None
         batch, keys, device = call.query.shape[0], call.key.shape[2], call.query.device
-        offset = self._key_offsets.get((call.query.shape[2], keys), 0)
-        wanted = (batch, keys, device, offset)
-        if wanted not in self._expanded:
-            rows = self.factor.shape[0]
-            if batch % rows:
-                raise InputError(f"factor has {rows} rows, which does not divide the model's batch of {batch}")
-            fitted = self.factor[..., offset : offset + keys].to(device).repeat_interleave(batch // rows, dim=0)
-            self._expanded = {wanted: torch.nn.functional.pad(fitted, (0, keys - fitted.shape[-1]), value=1.0)}
-        return self._expanded[wanted]
+        first = self._offsets.get((call.query.shape[2], keys), (0, 0))[1]
+        factors, value_factors = self.factors.of(layer), self.value_factors.of(layer)
+        if value_factors is not None and not value_factors.neutral:
+            call = _with_scaled_values(call, value_factors.at(batch, first, keys, device))
+        return call, None if factors is None else factors.at(batch, first, keys, device)
+
+    def _rows(self, call: AttentionCall) -> Tensor | None:
+        """(B, T) bool on the CPU, the queries to act on; None for all."""
+        if self.queries is None:
+            return None
+        count, keys = call.query.shape[2], call.key.shape[2]
+        if (count, keys) not in self._offsets and count != keys:
+            raise InputError(
+                f"queries: {count} queries over {keys} keys came with a mask of their own, which does not tell their "
+                "positions; pass a 2D attention_mask"
+            )
+        first = self._offsets.get((count, keys), (0, 0))[0]
+        return self.queries.at(call.query.shape[0], first, count, torch.device("cpu"))
+
+
+def _with_scaled_values(call: AttentionCall, factor: Tensor) -> AttentionCall:
+    """The call with every key's value (B, Hkv, S, Dv) times factor, (B, S) or (B, Hq, S)."""
+    key, value = call.key, call.value
+    if factor.ndim == 3:
+        heads = call.query.shape[1]
+        if factor.shape[1] != heads:
+            raise InputError(f"value_factor has {factor.shape[1]} heads, but the model's attention has {heads}")
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    else:
+        factor = factor[:, None]
+    return replace(call, key=key, value=(value * factor[..., None]).to(value.dtype))
 
 
 class LayerSelection:
@@ -118,12 +185,15 @@ class LayerSelection:
         self._wanted = None if layers is None else frozenset(layers)
         self._index: dict[int, int] = {}
 
-    def __contains__(self, module: nn.Module) -> bool:
-        index = self._index.setdefault(id(module), len(self._index))
+    def index(self, module: nn.Module) -> int:
+        return self._index.setdefault(id(module), len(self._index))
+
+    def __contains__(self, layer: nn.Module | int) -> bool:
+        index = layer if isinstance(layer, int) else self.index(layer)
         return self._wanted is None or index in self._wanted
 
 
-def checked_layers(model: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...] | None:
+def checked_layers(model: nn.Module, layers: Iterable[int] | None, name: str = "layers") -> tuple[int, ...] | None:
     """The layers as a tuple.
 
     Raises:
@@ -134,19 +204,5 @@ def checked_layers(model: nn.Module, layers: Iterable[int] | None) -> tuple[int,
     wanted = tuple(layers)
     count = int(getattr(decoder_of(model).config, "num_hidden_layers", sys.maxsize))
     if not wanted or not all(isinstance(x, int) and 0 <= x < count for x in wanted):
-        raise InputError(f"layers must be indices in [0, {count}), got {list(wanted)}")
+        raise InputError(f"{name} must be indices in [0, {count}), got {list(wanted)}")
     return wanted
-
-
-def checked_factor(factor: Tensor) -> Tensor:
-    """The factor as float32.
-
-    Raises:
-        InputError: it is not a floating point tensor (B, L) or (B, Hq, L), or not finite and >= 0 everywhere.
-    """
-    if not isinstance(factor, Tensor) or not factor.is_floating_point() or factor.ndim not in (2, 3):
-        came = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor).__name__
-        raise InputError(f"factor must be a floating point tensor (B, L) or (B, Hq, L), got {came}")
-    if factor.numel() and not bool(((factor >= 0) & factor.isfinite()).all()):
-        raise InputError("factor must be finite and >= 0 everywhere; it holds negative, infinite or NaN entries")
-    return factor.detach().float()

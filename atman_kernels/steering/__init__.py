@@ -1,0 +1,1 @@
+"""Steering: answers under a suppression or an amplification of parts of the prompt."""

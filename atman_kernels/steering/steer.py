@@ -1,0 +1,209 @@
+"""`steer`: what a model answers when parts of its prompt count less, or more."""
+
+import contextvars
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from atman_kernels.errors import InputError
+from atman_kernels.explain.question import Prompt, encode, prompt_text
+from atman_kernels.hf.suppression import suppress
+from atman_kernels.steering.spans import Spans, SteeredSpan, TokenizedText, resolve, spans_by_prompt
+
+
+@contextmanager
+def steer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Sequence[Prompt] | Mapping[str, Any],
+    spans: Spans | Sequence[Spans],
+    *,
+    mode: str = "log_additive",
+    layers: Iterable[int] | None = None,
+    chat: bool = False,
+    backend: str | None = None,
+) -> "Iterator[Steered]":
+    """Suppress or amplify parts of a prompt in all that `model` computes inside the context.
+
+    Args:
+        model: a transformers model; it is used as it is, and is as before when the context ends.
+        tokenizer: the model's, a fast one.
+        prompt: a text, chat messages, or a list of such prompts, which are padded on the left; or inputs that are
+            tokens already, such as a processor makes from images: {"input_ids": (B, L), …}.
+        spans: the factor of each span: 0 removes it ("log_additive" mode), < 1 suppresses it, > 1 amplifies it. A
+            span is a text or a compiled regular expression that occurs once, an `Occurrence` of one that occurs
+            more often, characters (start, end) of `Steered.texts`, or a range of token positions (those of the
+            prompt without padding; for ready inputs, of `input_ids`). A token belongs to every span with which it
+            shares a character. For a list of prompts: one mapping for all, or a list with one for each.
+        mode, layers, backend: see `atman_kernels.suppress`.
+        chat: put text prompts into the tokenizer's chat template, each as the user's message. Spans are then looked
+            for in the whole text that the template makes.
+
+    Yields:
+        a `Steered`: the inputs to call the model with, and `generate`, which gives texts.
+
+    Raises:
+        InputError: a prompt is empty, a span is missing, ambiguous, or holds no token; a factor is negative or not
+            finite; overlapping spans have different factors; see also `atman_kernels.suppress`.
+        UnsupportedModelError: see `atman_kernels.suppress`.
+
+    Example:
+        >>> with steer(model, tokenizer, "Anna met Bert. She saw", {"Bert": 0.0}) as steered:  # doctest: +SKIP
+        ...     answers = steered.generate(max_new_tokens=8)
+        ...     logits = model(**steered.inputs).logits
+    """
+    steered = _prepare(model, tokenizer, prompt, spans, chat)
+    with suppress(model, steered.factor, mode=mode, layers=layers, backend=backend), steered._inside():
+        yield steered
+
+
+class Steered:
+    """Prompts under a steering, ready for the model.
+
+    Attributes:
+        inputs: what to call the model with, on its device: `model(**inputs)`, `model.generate(**inputs)`.
+        texts: the texts that were tokenized, with the chat template's additions; none for ready inputs.
+        spans: for each prompt, its spans with their tokens, which count without padding.
+        factor: (B, L) what the attention to each token of the padded prompts is scaled by.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        inputs: dict[str, Any],
+        texts: tuple[str, ...],
+        spans: tuple[tuple[SteeredSpan, ...], ...],
+    ) -> None:
+        self.inputs, self.texts, self.spans = inputs, texts, spans
+        length = inputs["input_ids"].shape[1]
+        self.factor = torch.ones(len(spans), length)
+        for row, found in enumerate(spans):
+            padding = int((inputs["attention_mask"][row] == 0).sum()) if texts else 0
+            for span in found:
+                self.factor[row, [padding + token for token in span.unit.token_indices]] = span.factor
+        self._model, self._tokenizer = model, tokenizer
+        self._owner: tuple[threading.Thread, contextvars.Context] | None = None  # while inside the context
+        self._running, self._changed = 0, threading.Condition()
+
+    def generate(self, *, skip_special_tokens: bool = True, **options: Any) -> list[str]:
+        """The model's answers, one text for each prompt and returned sequence, without the prompt.
+
+        May be called in another thread, as streamers need it. Leaving the context ends such a generation after the
+        token at hand, and waits for it.
+
+        Args:
+            skip_special_tokens: whether to leave marks like the end of the answer out of the texts.
+            options: as of the model's `generate`: max_new_tokens, do_sample, num_beams, streamer, ….
+
+        Raises:
+            InputError: the `with ak.steer(…)` has been left.
+        """
+        with self._changed:
+            if self._owner is None:
+                raise InputError("Steered.generate: the steering has ended; call it inside `with ak.steer(…)`")
+            thread, context = self._owner
+            self._running += 1
+        try:
+            if threading.current_thread() is thread:
+                sequences = self._sequences(options)
+            else:
+                sequences = context.copy().run(self._sequences, options)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+        answers = sequences[:, self.inputs["input_ids"].shape[1] :]
+        return list(self._tokenizer.batch_decode(answers, skip_special_tokens=skip_special_tokens))
+
+    def _sequences(self, options: dict[str, Any]) -> Tensor:
+        if "pad_token_id" not in options and getattr(self._model.generation_config, "pad_token_id", None) is None:
+            options = {**options, "pad_token_id": _padding_id(self._tokenizer)}
+        until = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), _WhenLeft(self)])
+        output = self._model.generate(**self.inputs, **{**options, "stopping_criteria": until})
+        return output if isinstance(output, Tensor) else output.sequences
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self._owner = threading.current_thread(), contextvars.copy_context()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._owner = None
+                self._changed.wait_for(lambda: self._running == 0)
+
+
+class _WhenLeft(StoppingCriteria):
+    """Ends a generation in another thread once its steering has been left: what follows would be unsteered."""
+
+    def __init__(self, steered: Steered) -> None:
+        self._steered = steered
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        left = self._steered._owner is None
+        return torch.full((input_ids.shape[0],), left, dtype=torch.bool, device=input_ids.device)
+
+
+def _prepare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Any, spans: Spans | Sequence[Spans], chat: bool
+) -> Steered:
+    if isinstance(prompt, Mapping):
+        return _prepare_inputs(model, tokenizer, prompt, spans)
+    one = isinstance(prompt, str) or (isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], dict))
+    prompts = [prompt] if one else prompt
+    if not isinstance(prompts, Sequence) or not prompts:
+        raise InputError(f"prompt must be a text, chat messages, or a list of prompts, got {prompt!r}")
+    tokenized = [_tokenized(tokenizer, each, chat) for each in prompts]
+    found = []
+    for index, (each, wanted) in enumerate(zip(tokenized, spans_by_prompt(spans, len(prompts)), strict=True)):
+        try:
+            found.append(resolve(wanted, each))
+        except InputError as error:
+            raise error if one else InputError(f"prompt {index}: {error}") from None
+    inputs = _padded(tokenized, _padding_id(tokenizer))
+    texts = tuple(each.text for each in tokenized)
+    return Steered(model, tokenizer, {k: v.to(model.device) for k, v in inputs.items()}, texts, tuple(found))
+
+
+def _prepare_inputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    given: Mapping[str, Any],
+    spans: Spans | Sequence[Spans],
+) -> Steered:
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
+        came = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(f"prompt: input_ids must be a tensor (B, L), got {came}")
+    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    found = tuple(resolve(wanted, ids.shape[1]) for wanted in spans_by_prompt(spans, ids.shape[0]))
+    return Steered(model, tokenizer, inputs, (), found)
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> TokenizedText:
+    text, is_template = prompt_text(tokenizer, prompt, chat)
+    encoded = encode(tokenizer, text, add_special_tokens=not is_template)
+    if not text or not encoded["input_ids"]:
+        raise InputError("prompt is empty; expected a text with at least one token")
+    return TokenizedText(text, tuple(encoded["input_ids"]), tuple(map(tuple, encoded["offset_mapping"])))
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token does where nothing attends to it."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _padded(prompts: Sequence[TokenizedText], padding: int) -> dict[str, Tensor]:
+    """Ids and mask (B, L), padded on the left, so that all answers begin at the same position."""
+    length = max(len(prompt.ids) for prompt in prompts)
+    rows = [length - len(prompt.ids) for prompt in prompts]
+    ids = [[padding] * missing + list(prompt.ids) for missing, prompt in zip(rows, prompts, strict=True)]
+    mask = [[0] * missing + [1] * (length - missing) for missing in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
