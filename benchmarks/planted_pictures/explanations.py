@@ -1,0 +1,123 @@
+"""Relevance of a picture's tiles for the model's answer, by AtMan and by what it is compared with.
+
+Every method sees the same input embeddings (the projected tiles, then the question) and acts on the language model
+alone; each returns one value per tile, positive = important.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import atman_kernels as ak
+from atman_kernels.planning.factors import factor_rows
+from atman_kernels.planning.units import Unit
+from benchmarks.planted_pictures.model import pixel_values, prompts
+from benchmarks.planted_pictures.pictures import TILES
+
+FACTOR = 0.1  # the paper's f = 0.9
+THRESHOLD = 0.7  # the paper's κ
+UNITS = [Unit(f"tile {index}", 0, 0, (index,)) for index in range(TILES**2)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture, as the language model gets it.
+
+    Attributes:
+        model: the whole model.
+        embeddings: (length, width), the picture's tiles first.
+        answer: token id of what is explained.
+    """
+
+    model: PreTrainedModel
+    embeddings: Tensor
+    answer: int
+
+    def logprobs(self, factors: Tensor, mode: str) -> Tensor:
+        """(variants,) float64 log-probs of the answer under (variants, length) factors."""
+        rows = self.embeddings.expand(len(factors), -1, -1)
+        with torch.no_grad(), ak.suppress(self.model, factors, mode=mode):
+            logits = self.model(inputs_embeds=rows, logits_to_keep=1, use_cache=False).logits[:, -1]
+        return logits.double().log_softmax(-1)[:, self.answer]
+
+    def without(self, suppressed: Tensor) -> Tensor:
+        """(variants,) log-probs with the tiles gone that bool (variants, tiles) names; for `metrics.faithfulness`."""
+        factors = torch.ones(len(suppressed), len(self.embeddings))
+        factors[:, : TILES**2] = (~suppressed).float()
+        return self.logprobs(factors, "log_additive")
+
+
+def ask(model: PreTrainedModel, pixels: Tensor, shape: int, answer: int | None = None) -> Asked:
+    """The question for a shape (an index) about a picture (3, 64, 64); the model's own answer unless one is given."""
+    seen: dict[str, Tensor] = {}
+    ids = prompts(torch.tensor([shape]))
+    decoder = model.get_decoder()
+    keep = decoder.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad(), keep:
+        logits = model(input_ids=ids, pixel_values=pixel_values(pixels[None]), logits_to_keep=1).logits
+    return Asked(model, seen["inputs_embeds"][0], int(logits[0, -1].argmax()) if answer is None else answer)
+
+
+def atman(asked: Asked, mode: str, threshold: float | None) -> Tensor:
+    """Rise of the answer's loss with a tile suppressed, and with it, given a threshold, the tiles that look alike."""
+    length = len(asked.embeddings)
+    rows = factor_rows(
+        UNITS, length, FACTOR, embeddings=asked.embeddings if threshold else None, similarity_threshold=threshold
+    )
+    logprobs = asked.logprobs(torch.cat([rows, torch.ones(1, length)]), mode)
+    return logprobs[-1] - logprobs[:-1]
+
+
+def raw_attention(asked: Asked) -> Tensor:
+    """What the last position attends to in the last layer, the mean over heads."""
+    return _attentions(asked)[-1].mean(0)[-1, : TILES**2]
+
+
+def rollout(asked: Asked) -> Tensor:
+    """Attention followed through the layers, (A + I) / 2 in each (Abnar & Zuidema, arXiv 2005.00928)."""
+    relevance = torch.eye(len(asked.embeddings))[-1]
+    for weights in reversed(_attentions(asked)):
+        relevance = (relevance @ weights.mean(0) + relevance) / 2
+    return relevance[: TILES**2]
+
+
+def input_x_gradient(asked: Asked) -> Tensor:
+    """x · ∂ log p / ∂x, summed over the features of each tile's embedding x."""
+    rows = asked.embeddings.detach()[None].requires_grad_()
+    logits = asked.model(inputs_embeds=rows, logits_to_keep=1).logits[0, -1]
+    [gradient] = torch.autograd.grad(logits.log_softmax(-1)[asked.answer], rows)
+    return (rows * gradient).detach().sum(-1)[0, : TILES**2]
+
+
+def at_random(asked: Asked) -> Tensor:
+    """What knowing nothing gives."""
+    return torch.rand(TILES**2, generator=torch.Generator().manual_seed(asked.answer))
+
+
+METHODS: dict[str, Callable[[Asked], Tensor]] = {
+    **{
+        f"AtMan {mode}{f', κ {threshold}' if threshold else ''}": partial(atman, mode=mode, threshold=threshold)
+        for mode in ("log_additive", "multiplicative", "shifted")
+        for threshold in (None, THRESHOLD)
+    },
+    "raw attention": raw_attention,
+    "attention rollout": rollout,
+    "input × gradient": input_x_gradient,
+    "at random": at_random,
+}
+
+
+def _attentions(asked: Asked) -> list[Tensor]:
+    """(heads, length, length) of every layer, the first layer first."""
+    before = asked.model.config.text_config._attn_implementation
+    asked.model.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.no_grad():
+            found = asked.model(inputs_embeds=asked.embeddings[None], output_attentions=True).attentions
+    finally:
+        asked.model.set_attn_implementation({"text_config": before})
+    return [weights[0] for weights in found]
