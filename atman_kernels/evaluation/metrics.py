@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -236,7 +237,7 @@ def confidence_interval(
         n_resamples=resamples,
         method="percentile",
         batch=max(1, 2**22 // len(items)),  # keeps the drawn items within tens of megabytes
-        rng=seed,
+        random_state=np.random.default_rng(seed),  # newer versions call it rng; this name they all take
     ).confidence_interval
     return float(interval.low), float(interval.high)
 
