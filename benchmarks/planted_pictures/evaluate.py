@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from atman_kernels.evaluation import metrics
 from benchmarks.machine import RESULTS, environment
 from benchmarks.planted_pictures.explanations import FACTOR, METHODS, THRESHOLD, Asked, ask
-from benchmarks.planted_pictures.model import colour_ids, load
+from benchmarks.planted_pictures.model import colour_ids, in_order, load
 from benchmarks.planted_pictures.pictures import draw
 
 SEED = 20_000
@@ -32,18 +32,18 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "faithfulness")
 
 
 def answered(model: PreTrainedModel, seed: int) -> Iterator[tuple[Asked, Tensor] | None]:
-    """Questions with the (8, 8) bool tiles of their object, without end; None for each wrong answer."""
+    """Questions with the (64,) bool tiles of their object, without end; None for each wrong answer."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         pictures = draw(1, generator)
         asked = ask(model, pictures.pixels[0], int(pictures.shapes[0, 0]))
         right = asked.answer == int(colour_ids(pictures.colours[0, 0]))
-        yield (asked, pictures.tiles()[0, 0]) if right else None
+        yield (asked, in_order(pictures.tiles()[0, 0])) if right else None
 
 
 def measured(found: list[Tensor], questions: list[tuple[Asked, Tensor]]) -> dict[str, Any]:
     """All measures of one method's explanations, (64,) each."""
-    truths = [tiles.flatten() for _, tiles in questions]
+    truths = [tiles for _, tiles in questions]
     pointing = metrics.localisation(found, truths)
     areas = [
         metrics.faithfulness(relevance, asked.without, STEPS).area

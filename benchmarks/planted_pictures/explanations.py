@@ -93,9 +93,9 @@ def input_x_gradient(asked: Asked) -> Tensor:
     return (rows * gradient).detach().sum(-1)[0, : TILES**2]
 
 
-def at_random(asked: Asked) -> Tensor:
+def at_random(asked: Asked, generator: torch.Generator) -> Tensor:
     """What knowing nothing gives."""
-    return torch.rand(TILES**2, generator=torch.Generator().manual_seed(asked.answer))
+    return torch.rand(TILES**2, generator=generator)
 
 
 METHODS: dict[str, Callable[[Asked], Tensor]] = {
@@ -107,7 +107,7 @@ METHODS: dict[str, Callable[[Asked], Tensor]] = {
     "raw attention": raw_attention,
     "attention rollout": rollout,
     "input × gradient": input_x_gradient,
-    "at random": at_random,
+    "at random": partial(at_random, generator=torch.Generator().manual_seed(0)),
 }
 
 

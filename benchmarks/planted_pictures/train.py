@@ -86,7 +86,7 @@ def accuracy(model: LlavaForConditionalGeneration, count: int, seed: int) -> flo
 
 @click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--seed", default=0)
-@click.option("--steps", type=click.IntRange(min=1), default=2000)
+@click.option("--steps", type=click.IntRange(min=1), default=1500)
 @click.option("--output", type=click.Path(path_type=Path), default=WEIGHTS)
 def main(seed: int, steps: int, output: Path) -> None:
     torch.set_num_threads(1)
