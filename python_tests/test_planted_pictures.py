@@ -4,6 +4,8 @@ The model, its weights and the task are those of `benchmarks.planted_pictures`.
 """
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from benchmarks.planted_pictures.explanations import Asked, ask
 
 SEED = 30_000  # neither training nor the evaluation draws from it
 PICTURES = 50
+EXPLAINED = 30  # of them
 TILES = pictures.TILES**2
 
 
@@ -108,16 +111,22 @@ def test_the_shipped_weights_are_small() -> None:
 @pytest.mark.parametrize("mode", ["log_additive", "shifted"])
 def test_the_strongest_tile_lies_on_the_object(answered, mode: str, threshold: float | None) -> None:
     hits = []
-    for asked, tiles in answered:
+    for asked, tiles in answered[:EXPLAINED]:
         relevance = explanations.atman(asked, mode, threshold)
         hits.append([metrics.hit(relevance, truth) for truth in tiles])
     shares = torch.tensor(hits).float().mean(0)  # per object; the first was asked for
-    assert shares[0] >= HIT_AT_LEAST[threshold], shares
+    assert shares[0] >= 0.9, shares
     assert shares[1:].max() <= 0.1, shares
 
 
-def test_scores_equal_full_rows_under_a_float_mask(answered) -> None:
-    asked, _ = answered[0]
+@pytest.fixture(scope="module")
+def asked(questions) -> Asked:
+    """A wrong answer, whose log-prob moves with every tile; a right one may be certain beyond rounding."""
+    wrong = [index for index in model.colour_ids(torch.arange(6)).tolist() if index != questions[0].answer]
+    return replace(questions[0], answer=wrong[0])
+
+
+def test_scores_equal_full_rows_under_a_float_mask(asked) -> None:
     length = len(asked.embeddings)
     masks = torch.full((length, length), -math.inf).triu(1).repeat(TILES + 1, 1, 1, 1)  # the last is the base
     for tile in range(TILES):
@@ -127,7 +136,7 @@ def test_scores_equal_full_rows_under_a_float_mask(answered) -> None:
         logits = asked.model.get_decoder()(inputs_embeds=rows, attention_mask=masks).last_hidden_state[:, -1]
         losses = -asked.model.get_output_embeddings()(logits).double().log_softmax(-1)[:, asked.answer]
     found = explanations.atman(asked, "log_additive", None)
-    assert found.max() > 0.1, "the oracle must move, or the comparison says nothing"
+    assert found.abs().max() > 0.1, "the oracle must move, or the comparison says nothing"
     torch.testing.assert_close(found, losses[:-1] - losses[-1], atol=1e-4, rtol=0)
 
 
@@ -140,25 +149,22 @@ def test_the_embeddings_are_what_the_whole_model_runs_on(drawn, questions) -> No
     torch.testing.assert_close(asked.without(torch.zeros(1, TILES, dtype=torch.bool))[0], expected, atol=1e-4, rtol=0)
 
 
-def test_input_x_gradient_is_the_slope_of_stretching_a_tile(answered) -> None:
-    asked, _ = answered[0]
-    step = 1e-3
-    stretch = torch.diag_embed(torch.full((TILES,), step))
-    stretch = torch.nn.functional.pad(stretch, (0, len(asked.embeddings) - TILES))[..., None]  # [tile, length, 1]
+def test_input_x_gradient_is_the_slope_of_stretching_a_tile(asked) -> None:
+    wide = replace(asked, model=deepcopy(asked.model).double(), embeddings=asked.embeddings.double())
+    step = 0.03  # not less: the norms of a Llama are in float32 whatever the rest
+    stretch = step * torch.eye(len(wide.embeddings), dtype=torch.float64)[:TILES, :, None]  # [tile, length, 1]
 
     def logprobs(sign: int) -> Tensor:
         with torch.no_grad():
-            logits = asked.model(inputs_embeds=asked.embeddings * (1 + sign * stretch)).logits[:, -1]
-        return logits.double().log_softmax(-1)[:, asked.answer]
+            logits = wide.model(inputs_embeds=wide.embeddings * (1 + sign * stretch)).logits[:, -1]
+        return logits.log_softmax(-1)[:, wide.answer]
 
     slope = (logprobs(1) - logprobs(-1)) / (2 * step)
-    found = explanations.input_x_gradient(asked).double()
     assert slope.abs().max() > 0.01
-    torch.testing.assert_close(found, slope, atol=0.02 * float(slope.abs().max()), rtol=0)
+    torch.testing.assert_close(explanations.input_x_gradient(wide), slope, atol=0.02 * float(slope.abs().max()), rtol=0)
 
 
-def test_rollout_is_the_product_of_the_layers(answered) -> None:
-    asked, _ = answered[0]
+def test_rollout_is_the_product_of_the_layers(asked) -> None:
     before = asked.model.config.text_config._attn_implementation
     product = torch.eye(len(asked.embeddings), dtype=torch.float64)
     for weights in explanations._attentions(asked):
