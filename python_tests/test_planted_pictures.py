@@ -173,3 +173,16 @@ def test_rollout_is_the_product_of_the_layers(asked) -> None:
     torch.testing.assert_close(explanations.rollout(asked).double(), product[-1, :TILES], atol=1e-6, rtol=0)
     torch.testing.assert_close(explanations.raw_attention(asked), weights.mean(0)[-1, :TILES])
     assert asked.model.config.text_config._attn_implementation == before
+
+
+def test_chefer_is_the_product_of_the_layers(asked) -> None:
+    rows = asked.embeddings[None].clone().requires_grad_()
+    with explanations._eager(asked.model):
+        run = asked.model(inputs_embeds=rows, output_attentions=True)
+    relevance = torch.eye(len(asked.embeddings))
+    for weights in run.attentions:  # the first layer first, all rows
+        [gradient] = torch.autograd.grad(run.logits[0, -1, asked.answer], weights, retain_graph=True)
+        relevance = relevance + (weights * gradient)[0].clamp(min=0).mean(0).detach() @ relevance
+    found = explanations.chefer(asked)
+    assert found.max() > 0.01
+    torch.testing.assert_close(found, relevance[-1, :TILES], atol=1e-5, rtol=1e-3)

@@ -107,7 +107,7 @@ def main(pictures: int, seed: int, output: Path) -> None:
         "settings": {"pictures": pictures, "seed": seed, "factor": FACTOR, "threshold": THRESHOLD, "steps": STEPS},
         "left_out_as_answered_wrongly": wrong,
         "tiles_of_truth": sum(float(tiles.sum()) for _, tiles in questions) / pictures,
-        "methods": {name: measured(maps, questions) for name, maps in found.items()},
+        "methods": {name: measured(found[name], questions) for name in track(found, description="measures")},
         "rank_correlation": agreement(found),
     }
     output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

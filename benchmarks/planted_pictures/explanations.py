@@ -4,7 +4,8 @@ Every method sees the same input embeddings (the projected tiles, then the quest
 alone; each returns one value per tile, positive = important.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,6 +94,21 @@ def input_x_gradient(asked: Asked) -> Tensor:
     return (rows * gradient).detach().sum(-1)[0, : TILES**2]
 
 
+def chefer(asked: Asked) -> Tensor:
+    """Rollout with each layer's attention weighted by the gradient of the answer's logit, negative products left out.
+
+    R ← R + mean over heads of max(A ⊙ ∂y/∂A, 0) · R (Chefer et al., arXiv 2103.15679, eq. 5 and 6).
+    """
+    rows = asked.embeddings.detach()[None].requires_grad_()
+    with _eager(asked.model):
+        found = asked.model(inputs_embeds=rows, output_attentions=True)
+    gradients = torch.autograd.grad(found.logits[0, -1, asked.answer], found.attentions)
+    relevance = torch.eye(len(asked.embeddings))[-1]
+    for weights, gradient in zip(reversed(found.attentions), reversed(gradients), strict=True):
+        relevance = relevance + relevance @ (weights.detach() * gradient)[0].clamp(min=0).mean(0)
+    return relevance[: TILES**2]
+
+
 def at_random(asked: Asked, generator: torch.Generator) -> Tensor:
     """What knowing nothing gives."""
     return torch.rand(TILES**2, generator=generator)
@@ -106,6 +122,7 @@ METHODS: dict[str, Callable[[Asked], Tensor]] = {
     },
     "raw attention": raw_attention,
     "attention rollout": rollout,
+    "Chefer et al.": chefer,
     "input × gradient": input_x_gradient,
     "at random": partial(at_random, generator=torch.Generator().manual_seed(0)),
 }
@@ -113,11 +130,17 @@ METHODS: dict[str, Callable[[Asked], Tensor]] = {
 
 def _attentions(asked: Asked) -> list[Tensor]:
     """(heads, length, length) of every layer, the first layer first."""
-    before = asked.model.config.text_config._attn_implementation
-    asked.model.set_attn_implementation({"text_config": "eager"})
-    try:
-        with torch.no_grad():
-            found = asked.model(inputs_embeds=asked.embeddings[None], output_attentions=True).attentions
-    finally:
-        asked.model.set_attn_implementation({"text_config": before})
+    with torch.no_grad(), _eager(asked.model):
+        found = asked.model(inputs_embeds=asked.embeddings[None], output_attentions=True).attentions
     return [weights[0] for weights in found]
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that gives its weights away, in the language model."""
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
