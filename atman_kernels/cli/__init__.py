@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import atman_kernels
-from atman_kernels.cli import bench, demo, doctor, explain, steer
+from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, steer
 from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
 
 UNEXPECTED, WRONG_INPUT, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 130
@@ -60,5 +60,6 @@ def main(ctx: click.Context, traceback: bool) -> None:
         click.echo(ctx.get_help())
 
 
+bench.command.add_command(bench_quality.command)
 for _command in (explain.command, steer.command, demo.command, doctor.command, bench.command):
     main.add_command(_command)

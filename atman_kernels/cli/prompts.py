@@ -1,9 +1,8 @@
 """Where a prompt comes from: an argument, a file, standard input, or a question of a SQuAD-format file."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from atman_kernels.errors import InputError
 
@@ -48,27 +47,15 @@ def squad_question(file: str, item: int) -> Question:
     Raises:
         InputError: the file cannot be read or has another format, or it has fewer questions.
     """
+    from atman_kernels.evaluation.squad import read_items
+
     try:
-        content = json.loads(_decoded(_bytes(file), file))
-    except json.JSONDecodeError as error:
-        raise InputError(f"--squad: {file} is not JSON: {error}") from error
-    try:
-        questions = [
-            Question(paragraph["context"], entry["question"], _answer(entry))
-            for article in content["data"]
-            for paragraph in article["paragraphs"]
-            for entry in paragraph["qas"]
-        ]
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"--squad: {file} is not in SQuAD format ({type(error).__name__}: {error})") from error
+        questions = [Question(found.context, found.question, found.answer) for found in read_items(file)]
+    except InputError as error:
+        raise InputError(f"--squad: {error}") from error
     if not 0 <= item < len(questions):
         raise InputError(f"--item must be in 0..{len(questions) - 1} for {file}, got {item}")
     return questions[item]
-
-
-def _answer(entry: dict[str, Any]) -> str | None:
-    answers = entry.get("answers") or [{"text": None}]
-    return answers[0]["text"]
 
 
 def _bytes(file: str) -> bytes:

@@ -1,0 +1,162 @@
+"""`atman bench quality`: do explanations point to the passage that holds the answer?"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atman_kernels.cli.explain import MODES, UNITS
+from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from atman_kernels.evaluation.quality import Setting, Summary
+
+FACTORS = (0.0, 0.1, 0.5)
+THRESHOLDS = (None, 0.7)
+# Slower by a hundred times what they add here; ask for them by name.
+UNASKED = ("shapley", "lasso")
+COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds")
+
+
+@click.command("quality")
+@click.option("--squad", metavar="FILE", required=True, help="Questions with answer spans, in the format of SQuAD 1.1.")
+@click.option("--model", metavar="ID|FOLDER|smollm2", default="smollm2", show_default=True)
+@click.option("--split", type=click.Choice(["dev", "test", "all"]), default="test", show_default=True)
+@click.option("--items", type=click.IntRange(min=1), help="Only the first N of them.  [default: all]")
+@click.option("--methods", metavar="NAME,NAME", help="Which methods to compare.  [default: all but shapley and lasso]")
+@click.option("--sweep", is_flag=True, help="AtMan alone, in every mode with several factors and thresholds.")
+@click.option("--mode", type=click.Choice(MODES), help="Of AtMan.  [default: the package's]")
+@click.option("--factor", type=click.FloatRange(min=0), help="Of AtMan.  [default: the package's]")
+@click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Of AtMan.  [default: none]")
+@click.option("--units", type=click.Choice(UNITS), default="token", show_default=True)
+@click.option("--chat/--no-chat", default=False, help="Ask through the model's chat template.")
+@click.option("--faithfulness", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+              help="Run deletion and insertion curves for the first N items.")  # fmt: skip
+@click.option("--results", metavar="FILE", default="quality.jsonl", show_default=True,
+              help="Every measurement, as it is finished; a run that was stopped goes on from there.")  # fmt: skip
+@click.option("--json", "json_file", metavar="FILE", help="Write the table as JSON, too.")
+@device_options
+def command(
+    squad: str,
+    model: str,
+    split: str,
+    items: int | None,
+    methods: str | None,
+    sweep: bool,
+    mode: str | None,
+    factor: float | None,
+    threshold: float | None,
+    units: str,
+    chat: bool,
+    faithfulness: int,
+    results: str,
+    json_file: str | None,
+    device: str | None,
+    dtype: str,
+) -> None:
+    """Explain the gold answers of a SQuAD-format file in several ways, and compare.
+
+    \b
+    atman bench quality --squad dev-v1.1.json --split dev --sweep --items 50
+    atman bench quality --squad dev-v1.1.json --methods atman,rollout,attnlrp --json table.json
+    """
+    if sweep and methods:
+        raise InputError("--sweep is AtMan alone; leave out --methods")
+    from tqdm.auto import tqdm
+
+    from atman_kernels.evaluation.quality import Task, measure, summarize
+    from atman_kernels.evaluation.results import ResultFile
+    from atman_kernels.evaluation.squad import read_items, split_of, usable
+
+    chosen, left_out = usable(item for item in read_items(squad) if split in ("all", split_of(item)))
+    for line in left_out:
+        say(f"Note: left out {line}")
+    chosen = chosen[:items]
+    if not chosen:
+        raise InputError(f"{squad} holds no usable question of the split {split!r}")
+    given = {"mode": mode, "factor": factor, "similarity_threshold": threshold}
+    settings = swept() if sweep else compared(methods, {k: v for k, v in given.items() if v is not None})
+    task = Task(units, chat, faithfulness)
+    header = {
+        "data": hashlib.sha256(Path(squad).read_bytes()).hexdigest(),
+        "split": split,
+        "model": model,
+        "dtype": dtype,
+        "units": units,
+        "chat": chat,
+        "faithfulness": faithfulness,
+        "settings": {s.name: {"method": s.method, "options": s.options, "explainer": s.explainer} for s in settings},
+    }
+    file = ResultFile(results, header)
+    with warnings_as_messages():
+        loaded, tokenizer = load(model, device=device, dtype=dtype)
+        with tqdm(total=len(chosen) * len(settings), unit="explanation", desc="explaining") as bar:
+            measure(loaded, tokenizer, chosen, settings, task, file, bar.update)
+    wanted = {item.id for item in chosen}
+    summaries = summarize([entry for entry in file.entries if entry["item"] in wanted])
+    show(summaries)
+    if json_file is not None:
+        write(json_file, header | {"dtype": str(loaded.dtype).removeprefix("torch."), "items": len(chosen)}, summaries)
+
+
+def compared(methods: str | None, explainer: dict[str, Any]) -> list["Setting"]:
+    """One setting per method."""
+    from atman_kernels.evaluation.quality import Setting
+    from atman_kernels.explain.methods import names
+
+    wanted = methods.split(",") if methods else [name for name in names() if name not in UNASKED]
+    for name in wanted:
+        if name not in names():
+            raise InputError(f"--methods: {name!r} is none of {', '.join(names())}")
+    return [Setting(name, name, explainer=explainer) for name in wanted]
+
+
+def swept() -> list["Setting"]:
+    """AtMan in every mode, with several factors, with and without neighbours."""
+    from atman_kernels.evaluation.quality import Setting
+
+    grid = itertools.product(MODES, FACTORS, THRESHOLDS)
+    return [
+        Setting(
+            f"{mode} {factor:g}" + ("" if threshold is None else f" κ={threshold:g}"),
+            explainer={"mode": mode, "factor": factor, "similarity_threshold": threshold},
+        )
+        for mode, factor, threshold in grid
+    ]
+
+
+def show(summaries: Sequence["Summary"]) -> None:
+    """The table, with half the width of the 95 % interval behind each mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = [name for name in COLUMNS if any(name in summary.values for summary in summaries)]
+    table = Table("", "items", *shown)
+    for summary in summaries:
+        cells = [_cell(summary, name) for name in shown] if summary.items else [summary.refused or ""]
+        table.add_row(summary.setting, str(summary.items), *cells)
+    Console().print(table)
+
+
+def _cell(summary: "Summary", name: str) -> str:
+    if name not in summary.values:
+        return ""
+    if name not in summary.intervals:
+        return f"{summary.values[name]:.2f}" if name in ("seconds", "area") else f"{100 * summary.values[name]:.1f}"
+    low, high = summary.intervals[name]
+    factor, digits = (1, 2) if name == "area" else (100, 1)
+    return f"{factor * summary.values[name]:.{digits}f} ± {factor * (high - low) / 2:.{digits}f}"
+
+
+def write(path: str, header: dict[str, Any], summaries: Sequence["Summary"]) -> None:
+    rows = [
+        {"setting": s.setting, "items": s.items, "values": s.values, "intervals": s.intervals, "refused": s.refused}
+        for s in summaries
+    ]
+    Path(path).write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    say(f"Wrote {path}")

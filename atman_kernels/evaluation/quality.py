@@ -1,0 +1,205 @@
+"""Do explanations point to the passage that holds the answer? Methods over questions, measured and compared."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.evaluation.metrics import (
+    confidence_interval,
+    faithfulness,
+    hit,
+    interquartile_mean,
+    precision,
+    recall,
+)
+from atman_kernels.evaluation.results import ResultFile
+from atman_kernels.evaluation.squad import Item
+from atman_kernels.explain.explainer import Explainer
+from atman_kernels.explain.explanation import Explanation
+
+FAITHFULNESS_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to explain.
+
+    Attributes:
+        name: what tables call it.
+        method: of `Explainer.explain`.
+        options: of that method.
+        explainer: arguments of `Explainer`: mode, factor, similarity_threshold, layers.
+    """
+
+    name: str
+    method: str = "atman"
+    options: dict[str, Any] = field(default_factory=dict)
+    explainer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """How questions are put to the model.
+
+    Attributes:
+        units: a granularity.
+        chat: whether the tokenizer's chat template is used.
+        faithfulness_items: for how many of the first items deletion and insertion curves are run as well.
+    """
+
+    units: str = "token"
+    chat: bool = False
+    faithfulness_items: int = 0
+
+    def prompt(self, item: Item) -> str:
+        return f"{item.context}\n\nQuestion: {item.question}\nAnswer:"
+
+    def target(self, item: Item) -> str:
+        return str(item.answer) if self.chat else f" {item.answer}"
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    settings: Sequence[Setting],
+    task: Task,
+    results: ResultFile,
+    advance: Callable[[], object] = lambda: None,
+) -> None:
+    """Explain the gold answer of every item in every way, and write down the relevance of every unit.
+
+    What the result file holds already is not done again. A method that the model cannot serve is written down once
+    per item with the reason.
+
+    Args:
+        items: with usable answers, see `usable`.
+        advance: called after each explanation, and for each that was there.
+    """
+    explainers = {s.name: Explainer(model, tokenizer, progress=False, **s.explainer) for s in settings}
+    done = {(entry["item"], entry["setting"]) for entry in results.entries}
+    for index, item in enumerate(items):
+        for setting in settings:
+            if (item.id, setting.name) not in done:
+                curves = index < task.faithfulness_items
+                results.add(_measured(explainers[setting.name], item, setting, task, curves))
+            advance()
+
+
+def _measured(explainer: Explainer, item: Item, setting: Setting, task: Task, curves: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {"item": item.id, "setting": setting.name}
+    started = time.perf_counter()
+    prompt, target = task.prompt(item), task.target(item)
+    try:
+        explanation = explainer.explain(
+            prompt, target, task.units, chat=task.chat, method=setting.method, **setting.options
+        )
+    except UnsupportedModelError as error:
+        return entry | {"refused": str(error)}
+    entry["seconds"] = time.perf_counter() - started
+    first, last, truth = locate(explanation, item)
+    entry |= {
+        "relevance": [round(x, 6) for x in explanation.total.tolist()],
+        "context": [first, last],
+        "truth": truth,
+        "target_logprob": float(explanation.base_logprobs.sum()),
+    }
+    if curves:
+
+        def logprobs(suppressed: Tensor) -> Tensor:
+            # all of the prompt's other units stay; those of the context go in order
+            masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool)
+            masks[:, first:last] = suppressed
+            return explainer.ablate(prompt, target, task.units, masks=masks, chat=task.chat).logprobs.sum(1)
+
+        steps = min(FAITHFULNESS_STEPS, last - first)
+        entry["faithfulness"] = faithfulness(explanation.total[first:last], logprobs, steps).area
+    return entry
+
+
+def locate(explanation: Explanation, item: Item) -> tuple[int, int, list[int]]:
+    """Which units are of the passage, as a range [first, last), and which of them hold the answer.
+
+    A unit holds it if they share a character that is no white space.
+
+    Raises:
+        InputError: the passage does not stand in the prompt.
+    """
+    begin = explanation.prompt.find(item.context)
+    if begin < 0 or item.start is None or item.answer is None:
+        raise InputError(f"item {item.id}: its context does not stand in the prompt")
+    end, start = begin + len(item.context), begin + item.start
+    inside, truth = [], []
+    for index, unit in enumerate(explanation.units):
+        text = explanation.prompt[unit.start : unit.end]
+        first = unit.start + len(text) - len(text.lstrip())
+        last = unit.start + len(text.rstrip())
+        if unit.source != "prompt" or not begin <= first < last <= end:
+            continue
+        inside.append(index)
+        if first < start + len(item.answer) and last > start:
+            truth.append(index)
+    if not truth:
+        raise InputError(f"item {item.id}: no unit holds the answer {item.answer!r}")
+    return inside[0], inside[-1] + 1, truth
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One setting over all items.
+
+    Attributes:
+        setting: its name.
+        items: how many were measured.
+        values: measure -> mean over the items: mAP, mAP_IQ, mAR, mAR_IQ, "hit@1", "hit@5", "area" (where it was run),
+            and "seconds" per item.
+        intervals: measure -> 95 % bootstrap interval, for those that are means over items.
+        refused: why the model could not be explained so; None if it could.
+    """
+
+    setting: str
+    items: int
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    refused: str | None = None
+
+
+def summarize(entries: Sequence[dict[str, Any]], seed: int = 0) -> list[Summary]:
+    """Measures per setting, in the order in which settings appear; relevance counts within the passage only."""
+    return [_summary(name, [e for e in entries if e["setting"] == name], seed) for name in _names(entries)]
+
+
+def _names(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield from dict.fromkeys(entry["setting"] for entry in entries)
+
+
+def _summary(name: str, entries: list[dict[str, Any]], seed: int) -> Summary:
+    refused = next((entry["refused"] for entry in entries if "refused" in entry), None)
+    entries = [entry for entry in entries if "relevance" in entry]
+    if not entries:
+        return Summary(name, 0, {}, {}, refused)
+    per_item: dict[str, list[float]] = {"mAP": [], "mAR": [], "hit@1": [], "hit@5": []}
+    for entry in entries:
+        first, last = entry["context"]
+        relevance = torch.tensor(entry["relevance"], dtype=torch.float64)[first:last]
+        truth = torch.zeros(last - first, dtype=torch.bool)
+        truth[torch.tensor(entry["truth"]) - first] = True
+        per_item["mAP"].append(precision(relevance, truth))
+        per_item["mAR"].append(recall(relevance, truth))
+        per_item["hit@1"].append(float(hit(relevance, truth, 1)))
+        per_item["hit@5"].append(float(hit(relevance, truth, 5)))
+    areas = [entry["faithfulness"] for entry in entries if "faithfulness" in entry]
+    if areas:
+        per_item["area"] = areas
+    vectors = {measure: torch.tensor(found, dtype=torch.float64) for measure, found in per_item.items()}
+    values = {measure: float(found.mean()) for measure, found in vectors.items()}
+    values |= {f"{measure}_IQ": interquartile_mean(vectors[measure]) for measure in ("mAP", "mAR")}
+    values["seconds"] = sum(entry["seconds"] for entry in entries) / len(entries)
+    intervals = {measure: confidence_interval(found, seed=seed) for measure, found in vectors.items() if len(found) > 1}
+    return Summary(name, len(entries), values, intervals, refused)

@@ -1,0 +1,101 @@
+"""Questions with a known answer: files in the format of SQuAD 1.1 and 2.0."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from atman_kernels.errors import InputError
+
+Split = Literal["dev", "test"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question over a passage.
+
+    Attributes:
+        id: the file's own.
+        article: title of the article that the passage is from.
+        context: the passage.
+        question: about it.
+        answer: the first of the answers that people gave; None where the passage has none.
+        start: where it stands in the passage, in characters; None where there is none.
+    """
+
+    id: str
+    article: str
+    context: str
+    question: str
+    answer: str | None
+    start: int | None
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be measured with it: the answer is not where the file says. None if all is well."""
+        if not self.answer or not self.answer.strip() or self.start is None:
+            return "it has no answer"
+        if self.context[self.start : self.start + len(self.answer)] != self.answer:
+            return f"its answer {self.answer!r} does not stand at character {self.start} of its context"
+        return None
+
+
+def read_items(file: str | Path) -> list[Item]:
+    """All questions of a file, in its order.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8 or JSON, has another format, or repeats an id.
+    """
+    try:
+        content = json.loads(Path(file).read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not JSON: {error}") from error
+    try:
+        return [
+            _item(entry, article.get("title", ""), paragraph["context"])
+            for article in content["data"]
+            for paragraph in article["paragraphs"]
+            for entry in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{file} is not in SQuAD format ({type(error).__name__}: {error})") from error
+
+
+def split_of(item: Item) -> Split:
+    """Which part of the data a question belongs to: a quarter of the articles, by their titles' hashes, is "dev".
+
+    Whole articles, so that nothing which is chosen on "dev" has seen a passage of "test"; the same in every file.
+
+    >>> split_of(Item("", "Chloroplast", "", "", None, None))
+    'test'
+    """
+    return "dev" if hashlib.sha256(item.article.encode()).digest()[0] % 4 == 0 else "test"
+
+
+def usable(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
+    """Those that something can be measured with, and for each other one a line that says why not."""
+    good, left_out = [], []
+    for item in items:
+        if item.problem is None:
+            good.append(item)
+        else:
+            left_out.append(f"{item.id}: {item.problem}")
+    return good, left_out
+
+
+def _item(entry: dict[str, Any], article: str, context: str) -> Item:
+    answers = entry.get("answers") or [{"text": None}]
+    return Item(
+        str(entry.get("id", "")),
+        article,
+        context,
+        entry["question"],
+        answers[0]["text"],
+        answers[0].get("answer_start"),
+    )
