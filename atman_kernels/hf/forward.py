@@ -47,6 +47,12 @@ class Base:
     starts: tuple[int, ...]
     patterns: dict[nn.Module, Tensor] = field(default_factory=dict)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the prompts with their targets."""
+        ends = (*self.starts[1:], next(iter(self.keys.values())).shape[1])
+        return tuple(end - start for start, end in zip(self.starts, ends, strict=True))
+
     @classmethod
     def join(cls, bases: "list[Base]") -> "Base":
         if len(bases) == 1:
@@ -154,8 +160,8 @@ class _PackedRun:
         if module not in self.base.keys:
             raise PackingUnsupportedError(f"{type(module).__name__} was not called in the base run")
         pattern = self._pattern(module)
-        if call.position_bias is not None or not (call.is_causal or pattern is not None):
-            raise PackingUnsupportedError(f"{type(module).__name__} attends with a position bias or both ways")
+        if not (call.is_causal or pattern is not None):
+            raise PackingUnsupportedError(f"{type(module).__name__} attends both ways")
         output = ops.packed_suppressed_attention(
             call.query[0],
             call.key[0],
@@ -170,7 +176,7 @@ class _PackedRun:
             sliding_window=call.sliding_window if pattern is None else None,  # the pattern holds it
             softcap=call.softcap,
             sinks=call.sinks,
-            position_bias=pattern,
+            position_bias=self._position_bias(module, call, pattern),
         )
         return output.transpose(0, 1)[None]  # type: ignore[union-attr]
 
@@ -183,6 +189,24 @@ class _PackedRun:
             more = max(0, self.pack.longest - pattern.shape[-1])
             self._grown[id(pattern)] = nn.functional.pad(pattern, (0, more, 0, more))
         return self._grown[id(pattern)]
+
+    def _position_bias(self, module: nn.Module, call: AttentionCall, pattern: Tensor | None) -> Tensor | None:
+        """(1|Hq, 1|P, P) over absolute positions, P at least the pack's longest variant."""
+        if call.position_bias is None:
+            return pattern
+        if call.key_bias is None or pattern is not None:
+            raise PackingUnsupportedError(f"{type(module).__name__} attends with a position bias")
+        longest = self.pack.longest
+        if not call.key_bias.from_end:
+            return call.key_bias.of_length(longest)
+        lengths = self.base.lengths
+        if self.mode == "multiplicative" and len(set(lengths)) > 1:
+            raise PackingUnsupportedError(
+                f"{type(module).__name__} counts positions from the end of each prompt, and those differ in length"
+            )
+        bias = call.key_bias.of_length(max(lengths))
+        return nn.functional.pad(bias, (0, max(0, longest - bias.shape[-1])))  # padding may be longer than a prompt
+
 
 
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
