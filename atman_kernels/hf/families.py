@@ -49,11 +49,13 @@ class Family:
         method: the method that is replaced.
         compute: (module, attend, *arguments of the method) -> what the method returns.
         mask_hides: the model turns its mask into bools, True = hidden, and cannot do without one.
+        positions_by_key: tokens have no positions but in a `KeyBias`.
     """
 
     method: str
     compute: Callable[..., Any]
     mask_hides: bool = False
+    positions_by_key: bool = False
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -67,6 +69,16 @@ def family_of(module: nn.Module) -> Family | None:
 def families_in(model: nn.Module) -> list[Family]:
     """The families of a model's attention modules, without repetitions; none if it uses transformers' interface."""
     return list({id(f): f for f in map(family_of, model.modules()) if f is not None}.values())
+
+
+def chooses_keys(model: nn.Module) -> bool:
+    """Whether some attention sees only the keys that an indexer chose for it (sparse attention of DeepSeek's kind)."""
+    return any(getattr(module, "indexer", None) is not None for module in model.modules())
+
+
+def why_refused(model: nn.Module) -> str | None:
+    """Why a family that does call transformers' interface cannot be served all the same; None for all others."""
+    return REFUSED.get(type(model).__module__.rpartition(".")[2].removeprefix("modeling_"))
 
 
 @contextmanager
@@ -312,7 +324,12 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("gpt_neox_japanese", "GPTNeoXJapaneseAttention"): Family("_attn", _gpt_neox_japanese),
     ("openai", "Attention"): Family("_attn", _openai_gpt),
     ("falcon", "FalconAttention"): Family("forward", _falcon),
-    ("bloom", "BloomAttention"): Family("forward", _bloom),
-    ("mpt", "MptAttention"): Family("forward", _mpt, mask_hides=True),
+    ("bloom", "BloomAttention"): Family("forward", _bloom, positions_by_key=True),
+    ("mpt", "MptAttention"): Family("forward", _mpt, mask_hides=True, positions_by_key=True),
     ("xglm", "XGLMAttention"): Family("forward", _xglm),
+}
+
+# by the name of the family's file
+REFUSED: dict[str, str] = {
+    "deepseek_v4": "beside tokens its keys are compressed blocks of them, which have no factor of their own",
 }

@@ -19,6 +19,7 @@ from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
 from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of
+from atman_kernels.hf.packability import why_unpackable
 from atman_kernels.hf.sequence import Embedded, Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
@@ -208,7 +209,6 @@ class _PackedRun:
         return nn.functional.pad(bias, (0, max(0, longest - bias.shape[-1])))  # padding may be longer than a prompt
 
 
-
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probs with the attention that the model came with; arguments as in `base_run`."""
     with _later_features(model, ids):
@@ -227,7 +227,8 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
         its K/V, and the (R,) log-probs of the targets.
 
     Raises:
-        UnsupportedModelError: not every layer of the model reaches the attention function.
+        UnsupportedModelError: no layer of the model reaches the attention function.
+        PackingUnsupportedError: some do not, or the model is built so that parts of a sequence cannot stand alone.
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
@@ -238,6 +239,9 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be explained: a forward of it never called the attention function"
         )
+    reason = why_unpackable(model)
+    if reason is not None:
+        raise PackingUnsupportedError(reason)
     if layers is not None and captured < layers:
         raise PackingUnsupportedError(
             f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"
