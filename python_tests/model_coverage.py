@@ -1,6 +1,6 @@
 """Which families of transformers this package serves, and how exactly: a table written by running them all.
 
-    python python_tests/model_coverage.py            runs all, writes docs/coverage.json and the table of docs/coverage.md
+    python python_tests/model_coverage.py            runs all, writes docs/coverage.json and coverage.md
     python python_tests/model_coverage.py llama mpt  runs some families and prints what came out
 
 One function per kind of model in `KINDS` says which families there are and how one of them is checked.

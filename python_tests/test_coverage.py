@@ -17,14 +17,22 @@ from atman_kernels.hf.packability import why_lengths_do_not_mix, why_unpackable
 CLASSES = {kind.model_type: (kind, found) for kind, found in MODEL_FOR_CAUSAL_LM_MAPPING.items()}
 
 
+def classes_of(family):
+    if family not in CLASSES:
+        pytest.skip(f"transformers {hf.__version__} has no {family}")
+    return CLASSES[family]
+
+
 def build(family):
-    return tiny_configs.tiny_model(*CLASSES[family])
+    return tiny_configs.tiny_model(*classes_of(family))
 
 
 # layers that mix tokens otherwise (states, convolutions), or positions that no pack can give
 UNPACKABLE = {
     "bamba": "convolution",
     "bart": "takes no position_ids",
+    "bigbird_pegasus": "takes no position_ids",  # causal by its masks alone
+    "deepseek_v32": "chooses the keys",
     "falcon_h1": "convolution",
     "granitemoehybrid": "convolution",
     "jamba": "convolution",
@@ -39,10 +47,38 @@ UNPACKABLE = {
 
 @pytest.mark.parametrize("family", UNPACKABLE)
 def test_what_cannot_be_packed_is_recomputed_and_exact(family):
-    result = model_coverage.text_decoder(*CLASSES[family])
+    result = model_coverage.text_decoder(*classes_of(family))
     assert (result.state, UNPACKABLE[family] in result.remark) == ("batched", True), result
     assert result.difference < 1e-4
     assert result.size > 1e-2, "the oracle must move, or the comparison says nothing"
+
+
+@pytest.mark.parametrize("family", ["afmoe", "jetmoe", "gemma4_text"])  # a view of the output, sizes per layer
+def test_families_with_ways_of_their_own_are_packed(family):
+    result = model_coverage.text_decoder(*classes_of(family))
+    assert (result.state, result.difference < 1e-4) == ("packed", True), result
+
+
+@pytest.mark.parametrize("family", ["bigbird_pegasus", "deepseek_v32", "jamba", "lfm2", "falcon_h1"])
+def test_generation_with_a_cache_equals_full_recomputation(family):
+    model = build(family)
+    prompt = torch.arange(5, 17)[None]
+    factor = torch.ones(1, 12)
+    factor[0, 4:8] = 0.1
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with ak.suppress(model, factor), torch.no_grad():
+        cached = model.generate(prompt, pad_token_id=0, eos_token_id=None, **settings)
+        full = model(cached.sequences[:, :-1], use_cache=False).logits[:, 11:]
+    torch.testing.assert_close(torch.stack(cached.logits, dim=1), full, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        assert (model(cached.sequences[:, :-1], use_cache=False).logits[:, 11:] - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "inkling2_text"])
+def test_attention_that_no_factor_fits_is_refused_with_a_reason(family):
+    model = build(family)
+    with pytest.raises(ak.UnsupportedModelError, match=r"blocks|sinks"), ak.suppress(model, torch.ones(1, 9)):
+        model(torch.arange(5, 14)[None])
 
 
 @pytest.mark.parametrize(
