@@ -77,7 +77,7 @@ def chooses_keys(model: nn.Module) -> bool:
 
 
 def why_refused(model: nn.Module) -> str | None:
-    """Why a family that does call transformers' interface cannot be served all the same; None for all others."""
+    """Why a family cannot be served, where more is known than that it does not call transformers' interface."""
     return REFUSED.get(type(model).__module__.rpartition(".")[2].removeprefix("modeling_"))
 
 
@@ -329,7 +329,13 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("xglm", "XGLMAttention"): Family("forward", _xglm),
 }
 
+NO_ATTENTION = "it has no attention layers"
 # by the name of the family's file
 REFUSED: dict[str, str] = {
     "deepseek_v4": "beside tokens its keys are compressed blocks of them, which have no factor of their own",
+    "falcon_mamba": NO_ATTENTION,
+    "mamba": NO_ATTENTION,
+    "mamba2": NO_ATTENTION,
+    "rwkv": NO_ATTENTION,
+    "xlstm": NO_ATTENTION,
 }

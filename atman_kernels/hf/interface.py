@@ -245,8 +245,8 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only single-stack models are supported")
     decoder = model.get_decoder()
-    if not any("att" in type(part).__name__.lower() for part in decoder.modules()):
-        raise UnsupportedModelError(f"{name} cannot be suppressed: it has no attention layers")
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT's answers with a layer of its head
+        decoder = model.base_model
     reason = why_refused(decoder)
     if reason is not None:
         raise UnsupportedModelError(f"{name} cannot be suppressed: {reason}")
