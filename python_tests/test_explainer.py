@@ -229,7 +229,7 @@ def test_layers_that_mix_tokens_otherwise_are_recomputed_in_batches(tokenizer):
     )
     model = hf.Lfm2ForCausalLM(config).eval()
     explainer = explainer_of(model, tokenizer)
-    with pytest.warns(UserWarning, match="only 1 of 3 layers .* are attention layers"):
+    with pytest.warns(UserWarning, match="mixes tokens by a convolution"):
         explanation = explainer.explain(PROMPT, ANSWER)
     rows = torch.ones(12, 15) - 0.9 * torch.eye(12, 15)
     torch.testing.assert_close(explanation.scores.double(), oracle(model, PROMPT, ANSWER, rows), atol=1e-4, rtol=0)

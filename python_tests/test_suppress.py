@@ -487,15 +487,10 @@ def test_dropout_is_refused():
 
 
 UNREACHABLE = {
-    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)),
-    "codegen": lambda: hf.CodeGenForCausalLM(
-        hf.CodeGenConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=4, rotary_dim=4, n_positions=32)
+    "roformer": lambda: hf.RoFormerForCausalLM(
+        hf.RoFormerConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     ),
-    "gptj": lambda: hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=50, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)),
-    "falcon": lambda: hf.FalconForCausalLM(
-        hf.FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    ),
-    "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(vocab_size=50, d_model=16, n_heads=2, n_layers=1)),
+    "rwkv": lambda: hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)),
     "t5": lambda: hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ),

@@ -83,6 +83,49 @@ def _gpt_oss() -> hf.PreTrainedModel:
     return hf.GptOssForCausalLM(config)
 
 
+def _falcon(**extra: object) -> Callable[[], hf.PreTrainedModel]:
+    return lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(**COMMON, **extra, attention_dropout=0.0, hidden_dropout=0.0)  # type: ignore[arg-type]
+    )
+
+
+def _gpt_neo() -> hf.PreTrainedModel:
+    config = hf.GPTNeoConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_layers=3, num_heads=4, max_position_embeddings=128,
+        window_size=WINDOW, attention_types=[[["global", "local", "local"], 1]], bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return hf.GPTNeoForCausalLM(config)
+
+
+def _rotary_gpt(name: str) -> Callable[[], hf.PreTrainedModel]:
+    def build() -> hf.PreTrainedModel:
+        config = getattr(hf, f"{name}Config")(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, n_ctx=128, rotary_dim=4,
+            bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        return getattr(hf, f"{name}ForCausalLM")(config)
+
+    return build
+
+
+def _mpt(heads: int = 4, **attention: object) -> Callable[[], hf.PreTrainedModel]:
+    def build() -> hf.PreTrainedModel:
+        config = hf.MptConfig(
+            vocab_size=VOCABULARY, d_model=8 * heads, n_heads=heads, n_layers=3, max_seq_len=128, attn_config=attention
+        )
+        return hf.MptForCausalLM(config)
+
+    return build
+
+
+def _xglm() -> hf.PreTrainedModel:
+    config = hf.XGLMConfig(
+        vocab_size=VOCABULARY, d_model=32, ffn_dim=48, num_layers=3, attention_heads=4, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return hf.XGLMForCausalLM(config)
+
+
 def _simple(name: str, **extra: object) -> Callable[[], hf.PreTrainedModel]:
     def build() -> hf.PreTrainedModel:
         return getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**GROUPED, **extra))
@@ -107,11 +150,31 @@ PACKABLE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gemma3n": _gemma3n,
 }
 
+# models whose attention modules do not call transformers' attention interface: hf/families.py
+OWN_ATTENTION: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "gptj": _rotary_gpt("GPTJ"),
+    "codegen": _rotary_gpt("CodeGen"),
+    "gpt_neo": _gpt_neo,
+    "gpt_neox_japanese": lambda: hf.GPTNeoXJapaneseForCausalLM(
+        hf.GPTNeoXJapaneseConfig(**{k: v for k, v in COMMON.items() if k != "intermediate_size"})
+    ),
+    "openai-gpt": lambda: hf.OpenAIGPTLMHeadModel(
+        hf.OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128)
+    ),
+    "falcon": _falcon(multi_query=True),
+    "falcon grouped": _falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon alibi": _falcon(alibi=True, multi_query=False),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4)),
+    "mpt": _mpt(),
+    "mpt of 3 heads": _mpt(3, clip_qkv=1.0),
+    "xglm": _xglm,
+}
+
 
 def build(family: str, seed: int = 0) -> hf.PreTrainedModel:
     """A model of a family, in eval mode, with weights large enough that attention matters."""
     torch.manual_seed(seed)
-    model = PACKABLE[family]().eval()
+    model = (PACKABLE | OWN_ATTENTION)[family]().eval()
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers 5.17 lets Gemma 2 take sdpa, which drops the softcap
     with torch.no_grad():

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
 from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.packability import grows_with_length
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.sequence import Sequence as TokenSequence
 from atman_kernels.planning.units import Unit, split_units, target_units
@@ -184,5 +185,5 @@ def _as_list(value: Any) -> list[Any]:
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     most = getattr(decoder_of(model).config, "max_position_embeddings", None)
-    if most is not None and length > most:
+    if most is not None and length > most and not grows_with_length(model):
         raise InputError(f"prompt and target have {length} tokens, but the model has {most} positions")

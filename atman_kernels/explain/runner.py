@@ -14,6 +14,7 @@ from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, r
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
+from atman_kernels.hf.packability import why_lengths_do_not_mix
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 
@@ -105,7 +106,11 @@ class VariantRunner:
 
     def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
         """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""
+        mixed = why_lengths_do_not_mix(self.model, [len(question.inputs) for question in questions])
         if self.unpackable is not None:
+            return None
+        if mixed is not None:
+            self._fall_back(mixed)
             return None
         bases, logprobs = [], []
         for question in questions:

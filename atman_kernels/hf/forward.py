@@ -19,6 +19,7 @@ from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
 from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of
+from atman_kernels.hf.packability import why_unpackable
 from atman_kernels.hf.sequence import Embedded, Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.pack import VariantPack
@@ -46,6 +47,12 @@ class Base:
     values: dict[nn.Module, Tensor]
     starts: tuple[int, ...]
     patterns: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the prompts with their targets."""
+        ends = (*self.starts[1:], next(iter(self.keys.values())).shape[1])
+        return tuple(end - start for start, end in zip(self.starts, ends, strict=True))
 
     @classmethod
     def join(cls, bases: "list[Base]") -> "Base":
@@ -154,8 +161,8 @@ class _PackedRun:
         if module not in self.base.keys:
             raise PackingUnsupportedError(f"{type(module).__name__} was not called in the base run")
         pattern = self._pattern(module)
-        if call.position_bias is not None or not (call.is_causal or pattern is not None):
-            raise PackingUnsupportedError(f"{type(module).__name__} attends with a position bias or both ways")
+        if not (call.is_causal or pattern is not None):
+            raise PackingUnsupportedError(f"{type(module).__name__} attends both ways")
         output = ops.packed_suppressed_attention(
             call.query[0],
             call.key[0],
@@ -170,7 +177,7 @@ class _PackedRun:
             sliding_window=call.sliding_window if pattern is None else None,  # the pattern holds it
             softcap=call.softcap,
             sinks=call.sinks,
-            position_bias=pattern,
+            position_bias=self._position_bias(module, call, pattern),
         )
         return output.transpose(0, 1)[None]  # type: ignore[union-attr]
 
@@ -183,6 +190,23 @@ class _PackedRun:
             more = max(0, self.pack.longest - pattern.shape[-1])
             self._grown[id(pattern)] = nn.functional.pad(pattern, (0, more, 0, more))
         return self._grown[id(pattern)]
+
+    def _position_bias(self, module: nn.Module, call: AttentionCall, pattern: Tensor | None) -> Tensor | None:
+        """(1|Hq, 1|P, P) over absolute positions, P at least the pack's longest variant."""
+        if call.position_bias is None:
+            return pattern
+        if call.key_bias is None or pattern is not None:
+            raise PackingUnsupportedError(f"{type(module).__name__} attends with a position bias")
+        longest = self.pack.longest
+        if not call.key_bias.from_end:
+            return call.key_bias.of_length(longest)
+        lengths = self.base.lengths
+        if self.mode == "multiplicative" and len(set(lengths)) > 1:
+            raise PackingUnsupportedError(
+                f"{type(module).__name__} counts positions from the end of each prompt, and those differ in length"
+            )
+        bias = call.key_bias.of_length(max(lengths))
+        return nn.functional.pad(bias, (0, max(0, longest - bias.shape[-1])))  # padding may be longer than a prompt
 
 
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
@@ -203,7 +227,8 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
         its K/V, and the (R,) log-probs of the targets.
 
     Raises:
-        UnsupportedModelError: not every layer of the model reaches the attention function.
+        UnsupportedModelError: no layer of the model reaches the attention function.
+        PackingUnsupportedError: some do not, or the model is built so that parts of a sequence cannot stand alone.
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
@@ -214,6 +239,9 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be explained: a forward of it never called the attention function"
         )
+    reason = why_unpackable(model)
+    if reason is not None:
+        raise PackingUnsupportedError(reason)
     if layers is not None and captured < layers:
         raise PackingUnsupportedError(
             f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"

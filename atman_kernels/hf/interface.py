@@ -9,7 +9,7 @@ import contextvars
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 
 from atman_kernels import ops
 from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.hf.families import KeyBias, chooses_keys, families_in, handed_over, why_refused
 
 NAME = "atman"
 
@@ -35,7 +36,8 @@ class AttentionCall:
     """One call of an attention function, in the op's terms.
 
     query (B, Hq, T, D); key and value (B, Hkv, S, D|Dv), after rotary embedding and cache update; mask None,
-    (B, 1, 1, S) for padding alone, or the whole (B, 1, T, S), bool (True = visible) or additive.
+    (B, 1, 1, S) for padding alone, or the whole (B, 1, T, S), bool (True = visible) or additive. key_bias says how
+    a position_bias follows from the keys' positions, where it does.
     """
 
     query: Tensor
@@ -48,6 +50,7 @@ class AttentionCall:
     softcap: float | None
     sinks: Tensor | None
     position_bias: Tensor | None
+    key_bias: KeyBias | None = None
 
     def attend(self, factor: Tensor | None, mode: str, backend: str | None = None) -> Tensor:
         """Dense suppressed attention; factor (B, S) or (B, Hq, S). Returns (B, T, Hq, Dv)."""
@@ -106,6 +109,8 @@ class _Active:
     modules: frozenset[int]  # ids of the modules that the run owns
     configs: frozenset[int]  # ids of the configs, by which mask functions know their model
     model_name: str
+    mask_hides: bool  # the model takes True for hidden, and no mask for an error
+    whole_masks: bool  # the model looks into its masks, or its modules do not say that they are causal
 
 
 # runs of this thread or task; other threads have their own
@@ -131,25 +136,40 @@ def attention(
     if kwargs.get("dropout"):
         raise InputError(f"model must be in eval mode: {type(module).__name__} asks for attention dropout")
     call = _call(module, query, key, value, attention_mask, kwargs)
-    return active.run.attend(module, call), None
+    return active.run.attend(module, call).contiguous(), None  # some callers take a view of it
 
 
 def _call(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> AttentionCall:
     is_causal = kwargs.get("is_causal")
+    if kwargs.get("sinks") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be suppressed: its sinks are not one per head but of another kind"
+        )
+    chosen = kwargs.get("indices")
     return AttentionCall(
         query=query,
         key=key,
         value=value,
-        mask=mask,
+        mask=mask if chosen is None else _only_chosen(mask, chosen, key.shape[2]),
         is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
         scale=kwargs.get("scaling"),
         sliding_window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         position_bias=kwargs.get("position_bias"),
+        key_bias=kwargs.get("key_bias"),
     )
+
+
+def _only_chosen(mask: Tensor | None, chosen: Tensor, keys: int) -> Tensor:
+    """The mask (B, 1, T, S) without the keys that an indexer did not choose; chosen (B, T, k) are their indices."""
+    if mask is None:
+        raise InputError("an attention that chooses its keys came without a mask")
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    picked = torch.zeros(*chosen.shape[:2], keys, dtype=torch.bool, device=mask.device)
+    return visible & picked.scatter_(-1, chosen.long(), True)[:, None]
 
 
 def _plain(
@@ -176,14 +196,20 @@ def mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
     active = next((a for a in _active.get() if id(config) in a.configs), None)
     if active is None:
         return sdpa_mask(config=config, **kwargs)
-    return active.run.mask(config=config, **kwargs)
+    visible = active.run.mask(config=config, whole=active.whole_masks, **kwargs)
+    if not active.mask_hides:
+        return visible
+    if visible is None:
+        return torch.zeros(1, 1, 1, kwargs["kv_length"], dtype=torch.bool, device=kwargs.get("device"))
+    return ~visible
 
 
-def compact_mask(**kwargs: Any) -> Tensor | None:
+def compact_mask(*, whole: bool = False, **kwargs: Any) -> Tensor | None:
     """A mask in as little memory as its pattern allows, in the forms that `AttentionCall` understands.
 
     None for plain causal attention aligned at the end, (B, 1, 1, S) for that with padding, an expanded
-    (B, 1, T, S) for bidirectional attention, and the whole (B, 1, T, S) for every other pattern.
+    (B, 1, T, S) for bidirectional attention, and the whole (B, 1, T, S) for every other pattern, or for causal ones
+    too where `whole` asks for it.
     """
     pattern = kwargs.get("mask_function", causal_mask_function)
     queries, keys, batch = kwargs["q_length"], kwargs["kv_length"], kwargs["batch_size"]
@@ -191,7 +217,7 @@ def compact_mask(**kwargs: Any) -> Tensor | None:
     padding = kwargs.get("attention_mask")
     if padding is not None:
         padding = padding[:, offset : offset + keys]
-    if pattern is causal_mask_function:
+    if pattern is causal_mask_function and not whole:
         ends_together = offset + keys == kwargs.get("q_offset", 0) + queries  # not so with a static cache
         if ends_together and (padding is None or padding.shape[1] == keys):
             return None if padding is None else padding[:, None, None, :]
@@ -219,8 +245,13 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; only single-stack models are supported")
     decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):  # ModernBERT's answers with a layer of its head
+        decoder = model.base_model
+    reason = why_refused(decoder)
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} cannot be suppressed: {reason}")
     for part in decoder.modules():
-        if isinstance(part, PreTrainedModel) and not part._can_set_attn_implementation():
+        if isinstance(part, PreTrainedModel) and not (part._can_set_attn_implementation() or families_in(part)):
             raise UnsupportedModelError(
                 f"{name} cannot be suppressed: {type(part).__name__} computes attention inside its own layers and "
                 "never calls transformers' attention interface"
@@ -240,7 +271,9 @@ def activate(model: nn.Module, run: Run) -> Iterator[None]:
     modules = frozenset(id(m) for m in decoder.modules())
     if any(a.modules & modules for a in _active.get()):
         raise InputError(f"model {name} is already under a suppression or an explanation; leave that context first")
-    active = _Active(run, modules, frozenset(id(c) for c in _configs(decoder)), name)
+    configs = frozenset(id(c) for c in _configs(decoder))
+    mask_hides = any(family.mask_hides for family in families_in(decoder))
+    active = _Active(run, modules, configs, name, mask_hides, _takes_whole_masks(decoder))
     with _switched(decoder, NAME):
         _everywhere.append(active)
         token = _active.set((*_active.get(), active))
@@ -258,8 +291,19 @@ def eager(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError, UnsupportedModelError: see `decoder_of`; also if a run is active on the model.
     """
-    with _switched(decoder_of(model), "eager"):
+    decoder = decoder_of(model)
+    if families_in(decoder):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes attention inside its own layers, where its weights cannot be asked for"
+        )
+    with _switched(decoder, "eager"):
         yield
+
+
+def _takes_whole_masks(decoder: PreTrainedModel) -> bool:
+    """Indexers choose keys among those that a mask shows; some causal modules leave it to the mask to be so."""
+    unsure = any(getattr(module, "is_causal", None) is False for module in decoder.modules())
+    return unsure or chooses_keys(decoder)
 
 
 def is_active(run: Run) -> bool:
@@ -272,6 +316,7 @@ class _Switch:
     name: str
     holders: int
     before: list[tuple[Any, str | None]]  # configs and the names they had
+    replaced: ExitStack  # modules that compute attention themselves
 
 
 _switches: dict[int, _Switch] = {}  # by id of the decoder, which its holders keep alive
@@ -284,8 +329,9 @@ def _switched(decoder: PreTrainedModel, name: str) -> Iterator[None]:
     with _switch_lock:
         switch = _switches.get(id(decoder))
         if switch is None:
-            switch = _Switch(name, 0, [(config, config._attn_implementation) for config in _configs(decoder)])
-            decoder.set_attn_implementation(name)
+            before = [(config, config._attn_implementation) for config in _configs(decoder)]
+            switch = _Switch(name, 0, before, ExitStack())
+            _name(decoder, switch)
             _switches[id(decoder)] = switch
         elif switch.name != name:
             raise InputError(
@@ -300,8 +346,19 @@ def _switched(decoder: PreTrainedModel, name: str) -> Iterator[None]:
             switch.holders -= 1
             if switch.holders == 0:
                 del _switches[id(decoder)]
+                switch.replaced.close()
                 for config, implementation in switch.before:
                     config._attn_implementation_internal = implementation
+
+
+def _name(decoder: PreTrainedModel, switch: _Switch) -> None:
+    """Have the decoder use an attention, by the interface or by replacing what its modules do."""
+    if not families_in(decoder):
+        decoder.set_attn_implementation(switch.name)
+        return
+    switch.replaced.enter_context(handed_over(decoder, attention))
+    for config, _ in switch.before:  # for the masks alone; transformers refuses to name it for these models
+        config._attn_implementation_internal = NAME
 
 
 def _configs(decoder: PreTrainedModel) -> list[Any]:

@@ -27,7 +27,9 @@ def activation_bytes_per_token(model: PreTrainedModel) -> int:
     widths = getattr(config, "intermediate_size", None) or 0  # Gemma 3n gives one per layer
     intermediate = max(4 * hidden, *widths) if isinstance(widths, list) else max(4 * hidden, widths)
     experts = int(getattr(config, "num_experts_per_tok", 1) or 1)
-    heads = int(getattr(config, "num_attention_heads", 1)) * int(getattr(config, "head_dim", 0) or 0)
+    # some configs give sizes per layer, and refuse to be asked for one
+    layers = list(getattr(config, "per_layer_config", None) or [config])
+    heads = max(int(getattr(x, "num_attention_heads", 1)) * int(getattr(x, "head_dim", 0) or 0) for x in layers)
     return 4 * (6 * hidden + 3 * intermediate * experts + 6 * max(hidden, heads))
 
 

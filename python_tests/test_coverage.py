@@ -1,0 +1,162 @@
+"""What keeps a model out of packs, and that such models are explained exactly all the same, or refused by name."""
+
+import warnings
+
+import model_coverage
+import pytest
+import softmax_oracle
+import tiny_configs
+import tiny_models
+import torch
+import transformers as hf
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+import atman_kernels as ak
+from atman_kernels.hf.packability import why_lengths_do_not_mix, why_unpackable
+
+CLASSES = {kind.model_type: (kind, found) for kind, found in MODEL_FOR_CAUSAL_LM_MAPPING.items()}
+
+
+def classes_of(family):
+    if family not in CLASSES:
+        pytest.skip(f"transformers {hf.__version__} has no {family}")
+    return CLASSES[family]
+
+
+def build(family):
+    return tiny_configs.tiny_model(*classes_of(family))
+
+
+# layers that mix tokens otherwise (states, convolutions), or positions that no pack can give
+UNPACKABLE = {
+    "bamba": "convolution",
+    "bart": "takes no position_ids",
+    "bigbird_pegasus": "takes no position_ids",  # causal by its masks alone
+    "deepseek_v32": "chooses the keys",
+    "falcon_h1": "convolution",
+    "granitemoehybrid": "convolution",
+    "jamba": "convolution",
+    "lfm2": "convolution",
+    "minimax": "of 4 layers",
+    "nemotron_h": "convolution",
+    "qwen3_next": "convolution",
+    "recurrent_gemma": "convolution",
+    "zamba2": "convolution",
+}
+
+
+@pytest.mark.parametrize("family", UNPACKABLE)
+def test_what_cannot_be_packed_is_recomputed_and_exact(family):
+    result = model_coverage.text_decoder(*classes_of(family))
+    assert (result.state, UNPACKABLE[family] in result.remark) == ("batched", True), result
+    assert result.difference < 1e-4
+    assert result.size > 1e-2, "the oracle must move, or the comparison says nothing"
+
+
+@pytest.mark.parametrize("family", ["afmoe", "jetmoe", "gemma4_text", "modernbert-decoder"])
+def test_families_with_ways_of_their_own_are_packed(family):
+    result = model_coverage.text_decoder(*classes_of(family))
+    assert (result.state, result.difference < 1e-4) == ("packed", True), result
+
+
+@pytest.mark.parametrize("family", ["bigbird_pegasus", "deepseek_v32", "jamba", "lfm2", "falcon_h1"])
+def test_generation_with_a_cache_equals_full_recomputation(family):
+    model = build(family)
+    prompt = torch.arange(5, 17)[None]
+    factor = torch.ones(1, 12)
+    factor[0, 4:8] = 0.1
+    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with ak.suppress(model, factor), torch.no_grad():
+        cached = model.generate(prompt, pad_token_id=0, eos_token_id=None, **settings)
+        full = model(cached.sequences[:, :-1], use_cache=False).logits[:, 11:]
+    torch.testing.assert_close(torch.stack(cached.logits, dim=1), full, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        assert (model(cached.sequences[:, :-1], use_cache=False).logits[:, 11:] - full).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "inkling2_text"])
+def test_attention_that_no_factor_fits_is_refused_with_a_reason(family):
+    model = build(family)
+    with pytest.raises(ak.UnsupportedModelError, match=r"blocks|sinks"), ak.suppress(model, torch.ones(1, 9)):
+        model(torch.arange(5, 14)[None])
+
+
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"])
+def test_models_without_attention_are_refused_by_name(family):
+    model = build(family)
+    with pytest.raises(ak.UnsupportedModelError, match=f"{type(model).__name__}.*no attention layers"):
+        ak.Explainer(model, tiny_models.tokenizer())
+
+
+def rotary_model(kind, **extra):
+    torch.manual_seed(0)
+    parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | extra
+    positions = 16 if kind == "dynamic" else 64
+    config = hf.LlamaConfig(**{**tiny_models.GROUPED, "max_position_embeddings": positions}, rope_parameters=parameters)
+    model = hf.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 if parameter.ndim > 1 else parameter)
+    return model
+
+
+def longrope():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    return rotary_model("longrope", **factors, original_max_position_embeddings=16)
+
+
+def prompts(*lengths):
+    return [list(range(3 + n, 3 + n + length)) for n, length in enumerate(lengths)]
+
+
+def explained(model, *ids):
+    explainer = ak.Explainer(model, tiny_models.tokenizer(), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return explainer.explain_batch([tiny_models.text_of(i) for i in ids], ["w70 w71"] * len(ids))
+
+
+@pytest.mark.parametrize("make", [longrope, lambda: rotary_model("dynamic")])
+@pytest.mark.parametrize("lengths", [(9,), (25,), (9, 12)])
+def test_rotary_embeddings_that_grow_with_the_prompt_pack_where_they_agree(make, lengths):
+    model = make()
+    for ids, explanation in zip(prompts(*lengths), explained(model, *prompts(*lengths)), strict=True):
+        rows = torch.ones(len(ids), len(ids) + 2).fill_diagonal_(0.1)
+        expected = softmax_oracle.leave_one_out(model, torch.tensor([*ids, 70, 71]), len(ids), rows, "log_additive")
+        assert explanation.settings["path"] == "packed"
+        torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_longrope_prompts_on_both_sides_of_its_limit_are_not_packed_together():
+    model = longrope()
+    for ids, explanation in zip(prompts(9, 25), explained(model, *prompts(9, 25)), strict=True):
+        rows = torch.ones(len(ids), len(ids) + 2).fill_diagonal_(0.1)
+        expected = softmax_oracle.leave_one_out(model, torch.tensor([*ids, 70, 71]), len(ids), rows, "log_additive")
+        assert explanation.settings["path"] == "batched"
+        torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_dynamic_rotary_embeddings_keep_the_longest_prompt_and_are_refused_others():
+    with pytest.raises(ak.InputError, match="prompts of 10 to 26 tokens cannot be explained together"):
+        explained(rotary_model("dynamic"), *prompts(9, 25))
+    assert why_lengths_do_not_mix(rotary_model("dynamic"), [9, 15]) is None
+
+
+def test_ordinary_models_have_no_reason():
+    for family in ("llama", "gpt2", "bloom", "mpt", "gptj", "xglm"):
+        assert why_unpackable(tiny_models.build(family)) is None
+        assert why_lengths_do_not_mix(tiny_models.build(family), [3, 9000]) is None
+
+
+def test_the_table_says_what_came_out():
+    result = model_coverage.Result("text decoder", "a|b", "C", "packed", 1.2e-6, 0.5, "x < y")
+    table = model_coverage.markdown([result])
+    assert "| 1.2e-06 | 0.5 | x &lt; y |" in table
+    assert "1 packed." in table
+
+
+@pytest.mark.slow
+def test_no_family_is_silently_wrong():
+    results = list(model_coverage.text_decoders(set()))
+    assert not [r for r in results if r.state == "wrong"]
+    assert sum(r.state == "packed" for r in results) > 100
