@@ -496,9 +496,6 @@ UNREACHABLE = {
         hf.FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     ),
     "mpt": lambda: hf.MptForCausalLM(hf.MptConfig(vocab_size=50, d_model=16, n_heads=2, n_layers=1)),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    ),
 }
 
 
