@@ -287,6 +287,8 @@ def test_suppress_says_what_it_cannot_do():
     model = build("bart")
     with pytest.raises(ak.InputError, match='"self", "cross" or "both"'), ak.suppress(model, None, attention="all"):
         pass
+    with pytest.raises(ak.InputError, match="queries must be None"), ak.suppress(model, None, queries=(0, 1)):
+        pass
     llama = tiny_models.build("llama")
     with pytest.raises(ak.InputError, match="no encoder-decoder"), ak.suppress(llama, None, attention="cross"):
         pass
