@@ -491,9 +491,6 @@ UNREACHABLE = {
         hf.RoFormerConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     ),
     "rwkv": lambda: hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    ),
 }
 
 

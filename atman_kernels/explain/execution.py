@@ -89,7 +89,7 @@ def run_packed(
                 layers=perturbation.layers,
             )
         except (RuntimeError, MemoryError) as error:
-            _shrink_or_raise(error, queue, taken)
+            shrink_or_raise(error, queue, taken)
             continue
         work.add(pack.num_rows, len(taken))
         work.advance(pack.num_rows - extra)
@@ -124,7 +124,7 @@ def run_full_rows(
                     layers=perturbation.layers,
                 )
             except (RuntimeError, MemoryError) as error:
-                _shrink_or_raise(error, queue, taken)
+                shrink_or_raise(error, queue, taken)
                 continue
             work.add(len(taken) * len(question.inputs), len(taken))
             work.advance(len(taken) * len(question.inputs))
@@ -138,7 +138,8 @@ def _scored(question: Question, variant: Variant) -> tuple[Tensor, Tensor]:
     return question.rows[reached] - variant.prefix, question.targets[reached]
 
 
-def _shrink_or_raise(error: BaseException, queue: VariantQueue, taken: list[Variant]) -> None:
+def shrink_or_raise(error: BaseException, queue: VariantQueue, taken: list[Variant]) -> None:
+    """Puts variants that ran out of memory back into the queue, with a smaller budget; raises anything else."""
     if not is_out_of_memory(error):
         raise error
     if not queue.put_back(taken):

@@ -18,11 +18,13 @@ from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
 from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images
 from atman_kernels.explain.methods.perturbation import cost, suppression
+from atman_kernels.explain.objectives import Asked, task_of
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
 from atman_kernels.explain.runner import VariantRunner
 from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_subsets
+from atman_kernels.explain.whole_rows import Task, run_task
 from atman_kernels.formula import MODES
-from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.kinds import kind_of, part_of
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
 from atman_kernels.planning.factors import factor_rows
@@ -35,8 +37,9 @@ class Explainer:
     loss without: positive means that the answer rests on the unit. Scores are exact; the work is shared.
 
     Args:
-        model: a transformers causal language model; it is used as it is, in eval mode, and left as it was.
-        tokenizer: its (fast) tokenizer, or the processor of an image-text model.
+        model: a transformers language model, or one of those in docs/encoders.md; it is used as it is, in eval mode,
+            and left as it was.
+        tokenizer: its (fast) tokenizer, or the processor of a model that reads images or audio.
         mode: "log_additive" | "multiplicative" | "shifted", see `atman_kernels.suppressed_attention`.
         factor: what is kept of the attention to a suppressed unit, >= 0. The paper's f is 1 - factor.
         similarity_threshold: also suppress tokens whose input embedding has at least this cosine with the unit's,
@@ -67,7 +70,8 @@ class Explainer:
         token_budget: int | None = None,
         progress: bool = True,
     ) -> None:
-        decoder_of(model)  # refuses what cannot be reached
+        self.kind = kind_of(model)
+        part = part_of(model, self.kind)  # refuses what cannot be reached
         if mode not in MODES:
             raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
         if not (isinstance(factor, int | float) and 0 <= factor < float("inf")):
@@ -77,22 +81,26 @@ class Explainer:
         if token_budget is not None and token_budget < 1:
             raise InputError(f"token_budget must be >= 1 or None, got {token_budget!r}")
         self.model = model
+        self._given = tokenizer
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
         self.factor = float(factor)
         self.similarity_threshold = similarity_threshold
-        self._runner = VariantRunner(model, Perturbation(mode, checked_layers(model, layers)), token_budget, progress)
+        self._runner = VariantRunner(model, Perturbation(mode, checked_layers(part, layers)), token_budget, progress)
 
     def explain(
         self,
-        prompt: Prompt | Mapping[str, Any] | None = None,
-        target: str | None = None,
-        units: UnitChoice | None = "token",
+        prompt: Prompt | tuple[str, str] | Mapping[str, Any] | None = None,
+        target: str | int | None = None,
+        units: UnitChoice | float | None = "token",
         *,
         versus: str | None = None,
         images: Any = None,
         text: Prompt | None = None,
         image_units: ImageUnitChoice | None = "patch",
+        audio: Any = None,
+        labels: Sequence[str] | None = None,
+        pooling: str = "mean",
         include_target: bool = False,
         chat: bool = False,
         max_new_tokens: int = 32,
@@ -116,6 +124,8 @@ class Explainer:
                 was given the model's processor.
             text: another name for prompt, the processor's own.
             image_units: "patch"; n for tiles of n × n patches; "image"; None: images get no units.
+            audio, labels, pooling: of models that hear, compare images with texts, or embed; see docs/encoders.md,
+                as for what prompt, target and units mean to models other than language models.
             include_target: earlier answer tokens become units too, and explain the later ones.
             chat: put a text prompt into the tokenizer's chat template as the user's message.
             max_new_tokens: length of the model's own answer at most.
@@ -132,9 +142,28 @@ class Explainer:
             InputError: an argument does not fit.
             UnsupportedModelError: the model cannot be explained, with the reason.
         """
-        asked = text if prompt is None else prompt
-        if asked is None or not (prompt is None or text is None):
+        asked: Any = text if prompt is None else prompt
+        if not (prompt is None or text is None):
             raise InputError("give the prompt once, as prompt or as text")
+        chosen = methods.method(method, options)
+        if self.kind != "language":
+            if include_target or chat or versus is not None or method != "atman":
+                name = type(self.model).__name__
+                raise InputError(
+                    f"include_target, chat, versus and other methods are for language models; {name} is none"
+                )
+            choice = image_units if images is not None and image_units != "patch" else units
+            return self._explained_whole(
+                chosen, Asked(asked, images, audio, target, choice, labels, pooling, max_new_tokens, language)
+            )
+        if asked is None:
+            raise InputError("give the prompt once, as prompt or as text; got none")
+        if isinstance(target, int) or isinstance(units, int | float):
+            raise InputError(f"target and units of a language model are texts or spans, got {target!r} and {units!r}")
+        if audio is not None or labels is not None or pooling != "mean":
+            raise InputError(
+                f"audio, labels and pooling are not for language models such as {type(self.model).__name__}"
+            )
         settings: dict[str, Any] = {
             "include_target": include_target,
             "chat": chat,
@@ -149,7 +178,6 @@ class Explainer:
             )[0]
         if versus is not None:
             raise InputError("versus does not go with images; explain either answer by itself")
-        chosen = methods.method(method, options)
         if chosen.name not in methods.WITH_IMAGES:
             raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method!r}")
         started = time.perf_counter()
@@ -191,6 +219,8 @@ class Explainer:
         chosen = methods.method(method, options)
         if isinstance(prompts, str) or not prompts:
             raise InputError("prompts must be a list with at least one prompt")
+        if self.kind != "language":
+            raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
         answers = [None] * len(prompts) if targets is None else list(targets)
         choices = [units] * len(prompts) if isinstance(units, str) else list(units)
         others = [None] * len(prompts) if versus is None else list(versus)
@@ -241,12 +271,7 @@ class Explainer:
             check_answers(questions[first], questions[second])
         answered = time.perf_counter()
         outcome = method.run(self._context(), questions)
-        stats = {
-            "seconds": time.perf_counter() - started,
-            "answering_seconds": answered - started,
-            "questions": len(questions),
-            **outcome.stats,
-        }
+        stats = _stats(outcome, started, answered)
         explanations = [
             _explanation(question, outcome, index, self._settings(method, outcome, name) | question.facts, stats)
             for index, (question, name) in enumerate(zip(questions, names, strict=True))
@@ -322,6 +347,17 @@ class Explainer:
             | cost(outcome.work),
         )
 
+    def _explained_whole(self, method: methods.Method, asked: Asked) -> Explanation:
+        """Of a model that reads both ways: every variant is a whole row."""
+        started = time.perf_counter()
+        with _evaluating(self.model):
+            task = task_of(self.model, self._given, self.kind, asked)
+            answered = time.perf_counter()
+            outcome = run_task(self._context(), task)
+        name = asked.units if isinstance(asked.units, str | int | float) else "spans"
+        settings = self._settings(method, outcome, name) | task.facts
+        return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
+
     def _context(self) -> methods.MethodContext:
         return methods.MethodContext(self.model, self._runner, self._factors, self.factor, self.similarity_threshold)
 
@@ -343,11 +379,11 @@ class Explainer:
         )
         return rows[:, :-1]  # the last answer token is no key
 
-    def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: str | None) -> dict[str, Any]:
+    def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: Any) -> dict[str, Any]:
         own = {} if method.measure is None else {"measure": method.measure, "options": method.options}
         return {"method": method.name, **own, **outcome.settings, **self._origin(units)}
 
-    def _origin(self, units: str | None) -> dict[str, Any]:
+    def _origin(self, units: Any) -> dict[str, Any]:
         """What was explained with what."""
         return {
             "model": getattr(self.model.config, "name_or_path", "") or type(self.model).__name__,
@@ -363,7 +399,11 @@ class Explainer:
 
 
 def _explanation(
-    question: Question, outcome: methods.MethodOutcome, index: int, settings: dict[str, Any], stats: dict[str, Any]
+    question: Question | Task,
+    outcome: methods.MethodOutcome,
+    index: int,
+    settings: dict[str, Any],
+    stats: dict[str, Any],
 ) -> Explanation:
     """One question's share of what a method found."""
     scores, logprobs = outcome.scores[index].float(), outcome.logprobs[index]
@@ -386,6 +426,15 @@ def _explanation(
 def _errors(draws: Tensor) -> Tensor:
     """(n_units,) standard errors of the means of (n_draws, n_units) independent draws."""
     return (draws.std(dim=0) / len(draws) ** 0.5).float()
+
+
+def _stats(outcome: methods.MethodOutcome, started: float, answered: float) -> dict[str, Any]:
+    return {
+        "seconds": time.perf_counter() - started,
+        "answering_seconds": answered - started,
+        "questions": len(outcome.scores),
+        **outcome.stats,
+    }
 
 
 def _name(units: UnitChoice | None) -> str | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = "atman-explanation"
 VERSION = 1
+LOG_PROBABILITY = "log-probability"
 RISE = "rise of the loss when suppressed, in nats"
 
 
@@ -89,6 +90,11 @@ class Explanation:
     def measure(self) -> str:
         """What a score is, with its unit."""
         return str(self.settings.get("measure", RISE))
+
+    @property
+    def value(self) -> str:
+        """What the model says of a target token: its "log-probability", or else a "logit" or "cosine"."""
+        return str(self.settings.get("value", LOG_PROBABILITY))
 
     @property
     def measures_suppression(self) -> bool:
@@ -248,7 +254,8 @@ class Explanation:
 
     def __repr__(self) -> str:
         n_units, n_tokens = self.scores.shape
-        likelihood = f"{'log p' if self.versus is None else 'log odds'} = {float(self.base_logprobs.sum()):.2f}"
+        name = "log odds" if self.versus is not None else "log p" if self.value == LOG_PROBABILITY else self.value
+        likelihood = f"{name} = {float(self.base_logprobs.sum()):.2f}"
         strongest = ", ".join(f"{_shortened(unit.text)} {score:+.2f}" for unit, score in self.top(3))
         return (
             f"Explanation({n_units} units × {n_tokens} target tokens, target={_shortened(self.target)}, "

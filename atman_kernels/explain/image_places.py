@@ -81,14 +81,17 @@ def places_of(
             places.append(Place(image, (width, height), region, f"crop {row}·{column}"))
         if len(cells) < len(group):
             as_it_is = pictures is None or bool(cells)
-            region = (0.0, 0.0, float(width), float(height)) if as_it_is else _seen(processor, width, height)
+            region = (0.0, 0.0, float(width), float(height)) if as_it_is else seen_region(processor, width, height)
             places.append(Place(image, (width, height), region, "whole" if cells else ""))
     return places
 
 
-def _seen(processor: Any, width: int, height: int) -> Region:
-    """What the vision tower sees of a picture, in its pixels; more than all of it where the processor pads."""
-    made_by = getattr(processor, "image_processor", None)
+def seen_region(processor: Any, width: int, height: int) -> Region:
+    """What the vision tower sees of a picture, in its pixels; more than all of it where the processor pads.
+
+    `processor` is an image processor, or has one.
+    """
+    made_by = getattr(processor, "image_processor", processor)
     if made_by is None:
         raise InputError("images beside a processor's output need the processor too: Explainer(model, processor)")
     seen_width, seen_height = float(width), float(height)

@@ -13,6 +13,7 @@ from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, run_packed, unit_variants
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
+from atman_kernels.hf.kinds import kind_of
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.packability import why_lengths_do_not_mix
 from atman_kernels.planning.factors import first_suppressed
@@ -76,6 +77,9 @@ class VariantRunner:
             UnsupportedModelError: our attention does not reproduce the model's own, or is never called.
             MemoryError: a single variant does not fit.
         """
+        if kind_of(self.model) != "language":
+            name = type(self.model).__name__
+            raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
         questions, factors = list(questions), list(factors)
         work = Work()
         base = self._base(questions, work)

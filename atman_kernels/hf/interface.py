@@ -241,32 +241,41 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only single-stack models are supported")
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):  # ModernBERT's answers with a layer of its head
         decoder = model.base_model
-    reason = why_refused(decoder)
+    return reachable(decoder, type(model).__name__)
+
+
+def reachable(part: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The part itself.
+
+    Raises:
+        UnsupportedModelError: not all of its attention can be reached; `name` is the model's.
+    """
+    reason = why_refused(part)
     if reason is not None:
         raise UnsupportedModelError(f"{name} cannot be suppressed: {reason}")
-    for part in decoder.modules():
-        if isinstance(part, PreTrainedModel) and not (part._can_set_attn_implementation() or families_in(part)):
+    for module in part.modules():
+        if isinstance(module, PreTrainedModel) and not (module._can_set_attn_implementation() or families_in(module)):
             raise UnsupportedModelError(
-                f"{name} cannot be suppressed: {type(part).__name__} computes attention inside its own layers and "
+                f"{name} cannot be suppressed: {type(module).__name__} computes attention inside its own layers and "
                 "never calls transformers' attention interface"
             )
-    return decoder
+    return part
 
 
 @contextmanager
-def activate(model: nn.Module, run: Run) -> Iterator[None]:
+def activate(model: nn.Module, run: Run, part: PreTrainedModel | None = None) -> Iterator[None]:
     """Route the attention of `model` through `run`; on exit, and after any exception, all is as before.
+
+    Args:
+        part: whose attention; None for its decoder, see `decoder_of`.
 
     Raises:
         InputError, UnsupportedModelError: see `decoder_of`; also if another run is active on the model.
     """
-    decoder = decoder_of(model)
+    decoder = decoder_of(model) if part is None else reachable(part, type(model).__name__)
     name = type(model).__name__
     modules = frozenset(id(m) for m in decoder.modules())
     if any(a.modules & modules for a in _active.get()):
@@ -355,6 +364,8 @@ def _name(decoder: PreTrainedModel, switch: _Switch) -> None:
     """Have the decoder use an attention, by the interface or by replacing what its modules do."""
     if not families_in(decoder):
         decoder.set_attn_implementation(switch.name)
+        for config, _ in switch.before:  # transformers 5.17 forgets stacks whose config is of the model's class: T5
+            config._attn_implementation_internal = switch.name
         return
     switch.replaced.enter_context(handed_over(decoder, attention))
     for config, _ in switch.before:  # for the masks alone; transformers refuses to name it for these models

@@ -1,18 +1,36 @@
 """`suppress`: any forward of an unmodified model, `generate` included, with the attention to some keys changed."""
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
 from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of, is_active
 from atman_kernels.hf.positional import Factors, LayerFactors, Queries, checked_queries
+
+Attention = Literal["self", "cross", "both"]
+# under these names a module is handed the states of the encoder
+_OTHER_STATES = ("key_value_states", "encoder_hidden_states")
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder and a decoder that attends to it."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The encoder of an encoder-decoder model."""
+    assert isinstance(model, PreTrainedModel)
+    return model.get_encoder()
 
 
 @contextmanager
@@ -24,6 +42,7 @@ def suppress(
     layers: Iterable[int] | None = None,
     queries: Queries = None,
     value_factor: Factors = None,
+    attention: Attention = "both",
     backend: str | None = None,
 ) -> Iterator[None]:
     """Scale the attention to some tokens in every forward of `model` inside the context.
@@ -41,6 +60,10 @@ def suppress(
             may be None for all that follows, or a bool tensor (L,) or (B, L), whose end ends the change. None: all.
         value_factor: what each key's value vector is scaled by after the softmax, which is not normalised again;
             shapes, positions and mappings as for `factor`. 0 is value zeroing.
+        attention: of an encoder-decoder model, which attention to the source is changed: the encoder's
+            "self"-attention, the decoder's "cross"-attention, or "both". Positions of `factor` are then those of the
+            encoder, layers are counted in each stack, and the decoder's attention to its own tokens stays as it is.
+            `queries` cannot be chosen there. Other models have "self"-attention alone.
         backend: see `atman_kernels.suppressed_attention`.
 
     Raises:
@@ -59,20 +82,21 @@ def suppress(
         ...     last_token_does_not_see_token_0 = model(ids).logits[0, -1]
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    decoder = decoder_of(model)
+    part = _part_of(model, attention, queries)
     for name, factors in (("factor", factor), ("value_factor", value_factor)):
         if isinstance(factors, Mapping):
             if layers is not None:
                 raise InputError(f"layers must be left out where {name} is a mapping, whose keys are the layers")
             checked_layers(model, factors, f"the keys of {name}")
-    run = SuppressedRun(
-        factor,
-        mode=mode,
-        layers=checked_layers(model, layers),
-        queries=queries,
-        value_factor=value_factor,
-        backend=backend,
-    )
+    options: dict[str, Any] = {
+        "mode": mode,
+        "layers": checked_layers(model, layers),
+        "queries": queries,
+        "value_factor": value_factor,
+        "backend": backend,
+    }
+    is_both = is_encoder_decoder(model)
+    run = SourceRun(part, factor, attention=attention, **options) if is_both else SuppressedRun(factor, **options)
 
     @torch.compiler.disable
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
@@ -80,14 +104,30 @@ def suppress(
         if is_active(run) and not run.reached:  # not another thread's forward
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be suppressed: a forward of it never called the attention function"
+                + (f" for attention={attention!r}" if is_both else "")
             )
 
-    with activate(model, run):
-        hook = decoder.register_forward_hook(check_reached)
-        try:
-            yield
-        finally:
-            hook.remove()
+    with ExitStack() as stack:
+        stack.enter_context(activate(model, run, part))
+        if isinstance(run, SourceRun):
+            stack.enter_context(run.watching())
+        stack.callback(part.register_forward_hook(check_reached).remove)
+        yield
+
+
+def _part_of(model: nn.Module, attention: Attention, queries: Queries) -> PreTrainedModel:
+    """Whose attention is changed: an encoder-decoder's as a whole, otherwise the decoder's."""
+    if attention not in get_args(Attention):
+        raise InputError(f'attention must be "self", "cross" or "both", got {attention!r}')
+    decoder = decoder_of(model)
+    assert isinstance(model, PreTrainedModel)
+    if not is_encoder_decoder(model):
+        if attention == "cross":
+            raise InputError(f'attention is "cross", but {type(model).__name__} is no encoder-decoder model')
+        return decoder
+    if queries is not None:
+        raise InputError(f"queries must be None for {type(model).__name__}, which has those of two stacks")
+    return model
 
 
 class SuppressedRun:
@@ -178,6 +218,75 @@ def _with_scaled_values(call: AttentionCall, factor: Tensor) -> AttentionCall:
     return replace(call, key=key, value=(value * factor[..., None]).to(value.dtype))
 
 
+class SourceRun(SuppressedRun):
+    """An encoder-decoder model whose attention to the source is suppressed; the decoder's to itself is not.
+
+    A call is cross-attention if its module, or one around it, was handed another stack's states: neither its shapes
+    nor `is_causal` tell. `watching` has to be entered for that.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        factor: Factors,
+        *,
+        attention: Attention = "both",
+        layers: Iterable[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(factor, **options)
+        wanted = None if layers is None else tuple(layers)
+        self._layers_by_role = {role: LayerSelection(wanted) for role in ("self", "cross")}
+        self._roles = {"self", "cross"} if attention == "both" else {attention}
+        self._to_see = set(self._roles)
+        self._model = model
+        self._encoder = frozenset(id(module) for module in encoder_of(model).modules())
+        self._cross: set[int] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, forwards tell which of their modules attend to another stack."""
+        hooks = []
+        try:
+            for module in self._model.modules():
+                names = list(inspect.signature(module.forward).parameters)
+                given = [(name, names.index(name)) for name in _OTHER_STATES if name in names]
+                if given:
+                    note = partial(self._note_states, given=given)
+                    hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _note_states(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[tuple[str, int]]
+    ) -> None:
+        if not is_active(self):
+            return
+        handed = (kwargs.get(name, args[at] if at < len(args) else None) for name, at in given)
+        if any(states is not None for states in handed):
+            self._cross.add(id(module))
+        else:
+            self._cross.discard(id(module))
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        if id(module) in self._cross:
+            role, call = "cross", replace(call, is_causal=False, sliding_window=None)
+        elif id(module) in self._encoder:
+            role = "self"
+        else:  # the decoder among itself
+            return call.attend(None, self.mode, self.backend)
+        self._to_see.discard(role)
+        if role in self._roles:
+            self.layers = self._layers_by_role[role]
+            output = super().attend(module, call)
+        else:
+            output = call.attend(None, self.mode, self.backend)
+        self.reached = not self._to_see
+        return output
+
+
 class LayerSelection:
     """Attention layers by index, in the order in which the model calls them."""
 
@@ -203,6 +312,10 @@ def checked_layers(model: nn.Module, layers: Iterable[int] | None, name: str = "
         return None
     wanted = tuple(layers)
     count = int(getattr(decoder_of(model).config, "num_hidden_layers", sys.maxsize))
+    if is_encoder_decoder(model):  # BART's stacks share one config, T5's do not
+        assert isinstance(model, PreTrainedModel)
+        count = max(count, *(int(getattr(model.config, f"{stack}_layers", 0)) for stack in ("encoder", "decoder")))
+        count = max(count, int(getattr(encoder_of(model).config, "num_hidden_layers", 0)))
     if not wanted or not all(isinstance(x, int) and 0 <= x < count for x in wanted):
         raise InputError(f"{name} must be indices in [0, {count}), got {list(wanted)}")
     return wanted

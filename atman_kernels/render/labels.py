@@ -41,6 +41,8 @@ def signed(value: float) -> str:
 def likelihood(explanation: Explanation) -> tuple[str, str]:
     """How likely the model finds the answer, as a logarithm and in another way; for a contrast, its log odds."""
     logprob = float(explanation.base_logprobs.sum())
+    if explanation.value != "log-probability":
+        return f"{explanation.value} {signed(logprob)}", "with nothing suppressed"
     if explanation.versus is None:
         return f"log p {signed(logprob)}", percent(logprob)
     both = [f"{signed(value)}" for value in explanation.settings.get("logprobs", {}).values()]

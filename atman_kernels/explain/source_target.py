@@ -1,0 +1,138 @@
+"""Encoder-decoders: which parts of a source a translation, summary or transcript rests on.
+
+Factors are over the encoder's positions. The target is teacher-forced in the decoder, behind the tokens that the
+model begins its answers with.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from atman_kernels.errors import InputError
+from atman_kernels.explain.question import special_flags, token_texts_of
+from atman_kernels.explain.reading import Reading, checked_text, read_audio, read_text
+from atman_kernels.explain.whole_rows import Task
+from atman_kernels.hf.forward import logprobs_of
+from atman_kernels.hf.kinds import Kind
+
+
+def task(
+    model: PreTrainedModel,
+    processor: Any,
+    kind: Kind,
+    source: Any,
+    target: Any,
+    units: Any,
+    max_new_tokens: int,
+    language: str,
+) -> Task:
+    """The question, with the model's own greedy answer if no target is given.
+
+    Raises:
+        InputError: an argument does not fit, or the model does not say how its answers begin.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(f"tokenizer must be the model's tokenizer or processor, got {type(processor).__name__}")
+    if kind == "speech":
+        read = read_audio(model, processor, source, units)
+    else:
+        read = read_text(model, tokenizer, source, units, language)
+    beginning = _beginning(model, tokenizer)
+    if target is None:
+        begun, answer = _answer(model, tokenizer, read, beginning, max_new_tokens)
+    else:
+        begun, answer = _tokens(tokenizer, checked_text(target, "target"), beginning)
+    _check_length(model, len(begun) + len(answer))
+    decoder_ids = torch.tensor([begun + answer[:-1]], device=model.device)
+    rows = torch.arange(len(answer), device=model.device) + len(begun) - 1
+    targets = torch.tensor([answer], device=model.device)
+
+    def values(count: int) -> Tensor:
+        inputs = {**read.repeated(count), "decoder_input_ids": decoder_ids.expand(count, -1)}
+        return logprobs_of(model, inputs, rows, targets.expand(count, -1))
+
+    def embeddings() -> Tensor:
+        return model.get_input_embeddings()(read.inputs["input_ids"])[0].float().cpu()
+
+    pieces, _ = token_texts_of(tokenizer, answer)
+    return Task(
+        prompt=read.shown,
+        target="".join(pieces) if target is None else target,
+        units=read.units,
+        target_tokens=tuple(pieces),
+        positions=read.positions,
+        cost=read.positions + decoder_ids.shape[1],
+        part=model,
+        values=values,
+        embeddings=embeddings if "input_ids" in read.inputs else None,
+        facts={"attention": "both", **read.facts},
+    )
+
+
+def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Decoder tokens before an answer: Whisper's language, task and timestamps, or the start token alone."""
+    start = getattr(model.generation_config, "decoder_start_token_id", None)
+    start = getattr(model.config, "decoder_start_token_id", None) if start is None else start
+    if start is None:
+        raise InputError(
+            f"model: {type(model).__name__} does not say how its answers begin; set "
+            "model.generation_config.decoder_start_token_id"
+        )
+    prefix = list(getattr(tokenizer, "prefix_tokens", None) or [])
+    is_whisper = bool(prefix) and prefix[0] == start
+    if is_whisper and getattr(model.generation_config, "is_multilingual", False) and not tokenizer.language:
+        raise InputError(
+            "tokenizer: this model knows many languages; say which by "
+            'processor.tokenizer.set_prefix_tokens(language="english", task="transcribe")'
+        )
+    return prefix if is_whisper else [int(start)]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, target: str, beginning: list[int]) -> tuple[list[int], list[int]]:
+    """What is given to the decoder before the target, and the target.
+
+    Special tokens that the tokenizer writes before a target (BART's <s>, mBART's language) are given, too; those
+    after it are left out.
+    """
+    ids = list(tokenizer(text_target=target)["input_ids"])
+    if ids[: len(beginning)] == beginning:
+        ids = ids[len(beginning) :]
+    before, answer = _without_specials(tokenizer, ids)
+    if not answer:
+        raise InputError("target is empty; give the answer to explain, or None to let the model answer")
+    return beginning + before, answer
+
+
+def _without_specials(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], list[int]]:
+    """Special tokens before the text, and the text without those after it."""
+    plain = [i for i, special in enumerate(special_flags(tokenizer, ids)) if not special]
+    return (ids[: plain[0]], ids[plain[0] : plain[-1] + 1]) if plain else (ids, [])
+
+
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Reading, beginning: list[int], max_new_tokens: int
+) -> tuple[list[int], list[int]]:
+    """The model's own greedy answer: what the decoder was given before it, and the answer without end marks."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    inputs = dict(read.inputs)
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    given = torch.tensor([beginning], device=model.device)
+    # not Whisper's own `generate`, which cuts recordings into windows and returns text without its beginning
+    output = GenerationMixin.generate(  # type: ignore[attr-defined]
+        model, **inputs, decoder_input_ids=given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    )
+    before, answer = _without_specials(tokenizer, output[0, len(beginning) :].tolist())
+    if not answer:
+        raise InputError("target: the model answers this with nothing; give the target to explain")
+    return beginning + before, answer
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    most = getattr(model.config, "max_target_positions", None) or getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise InputError(f"target has {length} tokens with its beginning, but {type(model).__name__} has {most}")

@@ -1,0 +1,47 @@
+"""Attention that pools patches inside torch's own `nn.MultiheadAttention`, past transformers' interface (SigLIP)."""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.hf.forward import forward_replaced
+from atman_kernels.hf.interface import AttentionCall
+from atman_kernels.hf.suppression import SuppressedRun
+
+
+class PooledAttention(ExitStack):
+    """Inside, every `nn.MultiheadAttention` of a model goes through a run, as its other attention does."""
+
+    def __init__(self, model: nn.Module, run: SuppressedRun) -> None:
+        super().__init__()
+        self._model, self._run = model, run
+
+    def __enter__(self) -> "PooledAttention":
+        super().__enter__()
+        for module in self._model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                self.enter_context(forward_replaced(module, partial(_attend, module, self._run)))
+        return self
+
+
+def _attend(
+    module: nn.MultiheadAttention, run: SuppressedRun, query: Tensor, key: Tensor, value: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    """What the module computes for (B, T, E) and (B, S, E), scores changed by the run."""
+    plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+    masked = any(options.get(name) is not None for name in ("attn_mask", "key_padding_mask")) or options.get(
+        "is_causal"
+    )
+    if not plain or not module.batch_first or masked:
+        raise UnsupportedModelError("the model pools with a masked or unusual nn.MultiheadAttention")
+    weights = module.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q, k, v = (
+        nn.functional.linear(states, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    call = AttentionCall(q, k, v, None, False, None, None, None, None, None)
+    return module.out_proj(run.attend(module, call).flatten(2)), None
