@@ -19,7 +19,7 @@ NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest sanitize bench gpu-check lint clean
+.PHONY: help demo test test-all test-oldest sanitize bench coverage-table gpu-check lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test-oldest  the fast tests with the oldest supported versions, in an environment of their own"
 	@echo "make sanitize  the compiled module under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
+	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
 	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove the environment and all caches"
@@ -37,7 +38,7 @@ demo: $(STAMPS)/demo
 	@$(BIN)/atman demo
 
 # Threads that spin while they wait starve each other when anything else runs beside the tests.
-test test-all: export OMP_WAIT_POLICY := PASSIVE
+test test-all coverage-table: export OMP_WAIT_POLICY := PASSIVE
 
 test: $(STAMPS)/dev
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10
@@ -54,6 +55,9 @@ sanitize: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench $(STAMPS)/demo
 	$(BIN)/python -m benchmarks
+
+coverage-table: $(STAMPS)/dev
+	$(BIN)/python python_tests/model_coverage.py
 
 # Installs nothing: a GPU machine comes with the torch that fits its driver. Options: make gpu-check ARGS="--only bench"
 gpu-check:

@@ -15,6 +15,7 @@ _HOME = {
     "suppress": "hf.suppression",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explanation",
+    "Ablation": "explain.subsets",
     "steer": "steering.steer",
     "Steered": "steering.steer",
     "Occurrence": "steering.spans",
@@ -23,6 +24,7 @@ _HOME = {
     "BackendUnavailableError": "errors",
 }
 __all__ = [
+    "Ablation",
     "BackendUnavailableError",
     "Explainer",
     "Explanation",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
     from atman_kernels.explain.explainer import Explainer
     from atman_kernels.explain.explanation import Explanation
+    from atman_kernels.explain.subsets import Ablation
     from atman_kernels.hf.suppression import suppress
     from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
     from atman_kernels.pack import VariantPack
