@@ -112,8 +112,8 @@ def _compared(name: tuple[str, str, str], model: PreTrainedModel, ids: torch.Ten
             warnings.simplefilter("ignore")
             explanation = explainer.explain(prompt, answer)
         paths.add(explanation.settings["path"])
-        if explainer._runner.unpackable:
-            remarks.append(explainer._runner.unpackable)
+        if explainer.runner.unpackable:
+            remarks.append(explainer.runner.unpackable)
         oracle = eager_oracle if model.config.model_type in SCORES_ELSEWHERE else softmax_oracle
         expected = oracle.leave_one_out(model, ids, n, rows, mode)
         difference = max(difference, float((explanation.scores.double() - expected).abs().max()))

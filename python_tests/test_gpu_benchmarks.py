@@ -660,7 +660,7 @@ def test_the_full_row_way_gets_no_time(tmp_path: Path, monkeypatch: pytest.Monke
 
     def unpackable(*args: Any, **kwargs: Any) -> Any:
         made = explainer(*args, **kwargs)
-        made._runner.unpackable = "because"
+        made.runner.unpackable = "because"
         return made
 
     monkeypatch.setattr(explanation.ak, "Explainer", unpackable)

@@ -76,7 +76,7 @@ def test_targets_side_by_side_on_one_scale(explanation, grey):
     assert drawn.getpixel((5, top + 5)) == blend(POSITIVE, 0.5)
     assert drawn.getpixel((second + 5, top + 15)) == colour(POSITIVE)
     assert drawn.getpixel((second + 25, top + 5)) == (100, 100, 100)
-    assert len(set(drawn.crop((0, 0, 40, top)).getdata())) > 1, "something is written there"
+    assert len(drawn.crop((0, 0, 40, top)).getcolors()) > 1, "something is written there"
 
 
 def test_scores_of_units_that_overlap_add_up(explanation, grey):
@@ -95,7 +95,7 @@ def test_written_as_png(explanation, grey, tmp_path):
     drawn = explanation.overlay(grey, tmp_path / "over.png")
     with Image.open(tmp_path / "over.png") as read:
         assert read.format == "PNG"
-        assert list(read.getdata()) == list(drawn.getdata())
+        assert read.tobytes() == drawn.tobytes()
     with pytest.raises(ak.InputError, match="path must be a file in an existing folder"):
         explanation.overlay(grey, tmp_path / "no" / "over.png")
 
@@ -158,7 +158,7 @@ def test_page_has_every_patch_at_its_place_and_the_picture_inside(explanation, t
     kind, _, data = image["src"].partition(",")
     assert kind == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as embedded:
-        assert list(embedded.getdata()) == list(picture.getdata())
+        assert embedded.tobytes() == picture.tobytes()
     places = {a["data-units"]: a["style"] for a in page.of("span") if "left:" in a.get("style", "")}
     assert sorted(places) == ["1", "2", "3", "4"]
     assert "--strength:25.0%;left:50.000%;top:0.000%;width:50.000%;height:50.000%" in places["2"]

@@ -122,7 +122,7 @@ def test_order_of_masks_and_small_packs_change_nothing(model, tokenizer):
 
 def test_whole_rows_where_packing_cannot(model, tokenizer):
     explainer = explainer_of(model, tokenizer)
-    explainer._runner.unpackable = "so that rows are recomputed"
+    explainer.runner.unpackable = "so that rows are recomputed"
     masks = [[True, True, False, False, True], [False] * 5, [False, False, True, False, False]]
     found = explainer.ablate(PROMPT, ANSWER, masks=masks)
     assert found.settings["path"] == "batched"

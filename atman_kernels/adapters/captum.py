@@ -26,10 +26,11 @@ from captum.attr import (  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atman_kernels.adapters.token_question import evaluating, run_rows, suppressing, token_question, unit_factors
+from atman_kernels.adapters.token_question import run_rows, suppressing, token_question, unit_factors
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.question import Question, UnitChoice, special_flags
+from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.planning.units import Unit, split_units
 
@@ -66,6 +67,9 @@ class SuppressedTextInput(TextTokenInput):
         *,
         language: str = "en",
     ) -> None:
+        if explainer.kind != "language":
+            name = type(explainer.model).__name__
+            raise UnsupportedModelError(f"explainer: {name} is no causal language model, which captum's texts are for")
         self.explainer = explainer
         self.tokenizer = explainer.tokenizer
         features = _features(source, explainer.tokenizer, units, language)

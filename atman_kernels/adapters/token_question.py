@@ -1,14 +1,15 @@
 """Questions about token ids that another library has made, put to an explainer."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.question import Question, check_length
 from atman_kernels.explain.runner import Outcome
+from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.suppression import suppress
 from atman_kernels.planning.units import Unit
 
@@ -38,27 +39,16 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
 
 def unit_factors(explainer: Explainer, question: Question) -> Tensor:
     """(n_units, n + m - 1) on the CPU: one row of factors per unit, similar tokens included if they are asked for."""
-    return explainer._factors(question)
+    return explainer.factors_of(question)
 
 
 def run_rows(explainer: Explainer, questions: Sequence[Question], factors: Sequence[Tensor]) -> Outcome:
     """Log-probs of the answers under any rows of factors (n_rows, n + m - 1), one tensor of rows per question."""
     with evaluating(explainer.model):
-        return explainer._runner.run(questions, factors)
+        return explainer.runner.run(questions, factors)
 
 
 def suppressing(explainer: Explainer, factors: Tensor) -> AbstractContextManager[None]:
     """The explainer's model with factors (1, L) in its explainer's way, for any forward inside the context."""
-    how = explainer._runner.perturbation
+    how = explainer.runner.perturbation
     return suppress(explainer.model, factors, mode=how.mode, layers=how.layers)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and then in the mode that it had."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -1,8 +1,7 @@
 """`Explainer`: which parts of a prompt made a model answer as it did."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from atman_kernels.explain.runner import VariantRunner
 from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_subsets
 from atman_kernels.explain.whole_rows import Task, run_task
 from atman_kernels.formula import MODES
+from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.kinds import kind_of, part_of
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
@@ -86,7 +86,7 @@ class Explainer:
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
         self.factor = float(factor)
         self.similarity_threshold = similarity_threshold
-        self._runner = VariantRunner(model, Perturbation(mode, checked_layers(part, layers)), token_budget, progress)
+        self.runner = VariantRunner(model, Perturbation(mode, checked_layers(part, layers)), token_budget, progress)
 
     def explain(
         self,
@@ -181,7 +181,7 @@ class Explainer:
         if chosen.name not in methods.WITH_IMAGES:
             raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method!r}")
         started = time.perf_counter()
-        with _evaluating(self.model):
+        with evaluating(self.model):
             question = ask_about_images(
                 self.model, self.processor, self.tokenizer, asked, images, target, units, image_units, **settings
             )
@@ -234,7 +234,7 @@ class Explainer:
         contrasted = [index for index, other in enumerate(others) if other is not None]
         asked = [*range(len(prompts)), *contrasted]  # which prompt each question is about
         started = time.perf_counter()
-        with _evaluating(self.model):
+        with evaluating(self.model):
             questions = [
                 ask(
                     self.model,
@@ -318,7 +318,7 @@ class Explainer:
         """
         check_without_images(self.model, self.processor, prompt)
         started = time.perf_counter()
-        with _evaluating(self.model):
+        with evaluating(self.model):
             question = ask(
                 self.model,
                 self.tokenizer,
@@ -350,7 +350,7 @@ class Explainer:
     def _explained_whole(self, method: methods.Method, asked: Asked) -> Explanation:
         """Of a model that reads both ways: every variant is a whole row."""
         started = time.perf_counter()
-        with _evaluating(self.model):
+        with evaluating(self.model):
             task = task_of(self.model, self._given, self.kind, asked)
             answered = time.perf_counter()
             outcome = run_task(self._context(), task)
@@ -359,9 +359,9 @@ class Explainer:
         return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
 
     def _context(self) -> methods.MethodContext:
-        return methods.MethodContext(self.model, self._runner, self._factors, self.factor, self.similarity_threshold)
+        return methods.MethodContext(self.model, self.runner, self.factors_of, self.factor, self.similarity_threshold)
 
-    def _factors(self, question: Question) -> Tensor:
+    def factors_of(self, question: Question) -> Tensor:
         """(n_units, L) on the CPU."""
         embeddings = None
         if self.similarity_threshold is not None:
@@ -439,13 +439,3 @@ def _stats(outcome: methods.MethodOutcome, started: float, answered: float) -> d
 
 def _name(units: UnitChoice | None) -> str | None:
     return units if units is None or isinstance(units, str) else "spans"
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

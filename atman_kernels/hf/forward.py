@@ -402,6 +402,17 @@ def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and then in the mode that it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` computes `forward` inside; hooks of other libraries, which replace it likewise, come back."""
     own = module.__dict__.get("forward")
