@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,5 +159,7 @@ def write(path: str, header: dict[str, Any], summaries: Sequence["Summary"]) -> 
         {"setting": s.setting, "items": s.items, "values": s.values, "intervals": s.intervals, "refused": s.refused}
         for s in summaries
     ]
-    Path(path).write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    versions = {name: version(name) for name in ("atman-kernels", "torch", "transformers")}
+    content = {**header, "versions": versions, "rows": rows}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     say(f"Wrote {path}")
