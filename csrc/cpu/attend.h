@@ -200,7 +200,9 @@ template <Mode kMode>
 static void suppress_row(const RowScores& s) {
     const std::int64_t end = s.factor_at + s.computed.last < s.factor_size ? s.factor_at + s.computed.last : s.factor_size;
     int next = s.computed.first;  // columns before it are done
-    for (std::int64_t i = (s.factor_at + next) / kFlagKeys; i * kFlagKeys < end; ++i) {
+    // columns of other variants, which the row does not see, may stand before position 0
+    const std::int64_t begin = s.factor_at + next > 0 ? s.factor_at + next : 0;
+    for (std::int64_t i = begin / kFlagKeys; i * kFlagKeys < end; ++i) {
         if (!s.touched[i]) continue;
         const std::int64_t first = i * kFlagKeys - s.factor_at, last = first + kFlagKeys;
         if (first > next) next = static_cast<int>(first) / kLanes * kLanes;
