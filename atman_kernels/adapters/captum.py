@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atman_kernels.adapters.token_question import run_rows, suppressing, token_question, unit_factors
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.question import Question, UnitChoice, special_flags
+from atman_kernels.explain.question import Question, UnitChoice, encode, special_flags
 from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.planning.units import Unit, split_units
@@ -324,9 +324,7 @@ def _features(source: Any, tokenizer: Any, units: UnitChoice | None, language: s
 def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) -> _Features:
     if not text:
         raise InputError("inp is an empty text; expected at least one character")
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    encoded = encode(tokenizer, text, add_special_tokens=True)
     ids = encoded["input_ids"]
     found = split_units(
         text,

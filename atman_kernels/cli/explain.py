@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.cli.model import check_model_given, device_options, load, model_options, say, warnings_as_messages
 from atman_kernels.cli.prompts import read_prompt, squad_question
 from atman_kernels.errors import InputError
 
@@ -34,9 +34,7 @@ def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | Non
 
 @click.command("explain")
 @click.argument("prompt", required=False)
-@click.option("--model", metavar="ID|FOLDER|smollm2", help="Hub id, local folder, or smollm2 (what the demo uses).")
-@click.option("--gguf", metavar="FILE", help="GGUF file to take the model from.")
-@click.option("--trust-remote-code", is_flag=True, help="Let code that comes with the model run.")
+@model_options
 @click.option("--file", metavar="FILE", help="Read the prompt from a file.")
 @click.option("--squad", metavar="FILE", help="Ask a question of a file in SQuAD format.")
 @click.option("--item", type=int, metavar="N", help="Which question of it, from 0.")
@@ -98,8 +96,7 @@ def command(
     atman explain --model smollm2 "The capital of France is"
     atman explain --model smollm2 --squad dev-v1.1.json --item 7 --units word --html why.html
     """
-    if model is None and gguf is None:
-        raise InputError("--model or --gguf is missing; --model smollm2 takes the demo's")
+    check_model_given(model, gguf)
     text, answer = _question(prompt, file, squad, item, target, chat)
     for option, path in (("--html", html), ("--json", None if json_file == "-" else json_file)):
         if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):

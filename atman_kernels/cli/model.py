@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from atman_kernels.errors import InputError
+
 
 def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--device and --dtype."""
@@ -19,6 +21,24 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         help="auto: bfloat16 where this machine multiplies it fast, else float32.",
     )(command)
     return click.option("--device", help="cpu, cuda, cuda:1, …  [default: a GPU if there is one]")(command)
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--model, --gguf and --trust-remote-code."""
+    where = "Hub id, local folder, or smollm2 (what the demo uses)."
+    options = (
+        click.option("--model", metavar="ID|FOLDER|smollm2", help=where),
+        click.option("--gguf", metavar="FILE", help="GGUF file to take the model from."),
+        click.option("--trust-remote-code", is_flag=True, help="Let code that comes with the model run."),
+    )
+    for option in reversed(options):  # as decorators, the last is applied first
+        command = option(command)
+    return command
+
+
+def check_model_given(model: str | None, gguf: str | None) -> None:
+    if model is None and gguf is None:
+        raise InputError("--model or --gguf is missing; --model smollm2 takes the demo's")
 
 
 def say(message: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atman_kernels.cli.explain import MODES, layer_numbers
-from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.cli.model import check_model_given, device_options, load, model_options, say, warnings_as_messages
 from atman_kernels.cli.prompts import read_prompt
 from atman_kernels.errors import InputError
 from atman_kernels.render.labels import label, printable
@@ -30,9 +30,7 @@ def _which(_ctx: click.Context, _option: click.Parameter, text: str | None) -> i
 
 @click.command("steer")
 @click.argument("prompt", required=False)
-@click.option("--model", metavar="ID|FOLDER|smollm2", help="Hub id, local folder, or smollm2 (what the demo uses).")
-@click.option("--gguf", metavar="FILE", help="GGUF file to take the model from.")
-@click.option("--trust-remote-code", is_flag=True, help="Let code that comes with the model run.")
+@model_options
 @click.option("--file", metavar="FILE", help="Read the prompt from a file.")
 @click.option("--suppress", metavar="TEXT", multiple=True, help="A part of the prompt to turn down; repeatable.")
 @click.option("--amplify", metavar="TEXT", multiple=True, help="A part of the prompt to turn up; repeatable.")
@@ -81,8 +79,7 @@ def command(
     \b
     atman steer --model smollm2 --chat --suppress Pilot --factor 0 "Our dog is called Pilot. What is his name?"
     """
-    if model is None and gguf is None:
-        raise InputError("--model or --gguf is missing; --model smollm2 takes the demo's")
+    check_model_given(model, gguf)
     text = read_prompt(prompt, file)
     spans = _spans(suppress, amplify, factor, amplify_factor, regex, occurrence)
     if not chat:  # a template may add to the text; what it has not may be said before a model is loaded
