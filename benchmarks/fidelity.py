@@ -9,7 +9,6 @@ two dtypes. Each item is appended to a .jsonl file as soon as it is done, and th
 """
 
 import json
-import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
+from atman_kernels.evaluation.metrics import rank_correlation
 from benchmarks.explain import write
 from benchmarks.machine import RESULTS, cpu_slug, environment
 from benchmarks.prompts import Case, Question, find_squad, questions
@@ -59,7 +58,7 @@ def compare(question: Question, explainers: dict[str, Any]) -> dict[str, Any]:
         "item": question.item,
         "units": len(wide.units),
         "target_tokens": len(wide.target_tokens),
-        "spearman": rank_correlation(wide.total.tolist(), low.total.tolist()),
+        "spearman": rank_correlation(wide.total, low.total),
         "top5_overlap": len(best["float32"] & best["bfloat16"]) / len(best["float32"]),
         "top1_equal": int(wide.total.argmax() == low.total.argmax()),
         "max_difference": float((wide.total - low.total).abs().max()),
@@ -68,14 +67,6 @@ def compare(question: Question, explainers: dict[str, Any]) -> dict[str, Any]:
         "seconds": {dtype: found[dtype].stats["seconds"] for dtype in DTYPES},
         "path": {dtype: found[dtype].settings["path"] for dtype in DTYPES},
     }
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rho; not a number where one side is constant, which is an error here."""
-    rho = float(spearmanr(first, second).statistic)
-    if math.isnan(rho):
-        raise ValueError("all scores of an explanation are equal, so they have no ranks")
-    return rho
 
 
 def summary(done: Sequence[dict[str, Any]]) -> dict[str, Any]:
