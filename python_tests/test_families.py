@@ -64,6 +64,17 @@ def test_packed_explanation_equals_separate_full_runs(family, mode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_questions_about_one_passage_share_what_is_run_over_it(family):
+    model, passage = tiny_models.build(family), draw(14, 3)
+    prompts, answers = [passage + draw(length, 4 + length) for length in (2, 5, 3)], [draw(2, 6)] * 3
+    found = explained(model, prompts, answers, token_budget=64)
+    assert found[0].stats["tokens_through_model"] < 0.85 * sum(sum(range(2, len(p) + 2)) for p in prompts)
+    for explanation, prompt, answer in zip(found, prompts, answers, strict=True):
+        expected = expected_scores(model, prompt, answer, "log_additive")
+        torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_of_several_lengths_share_packs(family):
     model = tiny_models.build(family)
     prompts, answers = [draw(21, 3), draw(12, 4), draw(17, 5)], [draw(2, 6), draw(3, 7), draw(1, 8)]

@@ -12,10 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.explain.question import Question
-from atman_kernels.hf.forward import Base, full_row_logprobs, packed_logprobs
-from atman_kernels.hf.memory import is_out_of_memory
-from atman_kernels.hf.sequence import concatenated
+from atman_kernels.hf.forward import Base, full_row_logprobs, grow, packed_logprobs
+from atman_kernels.hf.memory import free_bytes, is_out_of_memory
+from atman_kernels.hf.sequence import Sequence, concatenated
+from atman_kernels.pack import VariantPack
 from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding
+from atman_kernels.planning.sharing import Stage, chunks, standing_on
+
+FREE_SHARE = 4  # one part in so many of the free memory may hold the K/V of one stage's trunks
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,60 @@ def unit_variants(
     ]
 
 
+def run_stage(
+    model: PreTrainedModel,
+    questions: list[Question],
+    base: Base,
+    factors: list[Tensor],
+    stage: Stage,
+    perturbation: Perturbation,
+    budget: int,
+    work: Work,
+) -> Iterator[tuple[Variant, Tensor]]:
+    """As `run_packed`, for the variants of a stage and of all that stand on its trunks."""
+    yield from run_packed(model, questions, base, factors, stage.variants, perturbation, budget, work)
+    capacity = max(1, free_bytes(model.device) // FREE_SHARE // base.bytes_per_key)
+    for trunks in chunks(stage.trunks, capacity):
+        grown = base.emptied([t.stretch.length for t in trunks])
+        stretches = [t.stretch for t in trunks]
+        grow_packed(model, questions, base, factors, stretches, grown, perturbation, budget, work)
+        yield from run_stage(model, questions, grown, factors, standing_on(trunks), perturbation, budget, work)
+
+
+def grow_packed(
+    model: PreTrainedModel,
+    questions: list[Question],
+    base: Base,
+    factors: list[Tensor],
+    stretches: list[Variant],
+    grown: Base,
+    perturbation: Perturbation,
+    budget: int,
+    work: Work,
+) -> None:
+    """Runs stretches of variants; the K/V of number i go to where base number i begins in `grown`."""
+    place = {id(stretch): start for stretch, start in zip(stretches, grown.starts, strict=True)}
+    queue = VariantQueue(stretches, budget)
+    for taken in queue:
+        packed = _packed(taken, questions, base, factors, model.device)
+        try:
+            grow(
+                model,
+                base,
+                packed.pack,
+                packed.ids,
+                packed.factors,
+                grown,
+                [place[id(stretch)] for stretch in taken],
+                mode=perturbation.mode,
+                layers=perturbation.layers,
+            )
+        except (RuntimeError, MemoryError) as error:
+            shrink_or_raise(error, queue, taken)
+            continue
+        packed.count(work, queue, variants=0)
+
+
 def run_packed(
     model: PreTrainedModel,
     questions: list[Question],
@@ -67,22 +125,17 @@ def run_packed(
     """Yields each variant with the log-probs of its question's last answer tokens, as many as its suffix predicts."""
     queue = VariantQueue(variants, budget)
     for taken in queue:
-        # variants of one question stand together, in the order of their prefixes, so that kernels can share tiles
-        taken.sort(key=lambda v: (v.question, v.prefix))
-        extra = padding(sum(v.suffix for v in taken))
-        pack = lay_out(taken, base.starts, model.device, extra)
-        suffixes = [questions[v.question].inputs[v.prefix :] for v in taken]
-        ids = concatenated(suffixes, extra)
+        packed = _packed(taken, questions, base, factors, model.device)
         scored = [_scored(questions[v.question], v) for v in taken]
-        starts = pack.suffix_starts.tolist()
+        starts = packed.pack.suffix_starts.tolist()
         rows = torch.cat([s + start for (s, _), start in zip(scored, starts, strict=False)])
         try:
             logprobs = packed_logprobs(
                 model,
                 base,
-                pack,
-                ids,
-                pack_factors(taken, factors, pack.num_variants, pack.longest).to(model.device),
+                packed.pack,
+                packed.ids,
+                packed.factors,
                 rows,
                 torch.cat([targets for _, targets in scored]),
                 mode=perturbation.mode,
@@ -91,11 +144,35 @@ def run_packed(
         except (RuntimeError, MemoryError) as error:
             shrink_or_raise(error, queue, taken)
             continue
-        work.add(pack.num_rows, len(taken))
-        work.advance(pack.num_rows - extra)
-        work.token_budget = queue.token_budget
+        packed.count(work, queue, variants=len(taken))
         pieces = logprobs.split([len(s) for s, _ in scored])
         yield from zip(taken, pieces, strict=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """One forward's worth of variants: the pack, its (T,) inputs, its (V, K) factors, and how much of it is padding."""
+
+    pack: VariantPack
+    ids: Sequence
+    factors: Tensor
+    padding: int
+
+    def count(self, work: Work, queue: VariantQueue, variants: int) -> None:
+        work.add(self.pack.num_rows, variants)
+        work.advance(self.pack.num_rows - self.padding)
+        work.token_budget = queue.token_budget
+
+
+def _packed(
+    taken: list[Variant], questions: list[Question], base: Base, factors: list[Tensor], device: torch.device
+) -> _Packed:
+    """Variants laid out, in an order in which kernels can share tiles: those of one base together, by prefix."""
+    taken.sort(key=lambda v: (v.base_number, v.prefix))
+    extra = padding(sum(v.suffix for v in taken))
+    pack = lay_out(taken, base.starts, device, extra)
+    ids = concatenated([questions[v.question].inputs[v.prefix : v.length] for v in taken], extra)
+    return _Packed(pack, ids, pack_factors(taken, factors, pack.num_variants, pack.longest).to(device), extra)
 
 
 def run_full_rows(

@@ -201,7 +201,7 @@ class Explainer:
         method: str = "atman",
         **options: Any,
     ) -> list[Explanation]:
-        """Explain several prompts at once: their variants share forwards.
+        """Explain several prompts at once: their variants share forwards, and what prompts that begin alike begin with.
 
         Args:
             prompts: as in `explain`, one or more.

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, run_packed, unit_variants
+from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, run_packed, run_stage, unit_variants
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
 from atman_kernels.hf.kinds import kind_of
@@ -18,12 +18,14 @@ from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.packability import why_lengths_do_not_mix
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
+from atman_kernels.planning.sharing import Asked, Stage, share
 
 # Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
 # order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond
 # the ceiling the two ways do not compute the same thing.
 NOISE_FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 6e-2, torch.bfloat16: 0.5}
 NOISE_CEILING = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.25, torch.bfloat16: 1.0}
+FORWARD_SHARE = 16  # a forward costs, however small it is, what one part in so many of a full pack costs
 NOISE_MARGIN = 8.0  # packed against base, in units of the noise between the model's own attention and ours
 
 
@@ -88,7 +90,8 @@ class VariantRunner:
         budget = self.token_budget or token_budget(
             free_bytes(self.model.device), activation_bytes_per_token(self.model), self.model.device.type
         )
-        total = sum(v.suffix if base else v.length for v in variants)
+        stage = Stage([]) if base is None else self._stage(questions, factors, base[0], variants, budget)
+        total = stage.tokens if base is not None else sum(v.length for v in variants)
         with tqdm(total=total, unit="tok", desc=description, disable=not self.progress, delay=1, leave=False) as bar:
             if base is not None:
                 unperturbed = self._probe(questions, *base, factors, budget, work)
@@ -99,14 +102,24 @@ class VariantRunner:
                 finished = run_full_rows(self.model, questions, factors, variants, self.perturbation, budget, work)
             else:
                 work.advance = bar.update
-                finished = run_packed(
-                    self.model, questions, base[0], factors, variants, self.perturbation, budget, work
-                )
+                finished = run_stage(self.model, questions, base[0], factors, stage, self.perturbation, budget, work)
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
             for variant, logprobs in finished:
                 perturbed[variant.question][variant.unit, -len(logprobs) :] = logprobs.cpu()
         return Outcome(unperturbed, perturbed, work)
+
+    def _stage(
+        self, questions: list[Question], factors: list[Tensor], base: Base, variants: list[Variant], budget: int
+    ) -> Stage:
+        """The variants, and what several of them have in common."""
+        if base.patterns:
+            return Stage(variants)  # what a row sees depends on the rows after it
+        asked = [
+            Asked(None if question.embedded is not None else question.ids, rows, question.prompt_length - 1)
+            for question, rows in zip(questions, factors, strict=True)
+        ]
+        return share(variants, asked, budget // FORWARD_SHARE)
 
     def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
         """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""

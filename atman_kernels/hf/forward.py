@@ -41,16 +41,20 @@ class Base:
         starts: where each prompt begins in S.
         patterns: by attention module, (1|Hq, L, L) over positions: 0 where a query sees a key, -inf where not. Only
             modules whose attention is more than causal have one: image blocks attend both ways.
+        whole_lengths: of the prompts with their targets, where the K/V do not reach as far.
     """
 
     keys: dict[nn.Module, Tensor]
     values: dict[nn.Module, Tensor]
     starts: tuple[int, ...]
     patterns: dict[nn.Module, Tensor] = field(default_factory=dict)
+    whole_lengths: tuple[int, ...] | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Of the prompts with their targets."""
+        if self.whole_lengths is not None:
+            return self.whole_lengths
         ends = (*self.starts[1:], next(iter(self.keys.values())).shape[1])
         return tuple(end - start for start, end in zip(self.starts, ends, strict=True))
 
@@ -66,6 +70,21 @@ class Base:
         keys = {m: torch.cat([base.keys.pop(m) for base in bases], dim=1) for m in modules}
         values = {m: torch.cat([base.values.pop(m) for base in bases], dim=1) for m in modules}
         return cls(keys, values, starts)
+
+    def emptied(self, lengths: list[int]) -> "Base":
+        """One with room for stretches of these lengths, in which nothing stands yet."""
+        starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+        keys, values = (
+            {m: x.new_empty(x.shape[0], sum(lengths), x.shape[2]) for m, x in kept.items()}
+            for kept in (self.keys, self.values)
+        )
+        return Base(keys, values, starts, whole_lengths=self.lengths)
+
+    @property
+    def bytes_per_key(self) -> int:
+        """Of all layers."""
+        kept = (*self.keys.values(), *self.values.values())
+        return sum(x.shape[0] * x.shape[2] * x.element_size() for x in kept)
 
     def suffix_starts(self) -> Tensor | None:
         """(L + 1,) on the CPU: for every position the last one up to it at which a suffix may begin; None: anywhere.
@@ -209,6 +228,45 @@ class _PackedRun:
         return nn.functional.pad(bias, (0, max(0, longest - bias.shape[-1])))  # padding may be longer than a prompt
 
 
+class _GrowingRun(_PackedRun):
+    """A packed run that leaves the K/V of its variants, each from the sequence's first key on, in another base."""
+
+    def __init__(
+        self,
+        base: Base,
+        pack: VariantPack,
+        factor: Tensor,
+        mode: str,
+        layers: Iterable[int] | None,
+        grown: Base,
+        places: list[int],
+    ) -> None:
+        super().__init__(base, pack, factor, mode, layers)
+        self.grown = grown
+        device = pack.device
+        starts, prefixes, bases = (x.tolist() for x in (pack.suffix_starts, pack.prefix_lengths, pack.base_starts))
+        spans = list(zip(places, starts, starts[1:], prefixes, bases, strict=False))  # padding has no place
+        self.reused = _ranges([(b, b + p) for _, _, _, p, b in spans], device)
+        self.reused_to = _ranges([(at, at + p) for at, _, _, p, _ in spans], device)
+        self.rows = _ranges([(first, last) for _, first, last, _, _ in spans], device)
+        self.rows_to = _ranges([(at + p, at + p + last - first) for at, first, last, p, _ in spans], device)
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        output = super().attend(module, call)
+        for own, base, grown in (
+            (call.key[0], self.base.keys, self.grown.keys),
+            (call.value[0], self.base.values, self.grown.values),
+        ):
+            grown[module].index_copy_(1, self.reused_to, base[module].index_select(1, self.reused))
+            grown[module].index_copy_(1, self.rows_to, own.index_select(1, self.rows))
+        return output
+
+
+def _ranges(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """The integers of some ranges, one after the other."""
+    return torch.cat([torch.arange(first, last) for first, last in ranges]).to(device)
+
+
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probs with the attention that the model came with; arguments as in `base_run`."""
     with _later_features(model, ids):
@@ -278,6 +336,32 @@ def packed_logprobs(
     inputs = suffix_inputs(ids, pack.row_position)
     with activate(model, _PackedRun(base, pack, factor, mode, layers)), _later_features(model, ids):
         return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
+
+
+def grow(
+    model: PreTrainedModel,
+    base: Base,
+    pack: VariantPack,
+    ids: Sequence,
+    factor: Tensor,
+    grown: Base,
+    places: list[int],
+    *,
+    mode: str,
+    layers: Iterable[int] | None = None,
+) -> None:
+    """One forward over stretches of variants, whose K/V are kept together with what they were computed from.
+
+    Args:
+        grown: takes, for every variant, all K/V from position 0 to where the variant's rows end.
+        places: (V,) where in `grown` each variant's K/V begin.
+        others: as in `packed_logprobs`.
+    """
+    inputs = suffix_inputs(ids, pack.row_position)
+    run = _GrowingRun(base, pack, factor, mode, layers, grown, places)
+    nothing = torch.zeros(1, dtype=torch.int64, device=pack.device)  # a model's forward ends with some logits
+    with activate(model, run), _later_features(model, ids):
+        logprobs_of(reader_of(model, ids), inputs, nothing, nothing[None])
 
 
 def full_row_logprobs(

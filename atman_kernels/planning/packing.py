@@ -20,12 +20,18 @@ class Variant:
         unit: index of the suppressed unit; None for an unsuppressed variant.
         prefix: positions whose K/V it takes from the base run.
         length: number of positions of the question; the suffix is [prefix, length).
+        base: which base it takes them from; None: its question's own.
     """
 
     question: int
     unit: int | None
     prefix: int
     length: int
+    base: int | None = None
+
+    @property
+    def base_number(self) -> int:
+        return self.question if self.base is None else self.base
 
     @property
     def suffix(self) -> int:
@@ -90,7 +96,7 @@ def padding(tokens: int) -> int:
 def lay_out(
     variants: list[Variant], base_starts: tuple[int, ...], device: torch.device, padding: int = 0
 ) -> VariantPack:
-    """The pack of some variants; `base_starts` says where each question's base begins.
+    """The pack of some variants; `base_starts` says where each base begins.
 
     With padding there is one more variant at the end, of so many rows that see nothing but each other.
 
@@ -103,7 +109,7 @@ def lay_out(
     return VariantPack.build(
         [v.suffix for v in variants] + [padding for _ in tail],
         [v.prefix for v in variants] + tail,
-        [base_starts[v.question] for v in variants] + tail,
+        [base_starts[v.base_number] for v in variants] + tail,
         device=device,
     )
 
@@ -120,7 +126,7 @@ def pack_factors(variants: list[Variant], factors: list[Tensor], rows: int, widt
     result = torch.ones(rows, width)
     for row, variant in zip(result, variants, strict=False):
         if variant.unit is not None:
-            own = factors[variant.question][variant.unit]
+            own = factors[variant.question][variant.unit][: variant.length]
             row[: own.shape[0]] = own
     return result
 
