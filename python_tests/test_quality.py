@@ -191,7 +191,7 @@ def test_a_method_that_a_model_refuses_is_named_in_the_table(model, squad, tmp_p
     def refuse(*args, **kwargs):
         raise UnsupportedModelError("no attention weights")
 
-    monkeypatch.setattr(Explainer, "explain", refuse)
+    monkeypatch.setattr(Explainer, "explain_batch", refuse)
     items, _ = usable(read_items(squad))
     results = ResultFile(tmp_path / "r.jsonl", {})
     measure(*model, items, [Setting("x")], Task(), results)
@@ -215,7 +215,7 @@ def test_curves_fall_faster_when_the_strongest_units_go_first(model, squad, tmp_
         ('{"format": "other"}\n', "no result file"),
         ("hello\n", "no result file"),
         ('{"format": "atman-quality", "version": 9}\n', "version 9"),
-        ('{"format": "atman-quality", "version": 1, "run": 2}\n', "of another run: run was 2, now it is 1"),
+        ('{"format": "atman-quality", "version": 2, "run": 2}\n', "of another run: run was 2, now it is 1"),
     ],
 )
 def test_other_result_files_are_refused(tmp_path, content, says):

@@ -28,7 +28,8 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 @click.option("--squad", metavar="FILE", required=True, help="Questions with answer spans, in the format of SQuAD 1.1.")
 @click.option("--model", metavar="ID|FOLDER|smollm2", default="smollm2", show_default=True)
 @click.option("--split", type=click.Choice(["dev", "test", "all"]), default="test", show_default=True)
-@click.option("--items", type=click.IntRange(min=1), help="Only the first N of them.  [default: all]")
+@click.option("--items", type=click.IntRange(min=1), help="Only N of them, passage by passage.  [default: all]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the passages' random order.")
 @click.option("--methods", metavar="NAME,NAME", help="Which methods to compare.  [default: all but shapley and lasso]")
 @click.option("--sweep", is_flag=True, help="AtMan alone, in every mode with several factors and thresholds.")
 @click.option("--mode", type=click.Choice(MODES), help="Of AtMan.  [default: the package's]")
@@ -39,7 +40,7 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 @click.option("--faithfulness", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
               help="Run deletion and insertion curves for the first N items.")  # fmt: skip
 @click.option("--results", metavar="FILE", default="quality.jsonl", show_default=True,
-              help="Every measurement, as it is finished; a run that was stopped goes on from there.")  # fmt: skip
+              help="Every measurement, as it is finished; later runs go on from it and add to it.")  # fmt: skip
 @click.option("--json", "json_file", metavar="FILE", help="Write the table as JSON, too.")
 @device_options
 def command(
@@ -47,6 +48,7 @@ def command(
     model: str,
     split: str,
     items: int | None,
+    seed: int,
     methods: str | None,
     sweep: bool,
     mode: str | None,
@@ -72,12 +74,12 @@ def command(
 
     from atman_kernels.evaluation.quality import Task, measure, summarize
     from atman_kernels.evaluation.results import ResultFile
-    from atman_kernels.evaluation.squad import read_items, split_of, usable
+    from atman_kernels.evaluation.squad import drawn, read_items, split_of, usable
 
     chosen, left_out = usable(item for item in read_items(squad) if split in ("all", split_of(item)))
     for line in left_out:
         say(f"Note: left out {line}")
-    chosen = chosen[:items]
+    chosen = drawn(chosen, items, seed)
     if not chosen:
         raise InputError(f"{squad} holds no usable question of the split {split!r}")
     given = {"mode": mode, "factor": factor, "similarity_threshold": threshold}
@@ -91,7 +93,6 @@ def command(
         "units": units,
         "chat": chat,
         "faithfulness": faithfulness,
-        "settings": {s.name: {"method": s.method, "options": s.options, "explainer": s.explainer} for s in settings},
     }
     file = ResultFile(results, header)
     with warnings_as_messages():
@@ -99,10 +100,13 @@ def command(
         with tqdm(total=len(chosen) * len(settings), unit="explanation", desc="explaining") as bar:
             measure(loaded, tokenizer, chosen, settings, task, file, bar.update)
     wanted = {item.id for item in chosen}
-    summaries = summarize([entry for entry in file.entries if entry["item"] in wanted])
+    named = {setting.name for setting in settings}
+    entries = [entry for entry in file.entries if entry["item"] in wanted and entry["setting"] in named]
+    summaries = summarize(entries)
     show(summaries)
     if json_file is not None:
-        write(json_file, header | {"dtype": str(loaded.dtype).removeprefix("torch."), "items": len(chosen)}, summaries)
+        facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "items": len(chosen), "seed": seed}
+        write(json_file, {**header, **facts, "settings": {name: file.settings[name] for name in named}}, summaries)
 
 
 def compared(methods: str | None, explainer: dict[str, Any]) -> list["Setting"]:

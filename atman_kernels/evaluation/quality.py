@@ -1,5 +1,6 @@
 """Do explanations point to the passage that holds the answer? Methods over questions, measured and compared."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.explanation import Explanation
 
 FAITHFULNESS_STEPS = 10
+MOST_TOGETHER = 8  # questions whose variants are run together: what is lost when a run is stopped
 
 
 @dataclass(frozen=True)
@@ -75,52 +77,74 @@ def measure(
 ) -> None:
     """Explain the gold answer of every item in every way, and write down the relevance of every unit.
 
-    What the result file holds already is not done again. A method that the model cannot serve is written down once
-    per item with the reason.
+    What the result file holds already is not done again. Questions about one passage are explained together, since
+    their variants share what is run over the passage. A method that the model cannot serve is written down once per
+    item with the reason.
 
     Args:
-        items: with usable answers, see `usable`.
+        items: with usable answers, see `usable`; those about one passage one after the other.
         advance: called after each explanation, and for each that was there.
     """
-    explainers = {s.name: Explainer(model, tokenizer, progress=False, **s.explainer) for s in settings}
+    explainers = {}
+    for setting in settings:
+        definition = {"method": setting.method, "options": setting.options, "explainer": setting.explainer}
+        results.define(setting.name, definition)
+        explainers[setting.name] = Explainer(model, tokenizer, progress=False, **setting.explainer)
     done = {(entry["item"], entry["setting"]) for entry in results.entries}
-    for index, item in enumerate(items):
+    with_curves = {item.id for item in items[: task.faithfulness_items]}
+    for _, group in itertools.groupby(items, key=lambda item: item.context):
+        together = list(group)
         for setting in settings:
-            if (item.id, setting.name) not in done:
-                curves = index < task.faithfulness_items
-                results.add(_measured(explainers[setting.name], item, setting, task, curves))
-            advance()
+            missing = [item for item in together if (item.id, setting.name) not in done]
+            for _ in range(len(together) - len(missing)):
+                advance()
+            for first in range(0, len(missing), MOST_TOGETHER):
+                asked = missing[first : first + MOST_TOGETHER]
+                for entry in _measured(explainers[setting.name], asked, setting, task, with_curves):
+                    results.add(entry)
+                    advance()
 
 
-def _measured(explainer: Explainer, item: Item, setting: Setting, task: Task, curves: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {"item": item.id, "setting": setting.name}
+def _measured(
+    explainer: Explainer, items: list[Item], setting: Setting, task: Task, with_curves: set[str]
+) -> Iterator[dict[str, Any]]:
+    """One entry per item."""
     started = time.perf_counter()
-    prompt, target = task.prompt(item), task.target(item)
+    prompts, targets = [task.prompt(item) for item in items], [task.target(item) for item in items]
+    entries: list[dict[str, Any]] = [{"item": item.id, "setting": setting.name} for item in items]
     try:
-        explanation = explainer.explain(
-            prompt, target, task.units, chat=task.chat, method=setting.method, **setting.options
+        explanations = explainer.explain_batch(
+            prompts, targets, task.units, chat=task.chat, method=setting.method, **setting.options
         )
     except UnsupportedModelError as error:
-        return entry | {"refused": str(error)}
-    entry["seconds"] = time.perf_counter() - started
-    first, last, truth = locate(explanation, item)
-    entry |= {
-        "relevance": [round(x, 6) for x in explanation.total.tolist()],
-        "context": [first, last],
-        "truth": truth,
-        "target_logprob": float(explanation.base_logprobs.sum()),
-    }
-    if curves:
+        yield from (entry | {"refused": str(error)} for entry in entries)
+        return
+    seconds = (time.perf_counter() - started) / len(items)
+    for entry, item, explanation in zip(entries, items, explanations, strict=True):
+        first, last, truth = locate(explanation, item)
+        entry |= {
+            "seconds": seconds,
+            "relevance": [round(x, 6) for x in explanation.total.tolist()],
+            "context": [first, last],
+            "truth": truth,
+            "target_logprob": float(explanation.base_logprobs.sum()),
+        }
+        if item.id in with_curves:
+            entry["faithfulness"] = _area(explainer, item, task, explanation, first, last)
+        yield entry
 
-        def logprobs(suppressed: Tensor) -> Tensor:
-            # all of the prompt's other units stay; those of the context go in order
-            masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool)
-            masks[:, first:last] = suppressed
-            return explainer.ablate(prompt, target, task.units, masks=masks, chat=task.chat).logprobs.sum(1)
 
-        steps = min(FAITHFULNESS_STEPS, last - first)
-        entry["faithfulness"] = faithfulness(explanation.total[first:last], logprobs, steps).area
-    return entry
+def _area(explainer: Explainer, item: Item, task: Task, explanation: Explanation, first: int, last: int) -> float:
+    """Between the curves of the passage's units; all others of the prompt stay."""
+
+    def logprobs(suppressed: Tensor) -> Tensor:
+        masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool)
+        masks[:, first:last] = suppressed
+        found = explainer.ablate(task.prompt(item), task.target(item), task.units, masks=masks, chat=task.chat)
+        return found.logprobs.sum(1)
+
+    steps = min(FAITHFULNESS_STEPS, last - first)
+    return faithfulness(explanation.total[first:last], logprobs, steps).area
 
 
 def locate(explanation: Explanation, item: Item) -> tuple[int, int, list[int]]:

@@ -1,4 +1,7 @@
-"""A file of results that a run can be resumed from: JSON lines, a header first, one line per finished measurement."""
+"""A file of results that a run can be resumed from: JSON lines.
+
+A header first, then one line per setting that measurements refer to by name, and one per finished measurement.
+"""
 
 import json
 import os
@@ -9,7 +12,7 @@ from typing import Any
 from atman_kernels.errors import InputError
 
 FORMAT = "atman-quality"
-VERSION = 1
+VERSION = 2
 
 
 class ResultFile:
@@ -29,10 +32,32 @@ class ResultFile:
         if not self.path.absolute().parent.is_dir() or self.path.is_dir():
             raise InputError(f"path must be a file in an existing folder, got {os.fspath(path)!r}")
         self.entries: list[dict[str, Any]] = []
+        self.settings: dict[str, Any] = {}
         if self.path.exists() and self.path.stat().st_size:
-            self.entries = list(self._read())
+            for line in self._read():
+                if "definition" in line:
+                    self.settings[line["setting"]] = line["definition"]
+                else:
+                    self.entries.append(line)
         else:
             self._append(self.header, "w")
+
+    def define(self, setting: str, definition: dict[str, Any]) -> None:
+        """Say what measurements under this name are of; others may join those that the file has.
+
+        Raises:
+            InputError: the file has measurements of something else under this name.
+        """
+        definition = json.loads(json.dumps(definition))
+        known = self.settings.get(setting)
+        if known is None:
+            self._append({"setting": setting, "definition": definition}, "a")
+            self.settings[setting] = definition
+        elif known != definition:
+            raise InputError(
+                f"{self.path} is of another run: setting {setting!r} was {known!r}, now it is {definition!r}; give "
+                "another file, or the same options to continue"
+            )
 
     def add(self, entry: dict[str, Any]) -> None:
         self._append(entry, "a")

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +77,28 @@ def split_of(item: Item) -> Split:
     'test'
     """
     return "dev" if hashlib.sha256(item.article.encode()).digest()[0] % 4 == 0 else "test"
+
+
+def drawn(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
+    """So many of the questions, passage by passage; the passages in random order. None: all of them.
+
+    Questions about one passage stay together, since they can be explained together.
+
+    Raises:
+        InputError: seed is no integer >= 0.
+
+    >>> items = [Item(str(i), "", f"passage {i // 2}", "", None, None) for i in range(6)]
+    >>> [item.id for item in drawn(items, 3, seed=0)]
+    ['0', '1', '4']
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
+    passages: dict[str, list[Item]] = {}
+    for item in items:
+        passages.setdefault(item.context, []).append(item)
+    order = list(passages)
+    random.Random(seed).shuffle(order)
+    return [item for context in order for item in passages[context]][:count]
 
 
 def usable(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
