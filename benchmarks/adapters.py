@@ -109,12 +109,13 @@ def sentences(squad: Path | None, count: int) -> Iterator[tuple[str, str]]:
 def shapley_record(
     model: Any, tokenizer: Any, cases: Sequence[tuple[str, str]], permutations: int, sample: int, rounds: int
 ) -> dict[str, Any]:
-    """Shapley values of every token of some sentences: captum replaces tokens, ours suppresses them in packs."""
+    """Shapley values of every token of some sentences: captum replaces tokens, ours removes them in packs."""
     from captum.attr import LLMAttribution, ShapleyValueSampling, TextTokenInput
 
     from atman_kernels.adapters.captum import AtManAttribution, SuppressedLLMAttribution, SuppressedTextInput
 
-    explainer = AtManAttribution(model, tokenizer, factor=FACTOR, progress=False).explainer
+    # absent is absent, as the replaced token is for captum
+    explainer = AtManAttribution(model, tokenizer, factor=0.0, progress=False).explainer
     ours = SuppressedLLMAttribution(ShapleyValueSampling(model), tokenizer)
     stock = LLMAttribution(ShapleyValueSampling(model), tokenizer)
 

@@ -186,7 +186,30 @@ def test_random_subsets_equal_separate_full_runs(layers):
     rows = torch.cat([torch.where(distinct, 0.0, 1.0), torch.ones(len(distinct), 2)], dim=1)
     expected = eager_oracle.leave_one_out(model, torch.tensor(ids + answer), 10, rows, "log_additive", layers)
     torch.testing.assert_close(found.rises.double(), expected[places], atol=1e-4, rtol=0)
-    assert found.stats["tokens_through_model"] < 0.7 * len(distinct) * 11
+    # half of the tokens are removed, and where they are in all layers, their rows are not run either
+    assert found.stats["tokens_through_model"] < (0.7 if layers else 0.5) * len(distinct) * 11
+
+
+@pytest.mark.parametrize("mode", ["log_additive", "multiplicative"])
+@pytest.mark.parametrize("family", tiny_models.PACKABLE)
+def test_removed_tokens_are_not_missed(family, mode):
+    """Rows that nobody reads may be left out; a factor of 0 removes a key in one mode only."""
+    model, ids, answer = tiny_models.build(family), draw(14, 11), draw(2, 12)
+    units = [[0], [1, 2, 3], [5, 6, 7, 8], [9, 10, 11, 12, 13]]
+    prompt, spans = tiny_models.text_of(ids), []
+    ends = [len(tiny_models.text_of(ids[: i + 1])) for i in range(14)]
+    for unit in units:
+        spans.append((0 if unit[0] == 0 else ends[unit[0] - 1] + 1, ends[unit[-1]]))
+    masks = torch.tensor(
+        [[True, False, True, False], [False, True, True, False], [True] * 4, [False, True, False, True]]
+    )
+    explainer = Explainer(model, tiny_models.tokenizer(), mode=mode, factor=0.0, progress=False)
+    found = explainer.ablate(prompt, tiny_models.text_of(answer), spans, masks=masks)
+    rows = torch.ones(4, 16)
+    for row, mask in zip(rows, masks.tolist(), strict=True):
+        row[[i for unit, gone in zip(units, mask, strict=True) if gone for i in unit]] = 0
+    expected = eager_oracle.leave_one_out(model, torch.tensor(ids + answer), 14, rows, mode)
+    torch.testing.assert_close(found.rises.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_running_out_of_memory_halves_packs_of_trunks_too(monkeypatch):

@@ -1,11 +1,11 @@
 """How the variants of some questions get their log-probabilities: packed where that was shown to be exact.
 
-`run_packed` is the way; `run_full_rows` recomputes every variant as a whole row where packing does not reproduce
+`PackedRuns` is the way; `run_full_rows` recomputes every variant as a whole row where packing does not reproduce
 the model. Both survive running out of memory: what is finished stays, the rest goes on with smaller packs.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from atman_kernels.hf.forward import Base, full_row_logprobs, grow, packed_logpr
 from atman_kernels.hf.memory import free_bytes, is_out_of_memory
 from atman_kernels.hf.sequence import Sequence, concatenated
 from atman_kernels.pack import VariantPack
-from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding
+from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding, whole_factors
 from atman_kernels.planning.sharing import Stage, chunks, standing_on
 
 FREE_SHARE = 4  # one part in so many of the free memory may hold the K/V of one stage's trunks
@@ -58,121 +58,163 @@ def unit_variants(
     ]
 
 
-def run_stage(
-    model: PreTrainedModel,
-    questions: list[Question],
-    base: Base,
-    factors: list[Tensor],
-    stage: Stage,
-    perturbation: Perturbation,
-    budget: int,
-    work: Work,
-) -> Iterator[tuple[Variant, Tensor]]:
-    """As `run_packed`, for the variants of a stage and of all that stand on its trunks."""
-    yield from run_packed(model, questions, base, factors, stage.variants, perturbation, budget, work)
-    capacity = max(1, free_bytes(model.device) // FREE_SHARE // base.bytes_per_key)
-    for trunks in chunks(stage.trunks, capacity):
-        grown = base.emptied([t.stretch.length for t in trunks])
-        stretches = [t.stretch for t in trunks]
-        grow_packed(model, questions, base, factors, stretches, grown, perturbation, budget, work)
-        yield from run_stage(model, questions, grown, factors, standing_on(trunks), perturbation, budget, work)
+class PackedRuns:
+    """Packed forwards over the suffixes of some questions' variants.
 
+    Tokens whose keys are removed in every layer are read by nobody, so their rows are not run at all.
 
-def grow_packed(
-    model: PreTrainedModel,
-    questions: list[Question],
-    base: Base,
-    factors: list[Tensor],
-    stretches: list[Variant],
-    grown: Base,
-    perturbation: Perturbation,
-    budget: int,
-    work: Work,
-) -> None:
-    """Runs stretches of variants; the K/V of number i go to where base number i begins in `grown`."""
-    place = {id(stretch): start for stretch, start in zip(stretches, grown.starts, strict=True)}
-    queue = VariantQueue(stretches, budget)
-    for taken in queue:
-        packed = _packed(taken, questions, base, factors, model.device)
-        try:
-            grow(
-                model,
-                base,
-                packed.pack,
-                packed.ids,
-                packed.factors,
-                grown,
-                [place[id(stretch)] for stretch in taken],
-                mode=perturbation.mode,
-                layers=perturbation.layers,
-            )
-        except (RuntimeError, MemoryError) as error:
-            shrink_or_raise(error, queue, taken)
-            continue
-        packed.count(work, queue, variants=0)
+    Args:
+        model: what runs.
+        questions: what is asked.
+        factors: per question, (n_units, L) on the CPU.
+        perturbation: mode and layers.
+        budget: tokens per forward; halved when memory runs out, without losing what is finished.
+        work: counts what it cost.
+    """
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        questions: list[Question],
+        factors: list[Tensor],
+        perturbation: Perturbation,
+        budget: int,
+        work: Work,
+    ) -> None:
+        self.model, self.questions, self.factors = model, questions, factors
+        self.perturbation, self.budget, self.work = perturbation, budget, work
+        self._unread = None
+        if perturbation.mode == "log_additive" and perturbation.layers is None:
+            self._unread = [_unread(q, rows) for q, rows in zip(questions, factors, strict=True)]
 
-def run_packed(
-    model: PreTrainedModel,
-    questions: list[Question],
-    base: Base,
-    factors: list[Tensor],
-    variants: list[Variant],
-    perturbation: Perturbation,
-    budget: int,
-    work: Work,
-) -> Iterator[tuple[Variant, Tensor]]:
-    """Yields each variant with the log-probs of its question's last answer tokens, as many as its suffix predicts."""
-    queue = VariantQueue(variants, budget)
-    for taken in queue:
-        packed = _packed(taken, questions, base, factors, model.device)
-        scored = [_scored(questions[v.question], v) for v in taken]
-        starts = packed.pack.suffix_starts.tolist()
-        rows = torch.cat([s + start for (s, _), start in zip(scored, starts, strict=False)])
-        try:
-            logprobs = packed_logprobs(
-                model,
-                base,
-                packed.pack,
-                packed.ids,
-                packed.factors,
-                rows,
-                torch.cat([targets for _, targets in scored]),
-                mode=perturbation.mode,
-                layers=perturbation.layers,
-            )
-        except (RuntimeError, MemoryError) as error:
-            shrink_or_raise(error, queue, taken)
-            continue
-        packed.count(work, queue, variants=len(taken))
-        pieces = logprobs.split([len(s) for s, _ in scored])
-        yield from zip(taken, pieces, strict=True)
+    def run(self, base: Base, variants: list[Variant]) -> Iterator[tuple[Variant, Tensor]]:
+        """Yields variants with the log-probs of their questions' last answer tokens, as many as a suffix predicts."""
+        queue = VariantQueue(variants, self.budget)
+        for taken in queue:
+            packed = self._packed(base, taken)
+            targets = [_predicted(self.questions[v.question], v) for v in taken]
+            ends = packed.pack.suffix_starts[1:].tolist()
+            rows = [torch.arange(end - len(own), end) for own, end in zip(targets, ends, strict=False)]
+            try:
+                logprobs = packed_logprobs(
+                    self.model,
+                    base,
+                    packed.pack,
+                    packed.inputs,
+                    torch.cat(packed.positions).to(self.model.device),
+                    packed.factors,
+                    torch.cat(rows).to(self.model.device),
+                    torch.cat(targets),
+                    mode=self.perturbation.mode,
+                    layers=self.perturbation.layers,
+                )
+            except (RuntimeError, MemoryError) as error:
+                shrink_or_raise(error, queue, taken)
+                continue
+            self._count(packed, queue, variants=len(taken))
+            yield from zip(taken, logprobs.split([len(own) for own in targets]), strict=True)
+
+    def thinned(self, base: Base, stage: Stage) -> Stage:
+        """The stage without the rows that nobody reads.
+
+        Where layers look at distances all rows stay: without some, the pack's positions are not the sequence's.
+        """
+        if self._unread is None or base.by_position:
+            return stage
+        return stage.map(lambda v: replace(v, removed=v.suffix - len(self._positions(v, thin=True))))
+
+    def run_stage(self, base: Base, stage: Stage) -> Iterator[tuple[Variant, Tensor]]:
+        """As `run`, for the variants of a stage and of all that stand on its trunks."""
+        yield from self.run(base, stage.variants)
+        capacity = max(1, free_bytes(self.model.device) // FREE_SHARE // base.bytes_per_key)
+        for trunks in chunks(stage.trunks, capacity):
+            grown = base.emptied([t.stretch.length for t in trunks])
+            self._grow(base, [t.stretch for t in trunks], grown)
+            yield from self.run_stage(grown, standing_on(trunks))
+
+    def _grow(self, base: Base, stretches: list[Variant], grown: Base) -> None:
+        """Runs stretches of variants; the K/V of number i go to where base number i begins in `grown`."""
+        places = {(v.question, v.unit): start for v, start in zip(stretches, grown.starts, strict=True)}
+        queue = VariantQueue(stretches, self.budget)
+        for taken in queue:
+            packed = self._packed(base, taken)
+            try:
+                grow(
+                    self.model,
+                    base,
+                    packed.pack,
+                    packed.inputs,
+                    packed.positions,
+                    packed.factors,
+                    grown,
+                    [places[v.question, v.unit] for v in taken],
+                    mode=self.perturbation.mode,
+                    layers=self.perturbation.layers,
+                )
+            except (RuntimeError, MemoryError) as error:
+                shrink_or_raise(error, queue, taken)
+                continue
+            self._count(packed, queue, variants=0)
+
+    def _positions(self, variant: Variant, thin: bool) -> Tensor:
+        """Where the rows of a variant that are run stand in its sequence; one at least."""
+        every = torch.arange(variant.prefix, variant.length)
+        if not thin or self._unread is None or variant.unit is None:
+            return every
+        read = every[~self._unread[variant.question][variant.unit, variant.prefix : variant.length]]
+        return read if len(read) else every[:1]
+
+    def _packed(self, base: Base, taken: list[Variant]) -> "_Packed":
+        """Variants laid out, in an order in which kernels can share tiles: those of one base together, by prefix."""
+        taken.sort(key=lambda v: (v.base_number, v.prefix))
+        extra = padding(sum(v.suffix for v in taken))
+        pack = lay_out(taken, base.starts, self.model.device, extra)
+        positions = [self._positions(v, thin=v.removed > 0) for v in taken]
+        factors = pack_factors(taken, positions, self.factors, pack.num_variants, pack.longest)
+        suffixes = [
+            self.questions[v.question].inputs[v.prefix : v.length]
+            if v.removed == 0
+            else self.questions[v.question].inputs[own]
+            for v, own in zip(taken, positions, strict=True)
+        ]
+        positions += [torch.arange(extra)] if extra else []
+        return _Packed(pack, concatenated(suffixes, extra), positions, factors.to(self.model.device), extra)
+
+    def _count(self, packed: "_Packed", queue: VariantQueue, variants: int) -> None:
+        self.work.add(packed.pack.num_rows, variants)
+        self.work.advance(packed.pack.num_rows - packed.padding)
+        self.work.token_budget = queue.token_budget
 
 
 @dataclass(frozen=True, eq=False)
 class _Packed:
-    """One forward's worth of variants: the pack, its (T,) inputs, its (V, K) factors, and how much of it is padding."""
+    """One forward's worth of variants.
+
+    Attributes:
+        pack: who sees whom.
+        inputs: (T,) what the model reads.
+        positions: per variant, where its rows stand in its sequence; the padding's last, where there is any.
+        factors: (V, K) over the pack's positions.
+        padding: rows at the end that mean nothing.
+    """
 
     pack: VariantPack
-    ids: Sequence
+    inputs: Sequence
+    positions: list[Tensor]
     factors: Tensor
     padding: int
 
-    def count(self, work: Work, queue: VariantQueue, variants: int) -> None:
-        work.add(self.pack.num_rows, variants)
-        work.advance(self.pack.num_rows - self.padding)
-        work.token_budget = queue.token_budget
+
+def _unread(question: Question, factors: Tensor) -> Tensor:
+    """(n_units, L) bool: tokens that nothing attends to and that predict nothing."""
+    unread = factors == 0
+    unread[:, question.prompt_length - 1 :] = False
+    return unread
 
 
-def _packed(
-    taken: list[Variant], questions: list[Question], base: Base, factors: list[Tensor], device: torch.device
-) -> _Packed:
-    """Variants laid out, in an order in which kernels can share tiles: those of one base together, by prefix."""
-    taken.sort(key=lambda v: (v.base_number, v.prefix))
-    extra = padding(sum(v.suffix for v in taken))
-    pack = lay_out(taken, base.starts, device, extra)
-    ids = concatenated([questions[v.question].inputs[v.prefix : v.length] for v in taken], extra)
-    return _Packed(pack, ids, pack_factors(taken, factors, pack.num_variants, pack.longest).to(device), extra)
+def _predicted(question: Question, variant: Variant) -> Tensor:
+    """The answer tokens that the variant's last rows predict."""
+    return question.targets[max(0, variant.prefix - question.prompt_length + 1) :]
 
 
 def run_full_rows(
@@ -184,12 +226,12 @@ def run_full_rows(
     budget: int,
     work: Work,
 ) -> Iterator[tuple[Variant, Tensor]]:
-    """As `run_packed`, with every variant a whole row of a batch of its question."""
+    """As `PackedRuns.run`, with every variant a whole row of a batch of its question."""
     for index, question in enumerate(questions):
         own = [Variant(v.question, v.unit, 0, v.length) for v in variants if v.question == index]
         queue = VariantQueue(own, max(budget, len(question.inputs)))
         for taken in queue:
-            rows = pack_factors(taken, factors, len(taken), len(question.inputs)).to(model.device)
+            rows = whole_factors(taken, factors, len(question.inputs)).to(model.device)
             try:
                 logprobs = full_row_logprobs(
                     model,
@@ -207,12 +249,6 @@ def run_full_rows(
             work.advance(len(taken) * len(question.inputs))
             work.token_budget = queue.token_budget
             yield from zip(taken, logprobs, strict=True)
-
-
-def _scored(question: Question, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Rows within the variant's suffix that predict an answer token, and those tokens."""
-    reached = question.rows >= variant.prefix
-    return question.rows[reached] - variant.prefix, question.targets[reached]
 
 
 def shrink_or_raise(error: BaseException, queue: VariantQueue, taken: list[Variant]) -> None:

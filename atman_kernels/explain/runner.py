@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.explain.execution import Perturbation, Work, run_full_rows, run_packed, run_stage, unit_variants
+from atman_kernels.explain.execution import PackedRuns, Perturbation, Work, run_full_rows, unit_variants
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
 from atman_kernels.hf.kinds import kind_of
@@ -90,11 +90,12 @@ class VariantRunner:
         budget = self.token_budget or token_budget(
             free_bytes(self.model.device), activation_bytes_per_token(self.model), self.model.device.type
         )
-        stage = Stage([]) if base is None else self._stage(questions, factors, base[0], variants, budget)
-        total = stage.tokens if base is not None else sum(v.length for v in variants)
+        runs = PackedRuns(self.model, questions, factors, self.perturbation, budget, work)
+        stage = Stage([]) if base is None else runs.thinned(base[0], self._stage(runs, base[0], variants))
+        total = sum(v.length for v in variants) if base is None else stage.tokens
         with tqdm(total=total, unit="tok", desc=description, disable=not self.progress, delay=1, leave=False) as bar:
             if base is not None:
-                unperturbed = self._probe(questions, *base, factors, budget, work)
+                unperturbed = self._probe(runs, *base)
             if base is None or unperturbed is None:
                 bar.reset(total=sum(v.length for v in variants))
                 unperturbed = self._full_row_baseline(questions, factors, budget, work)
@@ -102,24 +103,22 @@ class VariantRunner:
                 finished = run_full_rows(self.model, questions, factors, variants, self.perturbation, budget, work)
             else:
                 work.advance = bar.update
-                finished = run_stage(self.model, questions, base[0], factors, stage, self.perturbation, budget, work)
+                finished = runs.run_stage(base[0], stage)
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
             for variant, logprobs in finished:
                 perturbed[variant.question][variant.unit, -len(logprobs) :] = logprobs.cpu()
         return Outcome(unperturbed, perturbed, work)
 
-    def _stage(
-        self, questions: list[Question], factors: list[Tensor], base: Base, variants: list[Variant], budget: int
-    ) -> Stage:
+    def _stage(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> Stage:
         """The variants, and what several of them have in common."""
         if base.patterns:
             return Stage(variants)  # what a row sees depends on the rows after it
         asked = [
             Asked(None if question.embedded is not None else question.ids, rows, question.prompt_length - 1)
-            for question, rows in zip(questions, factors, strict=True)
+            for question, rows in zip(runs.questions, runs.factors, strict=True)
         ]
-        return share(variants, asked, budget // FORWARD_SHARE)
+        return share(variants, asked, runs.budget // FORWARD_SHARE)
 
     def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
         """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""
@@ -166,15 +165,7 @@ class VariantRunner:
             )
         self._tolerance = NOISE_FLOOR.get(dtype, 1e-2) + NOISE_MARGIN * noise
 
-    def _probe(
-        self,
-        questions: list[Question],
-        base: Base,
-        expected: list[Tensor],
-        factors: list[Tensor],
-        budget: int,
-        work: Work,
-    ) -> list[Tensor] | None:
+    def _probe(self, runs: PackedRuns, base: Base, expected: list[Tensor]) -> list[Tensor] | None:
         """Unsuppressed variants, packed: their log-probs, or None if they are not those of the base runs.
 
         One begins in the middle of the prompt, to see that packing works on this model and prompt; one with the
@@ -183,12 +174,12 @@ class VariantRunner:
         suffix_start = _snap(base.suffix_starts())
         variants = [
             Variant(q, None, suffix_start(prefix), len(question.inputs))
-            for q, question in enumerate(questions)
+            for q, question in enumerate(runs.questions)
             for prefix in (question.prompt_length // 2, question.prompt_length - 1)
         ]
         unperturbed: list[Tensor] = list(expected)
         try:
-            finished = list(run_packed(self.model, questions, base, factors, variants, self.perturbation, budget, work))
+            finished = list(runs.run(base, variants))
         except PackingUnsupportedError as error:
             self._fall_back(str(error))
             return None
@@ -201,7 +192,7 @@ class VariantRunner:
                     f"{self._tolerance:.2g} would be rounding"
                 )
                 return None
-            if variant.prefix == suffix_start(questions[variant.question].prompt_length - 1):
+            if variant.prefix == suffix_start(runs.questions[variant.question].prompt_length - 1):
                 unperturbed[variant.question] = logprobs.cpu()
         return unperturbed
 

@@ -19,7 +19,7 @@ from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.pooling import PooledAttention
 from atman_kernels.hf.suppression import SourceRun, SuppressedRun, is_encoder_decoder
 from atman_kernels.planning.factors import factor_rows
-from atman_kernels.planning.packing import Variant, VariantQueue, pack_factors, token_budget
+from atman_kernels.planning.packing import Variant, VariantQueue, token_budget, whole_factors
 from atman_kernels.planning.units import Unit
 
 
@@ -131,7 +131,7 @@ def _run(task: Task, factors: Tensor, runner: VariantRunner, work: Work) -> tupl
     total = (len(factors) + 1) * task.cost
     with tqdm(total=total, unit="tok", desc="explaining", disable=not runner.progress, delay=1, leave=False) as bar:
         for taken in queue:
-            rows = pack_factors(taken, [factors], len(taken), task.positions).to(device)
+            rows = whole_factors(taken, [factors], task.positions).to(device)
             try:
                 values = values_under(task, rows, runner.perturbation).cpu()
             except (RuntimeError, MemoryError) as error:

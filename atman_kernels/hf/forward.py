@@ -42,6 +42,7 @@ class Base:
         patterns: by attention module, (1|Hq, L, L) over positions: 0 where a query sees a key, -inf where not. Only
             modules whose attention is more than causal have one: image blocks attend both ways.
         whole_lengths: of the prompts with their targets, where the K/V do not reach as far.
+        by_position: whether some layer looks at the distance of query and key, by a window, a bias or a pattern.
     """
 
     keys: dict[nn.Module, Tensor]
@@ -49,6 +50,7 @@ class Base:
     starts: tuple[int, ...]
     patterns: dict[nn.Module, Tensor] = field(default_factory=dict)
     whole_lengths: tuple[int, ...] | None = None
+    by_position: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -69,16 +71,16 @@ class Base:
         modules = list(bases[0].keys)
         keys = {m: torch.cat([base.keys.pop(m) for base in bases], dim=1) for m in modules}
         values = {m: torch.cat([base.values.pop(m) for base in bases], dim=1) for m in modules}
-        return cls(keys, values, starts)
+        return cls(keys, values, starts, by_position=any(base.by_position for base in bases))
 
     def emptied(self, lengths: list[int]) -> "Base":
-        """One with room for stretches of these lengths, in which nothing stands yet."""
+        """One with room for stretches of these lengths, all zero."""
         starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
         keys, values = (
-            {m: x.new_empty(x.shape[0], sum(lengths), x.shape[2]) for m, x in kept.items()}
+            {m: x.new_zeros(x.shape[0], sum(lengths), x.shape[2]) for m, x in kept.items()}
             for kept in (self.keys, self.values)
         )
-        return Base(keys, values, starts, whole_lengths=self.lengths)
+        return Base(keys, values, starts, whole_lengths=self.lengths, by_position=self.by_position)
 
     @property
     def bytes_per_key(self) -> int:
@@ -125,6 +127,7 @@ class _CaptureRun:
         self.keys = _LayerStore(layers)
         self.values = _LayerStore(layers)
         self.patterns: dict[nn.Module, Tensor] = {}
+        self.by_position = False
         self._made: dict[tuple[int, bool, int | None], tuple[Tensor, Tensor | None]] = {}
 
     def mask(self, **kwargs: Any) -> Tensor | None:
@@ -138,6 +141,8 @@ class _CaptureRun:
         pattern = self._pattern(call)
         if pattern is not None:
             self.patterns[module] = pattern
+        if pattern is not None or call.sliding_window is not None or call.position_bias is not None:
+            self.by_position = True
         return call.attend(None, "log_additive")
 
     def _pattern(self, call: AttentionCall) -> Tensor | None:
@@ -240,16 +245,16 @@ class _GrowingRun(_PackedRun):
         layers: Iterable[int] | None,
         grown: Base,
         places: list[int],
+        positions: list[Tensor],
     ) -> None:
         super().__init__(base, pack, factor, mode, layers)
         self.grown = grown
         device = pack.device
-        starts, prefixes, bases = (x.tolist() for x in (pack.suffix_starts, pack.prefix_lengths, pack.base_starts))
-        spans = list(zip(places, starts, starts[1:], prefixes, bases, strict=False))  # padding has no place
-        self.reused = _ranges([(b, b + p) for _, _, _, p, b in spans], device)
-        self.reused_to = _ranges([(at, at + p) for at, _, _, p, _ in spans], device)
-        self.rows = _ranges([(first, last) for _, first, last, _, _ in spans], device)
-        self.rows_to = _ranges([(at + p, at + p + last - first) for at, first, last, p, _ in spans], device)
+        prefixes, bases = pack.prefix_lengths.tolist(), pack.base_starts.tolist()
+        spans = list(zip(places, prefixes, bases, strict=False))  # padding, the last variant, has no place
+        self.reused = torch.cat([torch.arange(b, b + p) for _, p, b in spans]).to(device)
+        self.reused_to = torch.cat([torch.arange(at, at + p) for at, p, _ in spans]).to(device)
+        self.rows_to = torch.cat([at + own for at, own in zip(places, positions, strict=True)]).to(device)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         output = super().attend(module, call)
@@ -258,13 +263,8 @@ class _GrowingRun(_PackedRun):
             (call.value[0], self.base.values, self.grown.values),
         ):
             grown[module].index_copy_(1, self.reused_to, base[module].index_select(1, self.reused))
-            grown[module].index_copy_(1, self.rows_to, own.index_select(1, self.rows))
+            grown[module].index_copy_(1, self.rows_to, own[:, : len(self.rows_to)])
         return output
-
-
-def _ranges(ranges: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """The integers of some ranges, one after the other."""
-    return torch.cat([torch.arange(first, last) for first, last in ranges]).to(device)
 
 
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
         raise PackingUnsupportedError(
             f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"
         )
-    return Base(run.keys.tensors, run.values.tensors, (0,), run.patterns), logprobs
+    return Base(run.keys.tensors, run.values.tensors, (0,), run.patterns, by_position=run.by_position), logprobs
 
 
 def packed_logprobs(
@@ -312,6 +312,7 @@ def packed_logprobs(
     base: Base,
     pack: VariantPack,
     ids: Sequence,
+    positions: Tensor,
     factor: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -323,7 +324,8 @@ def packed_logprobs(
 
     Args:
         ids: (T,) the suffixes' token ids, in the pack's order.
-        factor: (V, K) over absolute positions.
+        positions: (T,) where they stand in their sequences: the pack's `row_position`, unless rows are left out.
+        factor: (V, K) over the pack's positions.
         rows: (R,) rows of the pack whose next token is scored.
         targets: (R,) those tokens.
 
@@ -333,7 +335,7 @@ def packed_logprobs(
     Raises:
         PackingUnsupportedError: a layer needs what a packed forward does not have.
     """
-    inputs = suffix_inputs(ids, pack.row_position)
+    inputs = suffix_inputs(ids, positions)
     with activate(model, _PackedRun(base, pack, factor, mode, layers)), _later_features(model, ids):
         return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
 
@@ -343,6 +345,7 @@ def grow(
     base: Base,
     pack: VariantPack,
     ids: Sequence,
+    positions: list[Tensor],
     factor: Tensor,
     grown: Base,
     places: list[int],
@@ -350,15 +353,16 @@ def grow(
     mode: str,
     layers: Iterable[int] | None = None,
 ) -> None:
-    """One forward over stretches of variants, whose K/V are kept together with what they were computed from.
+    """One forward over stretches of variants, whose K/V are kept together with those that they go on from.
 
     Args:
+        positions: per variant, where its rows stand in its sequence, on the CPU; the padding's last.
         grown: takes, for every variant, all K/V from position 0 to where the variant's rows end.
-        places: (V,) where in `grown` each variant's K/V begin.
+        places: per variant, where in `grown` its K/V begin.
         others: as in `packed_logprobs`.
     """
-    inputs = suffix_inputs(ids, pack.row_position)
-    run = _GrowingRun(base, pack, factor, mode, layers, grown, places)
+    inputs = suffix_inputs(ids, torch.cat(positions).to(pack.device))
+    run = _GrowingRun(base, pack, factor, mode, layers, grown, places, positions[: len(places)])
     nothing = torch.zeros(1, dtype=torch.int64, device=pack.device)  # a model's forward ends with some logits
     with activate(model, run), _later_features(model, ids):
         logprobs_of(reader_of(model, ids), inputs, nothing, nothing[None])

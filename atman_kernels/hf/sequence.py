@@ -35,7 +35,7 @@ class Embedded:
     def __len__(self) -> int:
         return self.embeddings.shape[0]
 
-    def __getitem__(self, part: slice) -> "Embedded":
+    def __getitem__(self, part: slice | Tensor) -> "Embedded":
         positions = None if self.position_ids is None else self.position_ids[:, part]
         types = {name: kinds[part] for name, kinds in self.types.items()}
         return Embedded(self.embeddings[part], positions, types, tuple(rows[part] for rows in self.later))

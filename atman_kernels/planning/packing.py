@@ -21,6 +21,7 @@ class Variant:
         prefix: positions whose K/V it takes from the base run.
         length: number of positions of the question; the suffix is [prefix, length).
         base: which base it takes them from; None: its question's own.
+        removed: positions of the suffix whose rows nobody reads, so that they are not run.
     """
 
     question: int
@@ -28,6 +29,7 @@ class Variant:
     prefix: int
     length: int
     base: int | None = None
+    removed: int = 0
 
     @property
     def base_number(self) -> int:
@@ -35,7 +37,7 @@ class Variant:
 
     @property
     def suffix(self) -> int:
-        return self.length - self.prefix
+        return self.length - self.prefix - self.removed
 
 
 class VariantQueue:
@@ -114,19 +116,33 @@ def lay_out(
     )
 
 
-def pack_factors(variants: list[Variant], factors: list[Tensor], rows: int, width: int) -> Tensor:
-    """Factor rows of some variants over absolute positions, (rows, width); 1 where nothing is said.
+def pack_factors(
+    variants: list[Variant], positions: list[Tensor], factors: list[Tensor], rows: int, width: int
+) -> Tensor:
+    """Factors of a pack's variants, (rows, width): over the base's positions, then over the rows that are run.
 
     Args:
         variants: the rows' variants.
+        positions: per variant, where its suffix's rows stand in its sequence.
         factors: per question, (n_units, length).
         rows: rows of the result, at least len(variants).
-        width: columns of the result, at least the longest question's length.
+        width: columns of the result, at least the longest variant's length; 1 where nothing is said.
     """
     result = torch.ones(rows, width)
-    for row, variant in zip(result, variants, strict=False):
+    for row, variant, own in zip(result, variants, positions, strict=False):
         if variant.unit is not None:
-            own = factors[variant.question][variant.unit][: variant.length]
+            values = factors[variant.question][variant.unit]
+            row[: variant.prefix] = values[: variant.prefix]
+            row[variant.prefix : variant.prefix + len(own)] = values[own]
+    return result
+
+
+def whole_factors(variants: list[Variant], factors: list[Tensor], width: int) -> Tensor:
+    """Factors of variants that are run as whole rows, (len(variants), width); 1 where nothing is said."""
+    result = torch.ones(len(variants), width)
+    for row, variant in zip(result, variants, strict=True):
+        if variant.unit is not None:
+            own = factors[variant.question][variant.unit]
             row[: own.shape[0]] = own
     return result
 

@@ -6,7 +6,7 @@ so do thousands of random subsets of a few units. A trunk computes such a stretc
 the variants go on; trunks stand on trunks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,6 +30,11 @@ class Stage:
 
     variants: list[Variant]
     trunks: list["Trunk"] = field(default_factory=list)
+
+    def map(self, change: Callable[[Variant], Variant]) -> "Stage":
+        """Every variant and every stretch changed."""
+        trunks = [Trunk(change(trunk.stretch), trunk.then.map(change)) for trunk in self.trunks]
+        return Stage([change(variant) for variant in self.variants], trunks)
 
     @property
     def tokens(self) -> int:
@@ -100,9 +105,7 @@ def chunks(trunks: Sequence[Trunk], capacity: int) -> Iterator[list[Trunk]]:
 def standing_on(trunks: Sequence[Trunk]) -> Stage:
     """What comes after some trunks, where the base of trunk i is number i."""
     variants = [replace(v, base=i) for i, trunk in enumerate(trunks) for v in trunk.then.variants]
-    further = [
-        replace(t, stretch=replace(t.stretch, base=i)) for i, trunk in enumerate(trunks) for t in trunk.then.trunks
-    ]
+    further = [Trunk(replace(t.stretch, base=i), t.then) for i, trunk in enumerate(trunks) for t in trunk.then.trunks]
     return Stage(variants, further)
 
 
