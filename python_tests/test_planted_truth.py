@@ -1,14 +1,14 @@
 """On a task whose right explanation is known, the explanation is right.
 
-The model is trained here, on look-ups among records (see `planted_lookup`); the value in the asked key's record is the
-only token that can tell the answer.
+The model is trained here, on look-ups among records (see `benchmarks.planted_lookup.task`); the value in the asked
+key's record is the only token that can tell the answer.
 """
 
-import planted_lookup
 import pytest
 import torch
 
 import atman_kernels as ak
+from benchmarks.planted_lookup import task as planted_lookup
 
 MODES = ("log_additive", "multiplicative", "shifted")
 PROMPTS = 100

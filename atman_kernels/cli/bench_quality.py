@@ -21,6 +21,7 @@ FACTORS = (0.0, 0.1, 0.5)
 THRESHOLDS = (None, 0.7)
 # Slower by a hundred times what they add here; ask for them by name.
 UNASKED = ("shapley", "lasso")
+WITH_INTERVALS = ("mAP", "hit@1", "area")  # in the terminal, where there is not room for all
 COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds")
 
 
@@ -142,6 +143,7 @@ def show(summaries: Sequence["Summary"]) -> None:
 
     shown = [name for name in COLUMNS if any(name in summary.values for summary in summaries)]
     table = Table("", "items", *shown)
+    table.columns[0].no_wrap = True
     for summary in summaries:
         cells = [_cell(summary, name) for name in shown] if summary.items else [summary.refused or ""]
         table.add_row(summary.setting, str(summary.items), *cells)
@@ -151,7 +153,7 @@ def show(summaries: Sequence["Summary"]) -> None:
 def _cell(summary: "Summary", name: str) -> str:
     if name not in summary.values:
         return ""
-    if name not in summary.intervals:
+    if name not in summary.intervals or name not in WITH_INTERVALS:
         return f"{summary.values[name]:.2f}" if name in ("seconds", "area") else f"{100 * summary.values[name]:.1f}"
     low, high = summary.intervals[name]
     factor, digits = (1, 2) if name == "area" else (100, 1)
