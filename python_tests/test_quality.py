@@ -1,5 +1,6 @@
 """`atman bench quality`: reading questions, finding the answer's units, resuming, the table."""
 
+import itertools
 import json
 import math
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.evaluation.quality import Setting, Task, locate, measure, summarize
+from atman_kernels.evaluation.quality import Setting, Task, agreement, locate, measure, summarize
 from atman_kernels.evaluation.results import ResultFile
-from atman_kernels.evaluation.squad import Item, read_items, split_of, usable
+from atman_kernels.evaluation.squad import Item, drawn, read_items, split_of, usable
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.explanation import Explanation
 from atman_kernels.hf.loading import load_model
@@ -139,6 +140,25 @@ def test_known_values():
     assert (low, high) == (0.0, 1.0)
 
 
+def test_agreement_is_over_the_passage_of_common_items():
+    def entry(item, setting, relevance):
+        return {"item": item, "setting": setting, "relevance": relevance, "context": [1, 4]}
+
+    found = agreement(
+        [
+            entry("1", "a", [9.0, 1.0, 2.0, 3.0, 0.0]),
+            entry("2", "a", [9.0, 1.0, 2.0, 3.0, 0.0]),
+            entry("1", "b", [0.0, 10.0, 20.0, 30.0, 9.0]),
+            entry("2", "b", [0.0, 3.0, 2.0, 1.0, 9.0]),
+            entry("1", "constant", [0.0, 1.0, 1.0, 1.0, 9.0]),
+            entry("3", "c", [0.0, 3.0, 2.0, 1.0, 9.0]),
+            {"item": "1", "setting": "refused", "refused": "why"},
+        ]
+    )
+    assert found == {("a", "b"): pytest.approx(0.0)}
+    assert agreement([entry("1", "a", [0, 1, 2, 3]), entry("1", "b", [0, 9, 8, 7])]) == {("a", "b"): pytest.approx(-1)}
+
+
 def test_a_method_that_finds_nothing_scores_nothing():
     entry = {"item": "1", "setting": "s", "relevance": [0.0, -1.0], "context": [0, 2], "truth": [0], "seconds": 1.0}
     (found,) = summarize([entry, entry | {"item": "2"}])
@@ -185,6 +205,41 @@ def test_relevance_is_the_explainers(model, squad, tmp_path):
     assert results.entries[0]["relevance"] == pytest.approx(expected.total.tolist(), abs=1e-4)
     held = "".join(expected.units[i].text for i in results.entries[0]["truth"])
     assert held.strip() == "Pilot"
+
+
+def test_questions_about_one_passage_are_explained_together_and_as_if_alone(model, squad, tmp_path):
+    items, _ = usable(read_items(squad))
+    results = ResultFile(tmp_path / "r.jsonl", {})
+    measure(*model, items, [Setting("x")], Task(), results)
+    explainer = Explainer(*model, progress=False)
+    for item, entry in zip(items, results.entries, strict=True):
+        alone = explainer.explain(Task().prompt(item), f" {item.answer}")
+        assert entry["relevance"] == pytest.approx(alone.total.tolist(), abs=1e-4)
+    assert results.entries[0]["seconds"] == results.entries[1]["seconds"]  # of both together, halved
+
+
+def test_another_setting_joins_and_another_meaning_does_not(model, squad, tmp_path):
+    items, _ = usable(read_items(squad))
+    path = tmp_path / "r.jsonl"
+    measure(*model, items, [Setting("a", explainer={"factor": 0.5})], Task("word"), ResultFile(path, {}))
+    measure(*model, items, [Setting("b", "random")], Task("word"), ResultFile(path, {}))
+    again = ResultFile(path, {})
+    assert [entry["setting"] for entry in again.entries] == ["a", "a", "b", "b"]
+    assert again.settings["a"]["explainer"] == {"factor": 0.5}
+    with pytest.raises(InputError, match="setting 'a' was"):
+        measure(*model, items, [Setting("a")], Task("word"), again)
+
+
+def test_items_are_drawn_by_whole_passages():
+    items = [Item(f"{p}{q}", "", f"passage {p}", "", None, None) for q in range(3) for p in range(20)]
+    chosen = drawn(items, 10, seed=1)
+    contexts = [item.context for item in chosen]
+    assert [len(list(group)) for _, group in itertools.groupby(contexts)] == [3, 3, 3, 1]
+    assert chosen == drawn(items, 10, seed=1) == drawn(items, None, seed=1)[:10]
+    assert chosen != drawn(items, 10, seed=2)
+    assert sorted(item.id for item in drawn(items, None, seed=1)) == sorted(item.id for item in items)
+    with pytest.raises(InputError, match="seed"):
+        drawn(items, 1, seed=-1)
 
 
 def test_a_method_that_a_model_refuses_is_named_in_the_table(model, squad, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def command(
         raise InputError("--sweep is AtMan alone; leave out --methods")
     from tqdm.auto import tqdm
 
-    from atman_kernels.evaluation.quality import Task, measure, summarize
+    from atman_kernels.evaluation.quality import Task, agreement, measure, summarize
     from atman_kernels.evaluation.results import ResultFile
     from atman_kernels.evaluation.squad import drawn, read_items, split_of, usable
 
@@ -107,7 +107,9 @@ def command(
     show(summaries)
     if json_file is not None:
         facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "items": len(chosen), "seed": seed}
-        write(json_file, {**header, **facts, "settings": {name: file.settings[name] for name in named}}, summaries)
+        facts |= {"settings": {name: file.settings[name] for name in named}}
+        ranks = {f"{one} / {other}": value for (one, other), value in agreement(entries).items()}
+        write(json_file, header | facts, summaries, ranks)
 
 
 def compared(methods: str | None, explainer: dict[str, Any]) -> list["Setting"]:
@@ -160,12 +162,12 @@ def _cell(summary: "Summary", name: str) -> str:
     return f"{factor * summary.values[name]:.{digits}f} ± {factor * (high - low) / 2:.{digits}f}"
 
 
-def write(path: str, header: dict[str, Any], summaries: Sequence["Summary"]) -> None:
+def write(path: str, header: dict[str, Any], summaries: Sequence["Summary"], ranks: dict[str, float]) -> None:
     rows = [
         {"setting": s.setting, "items": s.items, "values": s.values, "intervals": s.intervals, "refused": s.refused}
         for s in summaries
     ]
     versions = {name: version(name) for name in ("atman-kernels", "torch", "transformers")}
-    content = {**header, "versions": versions, "rows": rows}
+    content = {**header, "versions": versions, "rows": rows, "rank_correlation": ranks}
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     say(f"Wrote {path}")

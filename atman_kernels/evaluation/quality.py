@@ -17,6 +17,7 @@ from atman_kernels.evaluation.metrics import (
     hit,
     interquartile_mean,
     precision,
+    rank_correlation,
     recall,
 )
 from atman_kernels.evaluation.results import ResultFile
@@ -197,6 +198,27 @@ class Summary:
 def summarize(entries: Sequence[dict[str, Any]], seed: int = 0) -> list[Summary]:
     """Measures per setting, in the order in which settings appear; relevance counts within the passage only."""
     return [_summary(name, [e for e in entries if e["setting"] == name], seed) for name in _names(entries)]
+
+
+def agreement(entries: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Spearman's rank correlation of every two settings over the passage's units, on average over their common items.
+
+    Items in which one of the two gives every unit the same score do not count; a pair without any is left out.
+    """
+    passages: dict[str, dict[str, Tensor]] = {}
+    for entry in entries:
+        if "relevance" in entry:
+            first, last = entry["context"]
+            relevance = torch.tensor(entry["relevance"], dtype=torch.float64)[first:last]
+            if len(relevance.unique()) > 1:
+                passages.setdefault(entry["setting"], {})[entry["item"]] = relevance
+    found = {}
+    for one, other in itertools.combinations(passages, 2):
+        common = [item for item in passages[one] if item in passages[other]]
+        if common:
+            ranks = [rank_correlation(passages[one][item], passages[other][item]) for item in common]
+            found[one, other] = sum(ranks) / len(ranks)
+    return found
 
 
 def _names(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
