@@ -24,7 +24,8 @@ from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_su
 from atman_kernels.explain.whole_rows import Task, run_task
 from atman_kernels.formula import MODES
 from atman_kernels.hf.forward import evaluating
-from atman_kernels.hf.kinds import kind_of, part_of
+from atman_kernels.hf.images import check_vision
+from atman_kernels.hf.kinds import Kind, kind_of, part_of
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
 from atman_kernels.planning.factors import factor_rows
@@ -45,6 +46,8 @@ class Explainer:
         similarity_threshold: also suppress tokens whose input embedding has at least this cosine with the unit's,
             in proportion; in (0, 1]. None: the unit alone.
         layers: attention layers to act on, by index; None for all.
+        vision: of a model that reads images among text, suppress a unit's patches in its vision encoder, too, in all
+            of its layers. Every variant then sees the image anew, as a whole row: see docs/images.md.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
         progress: show a progress bar for what takes longer than a second.
 
@@ -67,6 +70,7 @@ class Explainer:
         factor: float = 0.1,
         similarity_threshold: float | None = None,
         layers: Iterable[int] | None = None,
+        vision: bool = False,
         token_budget: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -78,6 +82,10 @@ class Explainer:
             raise InputError(f"factor must be a finite number >= 0, got {factor!r}")
         if similarity_threshold is not None and not 0 < similarity_threshold <= 1:
             raise InputError(f"similarity_threshold must be in (0, 1] or None, got {similarity_threshold!r}")
+        if not isinstance(vision, bool):
+            raise InputError(f"vision must be True or False, got {vision!r}")
+        if vision:
+            _check_vision(model, self.kind)
         if token_budget is not None and token_budget < 1:
             raise InputError(f"token_budget must be >= 1 or None, got {token_budget!r}")
         self.model = model
@@ -86,6 +94,7 @@ class Explainer:
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
         self.factor = float(factor)
         self.similarity_threshold = similarity_threshold
+        self.vision = vision
         self.runner = VariantRunner(model, Perturbation(mode, checked_layers(part, layers)), token_budget, progress)
 
     def explain(
@@ -183,7 +192,16 @@ class Explainer:
         started = time.perf_counter()
         with evaluating(self.model):
             question = ask_about_images(
-                self.model, self.processor, self.tokenizer, asked, images, target, units, image_units, **settings
+                self.model,
+                self.processor,
+                self.tokenizer,
+                asked,
+                images,
+                target,
+                units,
+                image_units,
+                **settings,
+                vision=self.vision,
             )
             return self._explained(chosen, [question], [_name(units)], started)[0]
 
@@ -396,6 +414,16 @@ class Explainer:
                 "transformers": transformers.__version__,
             },
         }
+
+
+def _check_vision(model: PreTrainedModel, kind: Kind) -> None:
+    """Raises InputError or UnsupportedModelError if a model has no vision encoder beside what is suppressed anyway."""
+    name = type(model).__name__
+    if kind != "language":
+        raise InputError(f"vision is for models that read images among text; {name} is none")
+    if getattr(model.config, "vision_config", None) is None:
+        raise InputError(f"vision is for models that read images among text; {name} has no vision encoder")
+    check_vision(model)
 
 
 def _explanation(

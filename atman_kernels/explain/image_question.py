@@ -20,7 +20,15 @@ from atman_kernels.explain.question import (
     special_flags,
     token_texts_of,
 )
-from atman_kernels.hf.images import ImageTokens, checked_inputs, embed, image_tokens, refusals_named, vision_runs_once
+from atman_kernels.hf.images import (
+    ImageTokens,
+    checked_inputs,
+    embed,
+    image_tokens,
+    pictured,
+    refusals_named,
+    vision_runs_once,
+)
 from atman_kernels.planning.units import Span, Unit, split_units, target_units
 
 
@@ -38,6 +46,7 @@ def ask_about_images(
     chat: bool,
     max_new_tokens: int,
     language: str,
+    vision: bool,
 ) -> Question:
     """Run the processor and the vision tower, let the model answer if no target is given, and find the units.
 
@@ -47,6 +56,7 @@ def ask_about_images(
         images: PIL images; None with a processor's output, whose units are then measured in the processor's pixels.
         units: of the text, as in `Explainer.explain`; None: the text gets no units.
         image_units: "patch", "image", or n for tiles of n × n patches; None: images get no units.
+        vision: patches are to be suppressed in the vision encoder, too.
 
     Raises:
         InputError: images, text and model do not belong together, or an argument does not fit.
@@ -69,6 +79,7 @@ def ask_about_images(
         check_length(model, len(prompt_ids) + len(answer) - 1)
         rows = torch.arange(len(answer), device=model.device) + len(prompt_ids) - 1
         embedded, own = embed(model, inputs, answer, rows)
+    seen = pictured(model, inputs, answer, blocks) if vision else None
     shown, kept = _shown_prompt(tokenizer, prompt_ids, blocks)
     places = places_of(tokenizer, prompt_ids, blocks, pictures, processor)
     found = image_units_of(blocks, places, dict(kept), image_units)
@@ -83,7 +94,9 @@ def ask_about_images(
         raise InputError("units: there is no text beside the images, and image_units is None")
     ids = torch.cat([inputs["input_ids"][0], answer])
     facts = {"image_units": image_units, "images": sizes_of(places)}
-    return Question(shown, target, ids, len(prompt_ids), tuple(found), tuple(pieces), embedded, own, facts)
+    if vision:
+        facts |= {"vision": True, "path": "batched"}
+    return Question(shown, target, ids, len(prompt_ids), tuple(found), tuple(pieces), embedded, seen, own, facts)
 
 
 # What came ----------------------------------------------------------------------------------------------------
