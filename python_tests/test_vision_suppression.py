@@ -231,7 +231,7 @@ def test_patches_that_no_module_attended_to_are_noticed(monkeypatch):
 
 def test_bad_arguments():
     model = LlamaForCausalLM(LlamaConfig(**tiny.TEXT))
-    with pytest.raises(ak.InputError, match="images among text; LlamaForCausalLM has no vision encoder"):
+    with pytest.raises(ak.InputError, match="images beside text; LlamaForCausalLM has no vision encoder"):
         ak.Explainer(model, tiny.tokenizer(), vision=True)
     with pytest.raises(ak.InputError, match="vision must be True or False, got 'yes'"):
         explainer_of("llava", vision="yes")

@@ -46,7 +46,7 @@ class Explainer:
         similarity_threshold: also suppress tokens whose input embedding has at least this cosine with the unit's,
             in proportion; in (0, 1]. None: the unit alone.
         layers: attention layers to act on, by index; None for all.
-        vision: of a model that reads images among text, suppress a unit's patches in its vision encoder, too, in all
+        vision: of a model that reads images beside text, suppress a unit's patches in its vision encoder, too, in all
             of its layers. Every variant then sees the image anew, as a whole row: see docs/images.md.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
         progress: show a progress bar for what takes longer than a second.
@@ -161,10 +161,20 @@ class Explainer:
                 raise InputError(
                     f"include_target, chat, versus and other methods are for language models; {name} is none"
                 )
-            choice = image_units if images is not None and image_units != "patch" else units
-            return self._explained_whole(
-                chosen, Asked(asked, images, audio, target, choice, labels, pooling, max_new_tokens, language)
+            whole = Asked(
+                prompt=asked,
+                images=images,
+                audio=audio,
+                target=target,
+                units=units,
+                image_units=image_units,
+                labels=labels,
+                pooling=pooling,
+                max_new_tokens=max_new_tokens,
+                language=language,
+                vision=self.vision,
             )
+            return self._explained_whole(chosen, whole)
         if asked is None:
             raise InputError("give the prompt once, as prompt or as text; got none")
         if isinstance(target, int) or isinstance(units, int | float):
@@ -372,7 +382,8 @@ class Explainer:
             task = task_of(self.model, self._given, self.kind, asked)
             answered = time.perf_counter()
             outcome = run_task(self._context(), task)
-        name = asked.units if isinstance(asked.units, str | int | float) else "spans"
+        units = asked.picture_units if self.kind in ("image label", "image text") else asked.units
+        name = units if units is None or isinstance(units, str | int | float) else "spans"
         settings = self._settings(method, outcome, name) | task.facts
         return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
 
@@ -419,10 +430,12 @@ class Explainer:
 def _check_vision(model: PreTrainedModel, kind: Kind) -> None:
     """Raises InputError or UnsupportedModelError if a model has no vision encoder beside what is suppressed anyway."""
     name = type(model).__name__
+    if kind == "picture answer":
+        return
     if kind != "language":
-        raise InputError(f"vision is for models that read images among text; {name} is none")
+        raise InputError(f"vision is for models that read images beside text; {name} is none")
     if getattr(model.config, "vision_config", None) is None:
-        raise InputError(f"vision is for models that read images among text; {name} has no vision encoder")
+        raise InputError(f"vision is for models that read images beside text; {name} has no vision encoder")
     check_vision(model)
 
 

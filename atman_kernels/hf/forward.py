@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
-from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of
+from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of, text_stack
 from atman_kernels.hf.packability import why_unpackable
 from atman_kernels.hf.sequence import Embedded, Pictured, Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
@@ -313,7 +313,7 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
 
     The model's own head makes the logits, a few rows at a time over one run of its layers.
     """
-    vocabulary = int(getattr(decoder_of(model).config, "vocab_size", 1 << 16))
+    vocabulary = int(getattr(text_stack(model).config, "vocab_size", 1 << 16))
     step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     if not keeps:
