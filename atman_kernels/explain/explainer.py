@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from atman_kernels.explain import methods
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
-from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images
+from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images, checked_list
 from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.explain.objectives import Asked, task_of
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
@@ -29,6 +30,40 @@ from atman_kernels.hf.kinds import Kind, kind_of, part_of
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
 from atman_kernels.planning.factors import factor_rows
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One of several prompts with what belongs to it, as it came; see `Explainer.explain_batch`."""
+
+    prompt: Any
+    target: str | None
+    units: Any
+    versus: str | None
+    images: Any
+
+    @property
+    def is_pictured(self) -> bool:
+        return self.images is not None or isinstance(self.prompt, Mapping)
+
+
+def _entries(prompts: Any, targets: Any, units: Any, versus: Any, images: Any) -> list[_Entry]:
+    """One entry per prompt.
+
+    Raises:
+        InputError: a list has more or fewer entries, or images are none.
+    """
+    count = len(prompts)
+    given = {
+        "targets": [None] * count if targets is None else list(targets),
+        "units": [units] * count if isinstance(units, str) else list(units),
+        "versus": [None] * count if versus is None else list(versus),
+        "images": [None] * count if images is None else checked_list(images),
+    }
+    for name, entries in given.items():
+        if len(entries) != count:
+            raise InputError(f"{name} has {len(entries)} entries for {count} prompts")
+    return [_Entry(*parts) for parts in zip(prompts, *given.values(), strict=True)]
 
 
 class Explainer:
@@ -183,45 +218,30 @@ class Explainer:
             raise InputError(
                 f"audio, labels and pooling are not for language models such as {type(self.model).__name__}"
             )
-        settings: dict[str, Any] = {
-            "include_target": include_target,
-            "chat": chat,
-            "max_new_tokens": max_new_tokens,
-            "language": language,
-        }
-        if images is None and not isinstance(asked, Mapping):
-            if units is None:
-                raise InputError("units is None, which needs images; without them nothing would get a score")
-            return self.explain_batch(
-                [asked], [target], [units], versus=[versus], **settings, method=method, **options
-            )[0]
-        if versus is not None:
-            raise InputError("versus does not go with images; explain either answer by itself")
-        if chosen.name not in methods.WITH_IMAGES:
-            raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method!r}")
-        started = time.perf_counter()
-        with evaluating(self.model):
-            question = ask_about_images(
-                self.model,
-                self.processor,
-                self.tokenizer,
-                asked,
-                images,
-                target,
-                units,
-                image_units,
-                **settings,
-                vision=self.vision,
-            )
-            return self._explained(chosen, [question], [_name(units)], started)[0]
+        return self.explain_batch(
+            [asked],
+            [target],
+            [units],
+            versus=[versus],
+            images=[images],
+            image_units=image_units,
+            include_target=include_target,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            language=language,
+            method=method,
+            **options,
+        )[0]
 
     def explain_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Mapping[str, Any]],
         targets: Sequence[str | None] | None = None,
-        units: str | Sequence[UnitChoice] = "token",
+        units: str | Sequence[UnitChoice | None] = "token",
         *,
         versus: Sequence[str | None] | None = None,
+        images: Sequence[Any] | None = None,
+        image_units: ImageUnitChoice | None = "patch",
         include_target: bool = False,
         chat: bool = False,
         max_new_tokens: int = 32,
@@ -229,17 +249,21 @@ class Explainer:
         method: str = "atman",
         **options: Any,
     ) -> list[Explanation]:
-        """Explain several prompts at once: their variants share forwards.
+        """Explain several prompts at once: variants of those without images share forwards.
+
+        Prompts with images follow one by one: the patches of each fill forwards by themselves.
 
         Args:
             prompts: as in `explain`, one or more.
             targets: one per prompt; None, whole or in places, lets the model answer.
             units: one granularity for all prompts, or one choice per prompt.
             versus: one other answer per prompt, or None, whole or in places.
+            images: per prompt its image, a list of its images, or None; None: no prompt has images.
+            image_units: of all images.
             include_target, chat, max_new_tokens, language, method, options: as in `explain`.
 
         Returns:
-            One `Explanation` per prompt. Their `stats` are those of the whole batch.
+            One `Explanation` per prompt. `stats` are those of what shared forwards.
 
         Raises:
             InputError, UnsupportedModelError: as in `explain`.
@@ -249,35 +273,71 @@ class Explainer:
             raise InputError("prompts must be a list with at least one prompt")
         if self.kind != "language":
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
-        answers = [None] * len(prompts) if targets is None else list(targets)
-        choices = [units] * len(prompts) if isinstance(units, str) else list(units)
-        others = [None] * len(prompts) if versus is None else list(versus)
-        for name, given in (("targets", answers), ("units", choices), ("versus", others)):
-            if len(given) != len(prompts):
-                raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts")
-        for answer, other in zip(answers, others, strict=True):
-            check_versus(answer, other, include_target)
-        for prompt in prompts:
-            check_without_images(self.model, self.processor, prompt)
-        contrasted = [index for index, other in enumerate(others) if other is not None]
-        asked = [*range(len(prompts)), *contrasted]  # which prompt each question is about
-        started = time.perf_counter()
+        entries = _entries(prompts, targets, units, versus, images)
+        for entry in entries:
+            self._check_entry(entry, chosen, include_target)
+        settings = {
+            "include_target": include_target,
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "language": language,
+        }
+        texts = [entry for entry in entries if not entry.is_pictured]
         with evaluating(self.model):
-            questions = [
-                ask(
-                    self.model,
-                    self.tokenizer,
-                    prompts[index],
-                    answer,
-                    choices[index],
-                    include_target=include_target,
-                    chat=chat,
-                    max_new_tokens=max_new_tokens,
-                    language=language,
-                )
-                for index, answer in zip(asked, [*answers, *(others[i] for i in contrasted)], strict=True)
+            of_texts = iter(self._explained_texts(chosen, texts, settings) if texts else [])
+            return [
+                self._explained_picture(chosen, entry, image_units, settings) if entry.is_pictured else next(of_texts)
+                for entry in entries
             ]
-            return self._explained(chosen, questions, [_name(choices[i]) for i in asked], started, contrasted)
+
+    def _check_entry(self, entry: _Entry, method: methods.Method, include_target: bool) -> None:
+        """Raises InputError if something of an entry does not go with the rest."""
+        check_versus(entry.target, entry.versus, include_target)
+        if not entry.is_pictured:
+            if entry.units is None:
+                raise InputError("units is None, which needs images; without them nothing would get a score")
+            check_without_images(self.model, self.processor, entry.prompt)
+        elif entry.versus is not None:
+            raise InputError("versus does not go with images; explain either answer by itself")
+        elif method.name not in methods.WITH_IMAGES:
+            raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method.name!r}")
+
+    def _explained_texts(
+        self, method: methods.Method, entries: list[_Entry], settings: dict[str, Any]
+    ) -> list[Explanation]:
+        """Prompts without images, together."""
+        contrasted = [index for index, entry in enumerate(entries) if entry.versus is not None]
+        asked = [*entries, *(entries[index] for index in contrasted)]  # of the last ones, the other answers
+        answers = [*(entry.target for entry in entries), *(entries[index].versus for index in contrasted)]
+        started = time.perf_counter()
+        questions = [
+            ask(self.model, self.tokenizer, entry.prompt, answer, entry.units, **settings)
+            for entry, answer in zip(asked, answers, strict=True)
+        ]
+        return self._explained(method, questions, [_name(entry.units) for entry in asked], started, contrasted)
+
+    def _explained_picture(
+        self,
+        method: methods.Method,
+        entry: _Entry,
+        image_units: ImageUnitChoice | None,
+        settings: dict[str, Any],
+    ) -> Explanation:
+        """A prompt with images, by itself."""
+        started = time.perf_counter()
+        question = ask_about_images(
+            self.model,
+            self.processor,
+            self.tokenizer,
+            entry.prompt,
+            entry.images,
+            entry.target,
+            entry.units,
+            image_units,
+            **settings,
+            vision=self.vision,
+        )
+        return self._explained(method, [question], [_name(entry.units)], started)[0]
 
     def _explained(
         self,

@@ -102,6 +102,19 @@ def ask_about_images(
 # What came ----------------------------------------------------------------------------------------------------
 
 
+def checked_list(images: Any) -> list[Any]:
+    """Of several prompts what each has for images.
+
+    Raises:
+        InputError: no list, or an entry that is neither None, an image nor several.
+    """
+    if not isinstance(images, list | tuple):
+        raise InputError(f"images must be a list with one entry per prompt, got {type(images).__name__}")
+    for entry in images:
+        _checked_images(entry)
+    return list(images)
+
+
 def _checked_images(images: Any) -> list[Any] | None:
     if images is None:
         return None
