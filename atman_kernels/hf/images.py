@@ -42,7 +42,7 @@ IMAGE_FAMILIES = {  # by config.model_type
     "idefics3": ImageFamily("square"),
     "llava": ImageFamily("square"),
     "paligemma": ImageFamily("square", answer_type=1),  # 0 is the prefix, which attends both ways
-    "qwen2_5_vl": ImageFamily("grid", vision_refused="its vision encoder sorts patches into windows"),
+    "qwen2_5_vl": ImageFamily("grid"),
     "qwen2_vl": ImageFamily("grid"),
     "qwen3_vl": ImageFamily("grid"),
     "smolvlm": ImageFamily("square"),
@@ -208,10 +208,23 @@ def pictured(
     check_vision(model)
     if image_family_of(model).layout == "grid":
         merged = int(model.config.vision_config.spatial_merge_size) ** 2  # they come one after the other
-        tokens = torch.cat([torch.arange(block.first, block.first + block.count) for block in blocks])
+        tokens = torch.cat([_in_windows(model, block) for block in blocks])
         return Pictured(with_answer(model, inputs, answer), tokens.repeat_interleave(merged)[None], True)
     owners = torch.stack([_owners(model, block) for block in blocks])
     return Pictured(with_answer(model, inputs, answer), owners, False)
+
+
+def _in_windows(model: PreTrainedModel, block: ImageTokens) -> Tensor:
+    """(count,) tokens in the encoder's order: Qwen2.5-VL sorts them into square windows, the others leave them."""
+    assert block.grid is not None
+    vision = model.config.vision_config
+    row, column = torch.arange(block.grid[0])[:, None], torch.arange(block.grid[1])
+    tokens = block.first + row * block.grid[1] + column
+    if not hasattr(vision, "window_size"):
+        return tokens.flatten()
+    side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    window = row // side * block.grid[1] + column // side  # numbers them row by row, some of them not at all
+    return tokens.flatten()[window.flatten().argsort(stable=True)]
 
 
 def _owners(model: PreTrainedModel, block: ImageTokens) -> Tensor:
