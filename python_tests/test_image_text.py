@@ -233,6 +233,8 @@ def test_prompts_with_and_without_images_in_one_batch():
     for found, expected in zip(several, alone, strict=True):
         assert (found.prompt, found.target, found.units) == (expected.prompt, expected.target, expected.units)
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+    both = explainer.explain_batch([text, text], [ANSWER] * 2, None, images=[one, [two]], image_units="image")
+    assert [[unit.text for unit in found.units] for found in both] == [["image 1"], ["image 1"]]
     made = explainer.explain_batch([llava_inputs(), "w5 w6"], [ANSWER, ANSWER])
     assert [unit.source for unit in made[0].units[:2]] == ["prompt", "image"]
 
@@ -247,6 +249,7 @@ def test_prompts_with_and_without_images_in_one_batch():
         ([None, None], {}, "images is missing, but the text has the placeholder"),
         ([None, PICTURE], {"versus": [None, "w30"]}, "versus does not go with images"),
         ([None, PICTURE], {"units": [None, "token"]}, "units is None, which needs images"),
+        ([None, PICTURE], {"units": None}, "units is None, which needs images"),
         ([None, PICTURE], {"method": "rollout"}, "method with images must be one of atman, .*, got 'rollout'"),
     ],
 )

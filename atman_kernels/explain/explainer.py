@@ -56,7 +56,7 @@ def _entries(prompts: Any, targets: Any, units: Any, versus: Any, images: Any) -
     count = len(prompts)
     given = {
         "targets": [None] * count if targets is None else list(targets),
-        "units": [units] * count if isinstance(units, str) else list(units),
+        "units": [units] * count if units is None or isinstance(units, str) else list(units),
         "versus": [None] * count if versus is None else list(versus),
         "images": [None] * count if images is None else checked_list(images),
     }
@@ -73,8 +73,8 @@ class Explainer:
     loss without: positive means that the answer rests on the unit. Scores are exact; the work is shared.
 
     Args:
-        model: a transformers language model, or one of those in docs/encoders.md; it is used as it is, in eval mode,
-            and left as it was.
+        model: a transformers language model, or one of those in docs/images.md and docs/encoders.md; it is used as it
+            is, in eval mode, and left as it was.
         tokenizer: its (fast) tokenizer, or the processor of a model that reads images or audio.
         mode: "log_additive" | "multiplicative" | "shifted", see `atman_kernels.suppressed_attention`.
         factor: what is kept of the attention to a suppressed unit, >= 0. The paper's f is 1 - factor.
@@ -237,7 +237,7 @@ class Explainer:
         self,
         prompts: Sequence[Prompt | Mapping[str, Any]],
         targets: Sequence[str | None] | None = None,
-        units: str | Sequence[UnitChoice | None] = "token",
+        units: str | Sequence[UnitChoice | None] | None = "token",
         *,
         versus: Sequence[str | None] | None = None,
         images: Sequence[Any] | None = None,
@@ -256,7 +256,7 @@ class Explainer:
         Args:
             prompts: as in `explain`, one or more.
             targets: one per prompt; None, whole or in places, lets the model answer.
-            units: one granularity for all prompts, or one choice per prompt.
+            units: one granularity for all prompts, or one choice per prompt; None, with images: these alone.
             versus: one other answer per prompt, or None, whole or in places.
             images: per prompt its image, a list of its images, or None; None: no prompt has images.
             image_units: of all images.
