@@ -1,4 +1,7 @@
-"""BLIP against its own code, whose scores a test changes between the product of queries and keys and the softmax."""
+"""BLIP against its own code, whose scores a test changes between the product of queries and keys and the softmax.
+
+BLIP-2 over an encoder-decoder goes through transformers' interface: against eager attention with its scores changed.
+"""
 
 import math
 from contextlib import contextmanager
@@ -9,7 +12,7 @@ import tiny_image_models as tiny
 import torch
 import transformers as hf
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-from whole_row_oracle import enlarge
+from whole_row_oracle import enlarge, suppressed
 
 import atman_kernels as ak
 
@@ -252,6 +255,97 @@ def test_likeness_of_an_image_to_texts():
     torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
 
 
+# --- BLIP-2 over T5: queries and words in one sequence, read by an encoder ---
+
+
+def blip2():
+    t5 = hf.T5Config(
+        vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    qformer = {key: TEXT[key] for key in ("vocab_size", "num_hidden_layers", "num_attention_heads")}
+    config = hf.Blip2Config(
+        vision_config=tiny.VISION, text_config=t5, num_query_tokens=5, image_token_index=tiny.IMAGE,
+        qformer_config=qformer | {"hidden_size": 16, "intermediate_size": 24, "encoder_hidden_size": 16},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return enlarge(hf.Blip2ForConditionalGeneration(config))
+
+
+def blip2_explainer(model, **options):
+    return ak.Explainer(model, tiny.processor("blip2"), progress=False, **options)
+
+
+def blip2_inputs():
+    inputs = dict(tiny.processor("blip2")(images=PICTURE, text="w5 w6 w7", return_tensors="pt"))
+    return {name: inputs[name] for name in ("input_ids", "pixel_values")}
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+@pytest.mark.parametrize("mode", ["log_additive", "multiplicative", "shifted"])
+def test_queries_and_words_of_an_encoder_decoder(mode, threshold):
+    model = blip2()
+    explainer = blip2_explainer(model, mode=mode, similarity_threshold=threshold)
+    explanation = explainer.explain("w5 w6 w7", ANSWER, images=PICTURE)
+    assert [unit.source for unit in explanation.units] == ["image"] * 5 + ["prompt"] * 3
+    inputs = blip2_inputs()
+    length = inputs["input_ids"].shape[1]
+    written = torch.cat([torch.tensor([0]), TARGET[:-1]])[None]
+
+    def value(row):
+        def is_source(name):
+            within = name.startswith("language_model.encoder.")
+            return name.startswith("language_model.") and (within or "EncDecAttention" in name)
+
+        with suppressed(model, row, mode, is_source):
+            logits = model(**inputs, decoder_input_ids=written).logits[0].double()
+        return logits.log_softmax(-1).gather(1, TARGET[:, None])[:, 0]
+
+    with torch.no_grad():
+        merged = model.get_input_embeddings()(inputs["input_ids"])[0]
+        merged[inputs["input_ids"][0] == tiny.IMAGE] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    rows = torch.ones(8, length)
+    for row, unit in zip(rows, explanation.units, strict=True):
+        own = list(unit.token_indices)
+        cosine = torch.cosine_similarity(merged[own].mean(0), merged, dim=-1)
+        if threshold is not None:
+            row[cosine >= threshold] = 1 - 0.9 * cosine[cosine >= threshold]
+        row[own] = 0.1
+    assert bool(((rows != 1).sum(1) > 1).any()) == (threshold is not None)
+    base = value(torch.ones(length))
+    expected = torch.stack([base - value(row) for row in rows])
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_its_own_answer_is_the_whole_model_s():
+    model = blip2()
+    found = blip2_explainer(model).explain("w5 w6 w7", images=PICTURE, image_units="image", max_new_tokens=3)
+    assert found.units[0].text == "image 1"
+    expected = model.generate(**blip2_inputs(), max_new_tokens=3, do_sample=False)[0].tolist()
+    words = tiny.tokenizer().decode(expected, skip_special_tokens=False).split()
+    assert found.target.split() == [word for word in words if word not in ("<pad>", "</s>")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": None}, "images is missing; Blip2ForConditionalGeneration takes images"),
+        ({"prompt": None}, "prompt must be a text or a list of chat messages, got NoneType"),
+        ({"image_units": 2}, "tiles of 2 need patches, and this model has queries"),
+        ({"units": None, "image_units": None}, "are both None"),
+        ({"target": ""}, "target is empty"),
+    ],
+)
+def test_bad_questions_to_it(arguments, message):
+    with pytest.raises(ak.InputError, match=message):
+        blip2_explainer(blip2()).explain(**{"prompt": "w5", "target": ANSWER, "images": PICTURE} | arguments)
+
+
+def test_its_vision_encoder_is_not_suppressed():
+    with pytest.raises(ak.UnsupportedModelError, match="its image tokens are queries, which no patches belong to"):
+        blip2_explainer(blip2(), vision=True)
+
+
 # --- never silently wrong ---
 
 
@@ -269,18 +363,6 @@ def test_suppress_and_other_heads_are_refused():
     other = hf.BlipForImageTextRetrieval(hf.BlipConfig(text_config=TEXT, vision_config=VISION)).eval()
     with pytest.raises(ak.UnsupportedModelError, match="BlipForImageTextRetrieval cannot be suppressed by factors"):
         explainer(other)
-
-
-def test_blip2_with_an_encoder_decoder_is_refused():
-    t5 = hf.T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-    qformer = {key: TEXT[key] for key in ("vocab_size", "num_hidden_layers", "num_attention_heads")}
-    config = hf.Blip2Config(
-        vision_config=tiny.VISION, text_config=t5, num_query_tokens=5, image_token_index=tiny.IMAGE,
-        qformer_config=qformer | {"hidden_size": 16, "intermediate_size": 24, "encoder_hidden_size": 16},
-    )  # fmt: skip
-    model = hf.Blip2ForConditionalGeneration(config).eval()
-    with pytest.raises(ak.UnsupportedModelError, match="reads images with a language model of two stacks"):
-        ak.Explainer(model, tiny.processor("blip2"))
 
 
 @pytest.mark.parametrize(

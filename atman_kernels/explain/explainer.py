@@ -492,7 +492,7 @@ def _check_vision(model: PreTrainedModel, kind: Kind) -> None:
     name = type(model).__name__
     if kind == "picture answer":
         return
-    if kind != "language":
+    if kind not in ("language", "pictured translation"):
         raise InputError(f"vision is for models that read images beside text; {name} is none")
     if getattr(model.config, "vision_config", None) is None:
         raise InputError(f"vision is for models that read images beside text; {name} has no vision encoder")

@@ -280,6 +280,25 @@ def embed(
     return _as_read(model, read, longer["input_ids"].shape[1], types), logprobs
 
 
+def source_embeddings(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(1, L, E) what the encoder of an encoder-decoder's language model reads of a prompt, images merged in.
+
+    Raises:
+        InputError: the model does not take the inputs.
+    """
+    read: list[dict[str, Any]] = []
+    hook = decoder_of(model).register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs), with_kwargs=True
+    )
+    begun = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # any token: the encoder does not see it
+    try:
+        with refusals_named(model), torch.inference_mode():
+            model(**inputs, decoder_input_ids=begun)
+    finally:
+        hook.remove()
+    return read[0]["inputs_embeds"]  # type: ignore[no-any-return]
+
+
 def _as_read(model: PreTrainedModel, read: list[dict[str, Any]], length: int, types: dict[str, Tensor]) -> Embedded:
     name = type(model).__name__
     if len(read) != 1 or not isinstance(read[0].get("inputs_embeds"), Tensor):

@@ -10,7 +10,15 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.interface import decoder_of, reachable
 
 Kind = Literal[
-    "language", "translation", "speech", "text label", "image label", "image text", "picture answer", "embedding"
+    "language",
+    "translation",
+    "pictured translation",
+    "speech",
+    "text label",
+    "image label",
+    "image text",
+    "picture answer",
+    "embedding",
 ]
 
 # A class is looked up from the top; what stands in none of these is taken for a language model.
@@ -61,10 +69,8 @@ def kind_of(model: nn.Module) -> Kind:
                 return kind
             if both:
                 break
-    if both and _is_in(model, "IMAGE_TEXT_TO_TEXT"):
-        raise UnsupportedModelError(
-            f"{name} reads images with a language model of two stacks, encoder and decoder, which is not supported"
-        )
+    if both and getattr(model.config, "model_type", None) == "blip-2" and _is_in(model, "IMAGE_TEXT_TO_TEXT"):
+        return "pictured translation"
     if both:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model that neither translates text nor transcribes speech, which is not "
@@ -88,6 +94,8 @@ def part_of(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
     """
     if kind in ("translation", "speech", "picture answer"):
         return reachable(model, type(model).__name__)
+    if kind == "pictured translation":  # BLIP-2 over T5
+        return decoder_of(model)
     if kind in ("image label", "image text"):
         tower = getattr(model, "vision_model", None)
         if isinstance(tower, PreTrainedModel):
