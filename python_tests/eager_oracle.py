@@ -80,3 +80,43 @@ def whole_model_logprobs(
     with _oracle(model.get_decoder(), factor[None], mode, layers), torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0, n - 1 :].double()
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
+
+
+def _by_part(module, *args, **kwargs):
+    """As `_attention`, with factors of the part that the module belongs to: one tensor per call of the module."""
+    factors = _setting["of_part"][_setting["part"][module]]
+    if isinstance(factors, dict):
+        (factors,) = (own for end, own in factors.items() if _setting["names"][module].endswith(end))
+    call = _setting["turns"].get(module, 0)
+    _setting["turns"][module] = call + 1
+    _setting["factor"] = factors[call]
+    return _attention(module, *args, **kwargs)
+
+
+AttentionInterface.register("test_oracle_by_part", _by_part)
+AttentionMaskInterface.register("test_oracle_by_part", eager_mask)
+
+
+def seen_logprobs(
+    model, inputs: dict, answer: torch.Tensor, n: int, factor: torch.Tensor, vision: list | dict, mode: str
+) -> torch.Tensor:
+    """As `whole_model_logprobs`, with the vision encoder suppressed as well.
+
+    `vision` holds the factors (images, keys) of the successive calls of each of the encoder's attention modules, or a
+    list of such by the end of the module's name.
+    """
+    decoder = set(model.get_decoder().modules())
+    parts = {module: "text" if module in decoder else "vision" for module in model.modules()}
+    _setting.update(mode=mode, layers=None, calls={}, part=parts, of_part={"text": [factor[None]], "vision": vision})
+    _setting.update(turns={}, names={module: name for name, module in model.named_modules()})
+    before = {id(m.config): (m.config, m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}
+    for config, _ in before.values():
+        config._attn_implementation_internal = "test_oracle_by_part"
+    try:
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[0, n - 1 :].double()
+    finally:
+        for config, implementation in before.values():
+            config._attn_implementation_internal = implementation
+    assert {"text", "vision"} == {parts[module] for module in _setting["turns"]}
+    return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]

@@ -212,6 +212,52 @@ def test_methods_that_read_token_ids_are_refused(monkeypatch):
         explainer.explain(**asked, method="random")
 
 
+def test_prompts_with_and_without_images_in_one_batch():
+    explainer, text = explainer_of("llava"), TEXTS["llava"]
+    one, two = tiny.picture(40, 30, 1), tiny.picture(24, 24, 2)
+    several = explainer.explain_batch(
+        ["w5 w6 w7", text, "w8 w9", "<image> w5 <image>"],
+        [ANSWER, None, "w20", ANSWER],
+        ["token", None, "word", "token"],
+        images=[None, one, None, [one, two]],
+        image_units=2,
+        max_new_tokens=2,
+        versus=["w30", None, None, None],
+    )
+    alone = [
+        explainer.explain("w5 w6 w7", ANSWER, versus="w30"),
+        explainer.explain(text, None, None, images=one, image_units=2, max_new_tokens=2),
+        explainer.explain("w8 w9", "w20", "word"),
+        explainer.explain("<image> w5 <image>", ANSWER, images=[one, two], image_units=2),
+    ]
+    for found, expected in zip(several, alone, strict=True):
+        assert (found.prompt, found.target, found.units) == (expected.prompt, expected.target, expected.units)
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+    both = explainer.explain_batch([text, text], [ANSWER] * 2, None, images=[one, [two]], image_units="image")
+    assert [[unit.text for unit in found.units] for found in both] == [["image 1"], ["image 1"]]
+    made = explainer.explain_batch([llava_inputs(), "w5 w6"], [ANSWER, ANSWER])
+    assert [unit.source for unit in made[0].units[:2]] == ["prompt", "image"]
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "message"),
+    [
+        (PICTURE, {}, "images must be a list with one entry per prompt, got Image"),
+        ([PICTURE], {}, "images has 1 entries for 2 prompts"),
+        ([None, "cat.png"], {}, r"images\[0\] must be a PIL image, got str"),
+        ([None, []], {}, "images is empty"),
+        ([None, None], {}, "images is missing, but the text has the placeholder"),
+        ([None, PICTURE], {"versus": [None, "w30"]}, "versus does not go with images"),
+        ([None, PICTURE], {"units": [None, "token"]}, "units is None, which needs images"),
+        ([None, PICTURE], {"units": None}, "units is None, which needs images"),
+        ([None, PICTURE], {"method": "rollout"}, "method with images must be one of atman, .*, got 'rollout'"),
+    ],
+)
+def test_bad_batches(images, more, message):
+    with pytest.raises(ak.InputError, match=message):
+        explainer_of("llava").explain_batch(["w5 w6", "w5 <image>"], [ANSWER] * 2, images=images, **more)
+
+
 # --- where units lie ---
 
 

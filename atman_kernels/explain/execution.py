@@ -228,14 +228,14 @@ def run_full_rows(
 ) -> Iterator[tuple[Variant, Tensor]]:
     """As `PackedRuns.run`, with every variant a whole row of a batch of its question."""
     for index, question in enumerate(questions):
-        own = [Variant(v.question, v.unit, 0, v.length) for v in variants if v.question == index]
-        queue = VariantQueue(own, max(budget, len(question.inputs)))
+        own = [Variant(v.question, v.unit, 0, question.cost) for v in variants if v.question == index]
+        queue = VariantQueue(own, max(budget, question.cost))
         for taken in queue:
             rows = whole_factors(taken, factors, len(question.inputs)).to(model.device)
             try:
                 logprobs = full_row_logprobs(
                     model,
-                    question.inputs,
+                    question.whole,
                     rows,
                     question.rows,
                     question.targets,
@@ -245,7 +245,7 @@ def run_full_rows(
             except (RuntimeError, MemoryError) as error:
                 shrink_or_raise(error, queue, taken)
                 continue
-            work.add(len(taken) * len(question.inputs), len(taken))
+            work.add(len(taken) * question.cost, len(taken))
             work.advance(len(taken) * len(question.inputs))
             work.token_budget = queue.token_budget
             yield from zip(taken, logprobs, strict=True)

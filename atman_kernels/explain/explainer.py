@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from atman_kernels.explain import methods
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
-from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images
+from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images, checked_list
 from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.explain.objectives import Asked, task_of
 from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
@@ -24,10 +25,45 @@ from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_su
 from atman_kernels.explain.whole_rows import Task, run_task
 from atman_kernels.formula import MODES
 from atman_kernels.hf.forward import evaluating
-from atman_kernels.hf.kinds import kind_of, part_of
+from atman_kernels.hf.images import check_vision
+from atman_kernels.hf.kinds import Kind, kind_of, part_of
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
 from atman_kernels.planning.factors import factor_rows
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One of several prompts with what belongs to it, as it came; see `Explainer.explain_batch`."""
+
+    prompt: Any
+    target: str | None
+    units: Any
+    versus: str | None
+    images: Any
+
+    @property
+    def is_pictured(self) -> bool:
+        return self.images is not None or isinstance(self.prompt, Mapping)
+
+
+def _entries(prompts: Any, targets: Any, units: Any, versus: Any, images: Any) -> list[_Entry]:
+    """One entry per prompt.
+
+    Raises:
+        InputError: a list has more or fewer entries, or images are none.
+    """
+    count = len(prompts)
+    given = {
+        "targets": [None] * count if targets is None else list(targets),
+        "units": [units] * count if units is None or isinstance(units, str) else list(units),
+        "versus": [None] * count if versus is None else list(versus),
+        "images": [None] * count if images is None else checked_list(images),
+    }
+    for name, entries in given.items():
+        if len(entries) != count:
+            raise InputError(f"{name} has {len(entries)} entries for {count} prompts")
+    return [_Entry(*parts) for parts in zip(prompts, *given.values(), strict=True)]
 
 
 class Explainer:
@@ -37,14 +73,16 @@ class Explainer:
     loss without: positive means that the answer rests on the unit. Scores are exact; the work is shared.
 
     Args:
-        model: a transformers language model, or one of those in docs/encoders.md; it is used as it is, in eval mode,
-            and left as it was.
+        model: a transformers language model, or one of those in docs/images.md and docs/encoders.md; it is used as it
+            is, in eval mode, and left as it was.
         tokenizer: its (fast) tokenizer, or the processor of a model that reads images or audio.
         mode: "log_additive" | "multiplicative" | "shifted", see `atman_kernels.suppressed_attention`.
         factor: what is kept of the attention to a suppressed unit, >= 0. The paper's f is 1 - factor.
         similarity_threshold: also suppress tokens whose input embedding has at least this cosine with the unit's,
             in proportion; in (0, 1]. None: the unit alone.
         layers: attention layers to act on, by index; None for all.
+        vision: of a model that reads images beside text, suppress a unit's patches in its vision encoder, too, in all
+            of its layers. Every variant then sees the image anew, as a whole row: see docs/images.md.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
         progress: show a progress bar for what takes longer than a second.
 
@@ -67,6 +105,7 @@ class Explainer:
         factor: float = 0.1,
         similarity_threshold: float | None = None,
         layers: Iterable[int] | None = None,
+        vision: bool = False,
         token_budget: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -78,6 +117,10 @@ class Explainer:
             raise InputError(f"factor must be a finite number >= 0, got {factor!r}")
         if similarity_threshold is not None and not 0 < similarity_threshold <= 1:
             raise InputError(f"similarity_threshold must be in (0, 1] or None, got {similarity_threshold!r}")
+        if not isinstance(vision, bool):
+            raise InputError(f"vision must be True or False, got {vision!r}")
+        if vision:
+            _check_vision(model, self.kind)
         if token_budget is not None and token_budget < 1:
             raise InputError(f"token_budget must be >= 1 or None, got {token_budget!r}")
         self.model = model
@@ -86,6 +129,7 @@ class Explainer:
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
         self.factor = float(factor)
         self.similarity_threshold = similarity_threshold
+        self.vision = vision
         self.runner = VariantRunner(model, Perturbation(mode, checked_layers(part, layers)), token_budget, progress)
 
     def explain(
@@ -152,10 +196,20 @@ class Explainer:
                 raise InputError(
                     f"include_target, chat, versus and other methods are for language models; {name} is none"
                 )
-            choice = image_units if images is not None and image_units != "patch" else units
-            return self._explained_whole(
-                chosen, Asked(asked, images, audio, target, choice, labels, pooling, max_new_tokens, language)
+            whole = Asked(
+                prompt=asked,
+                images=images,
+                audio=audio,
+                target=target,
+                units=units,
+                image_units=image_units,
+                labels=labels,
+                pooling=pooling,
+                max_new_tokens=max_new_tokens,
+                language=language,
+                vision=self.vision,
             )
+            return self._explained_whole(chosen, whole)
         if asked is None:
             raise InputError("give the prompt once, as prompt or as text; got none")
         if isinstance(target, int) or isinstance(units, int | float):
@@ -164,36 +218,30 @@ class Explainer:
             raise InputError(
                 f"audio, labels and pooling are not for language models such as {type(self.model).__name__}"
             )
-        settings: dict[str, Any] = {
-            "include_target": include_target,
-            "chat": chat,
-            "max_new_tokens": max_new_tokens,
-            "language": language,
-        }
-        if images is None and not isinstance(asked, Mapping):
-            if units is None:
-                raise InputError("units is None, which needs images; without them nothing would get a score")
-            return self.explain_batch(
-                [asked], [target], [units], versus=[versus], **settings, method=method, **options
-            )[0]
-        if versus is not None:
-            raise InputError("versus does not go with images; explain either answer by itself")
-        if chosen.name not in methods.WITH_IMAGES:
-            raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method!r}")
-        started = time.perf_counter()
-        with evaluating(self.model):
-            question = ask_about_images(
-                self.model, self.processor, self.tokenizer, asked, images, target, units, image_units, **settings
-            )
-            return self._explained(chosen, [question], [_name(units)], started)[0]
+        return self.explain_batch(
+            [asked],
+            [target],
+            [units],
+            versus=[versus],
+            images=[images],
+            image_units=image_units,
+            include_target=include_target,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            language=language,
+            method=method,
+            **options,
+        )[0]
 
     def explain_batch(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Mapping[str, Any]],
         targets: Sequence[str | None] | None = None,
-        units: str | Sequence[UnitChoice] = "token",
+        units: str | Sequence[UnitChoice | None] | None = "token",
         *,
         versus: Sequence[str | None] | None = None,
+        images: Sequence[Any] | None = None,
+        image_units: ImageUnitChoice | None = "patch",
         include_target: bool = False,
         chat: bool = False,
         max_new_tokens: int = 32,
@@ -201,17 +249,22 @@ class Explainer:
         method: str = "atman",
         **options: Any,
     ) -> list[Explanation]:
-        """Explain several prompts at once: their variants share forwards, and what prompts that begin alike begin with.
+        """Explain several prompts at once: variants of those without images share forwards.
+
+        What prompts that begin alike begin with is run once for all of them. Prompts with images follow one by one:
+        the patches of each fill forwards by themselves.
 
         Args:
             prompts: as in `explain`, one or more.
             targets: one per prompt; None, whole or in places, lets the model answer.
-            units: one granularity for all prompts, or one choice per prompt.
+            units: one granularity for all prompts, or one choice per prompt; None, with images: these alone.
             versus: one other answer per prompt, or None, whole or in places.
+            images: per prompt its image, a list of its images, or None; None: no prompt has images.
+            image_units: of all images.
             include_target, chat, max_new_tokens, language, method, options: as in `explain`.
 
         Returns:
-            One `Explanation` per prompt. Their `stats` are those of the whole batch.
+            One `Explanation` per prompt. `stats` are those of what shared forwards.
 
         Raises:
             InputError, UnsupportedModelError: as in `explain`.
@@ -221,35 +274,71 @@ class Explainer:
             raise InputError("prompts must be a list with at least one prompt")
         if self.kind != "language":
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
-        answers = [None] * len(prompts) if targets is None else list(targets)
-        choices = [units] * len(prompts) if isinstance(units, str) else list(units)
-        others = [None] * len(prompts) if versus is None else list(versus)
-        for name, given in (("targets", answers), ("units", choices), ("versus", others)):
-            if len(given) != len(prompts):
-                raise InputError(f"{name} has {len(given)} entries for {len(prompts)} prompts")
-        for answer, other in zip(answers, others, strict=True):
-            check_versus(answer, other, include_target)
-        for prompt in prompts:
-            check_without_images(self.model, self.processor, prompt)
-        contrasted = [index for index, other in enumerate(others) if other is not None]
-        asked = [*range(len(prompts)), *contrasted]  # which prompt each question is about
-        started = time.perf_counter()
+        entries = _entries(prompts, targets, units, versus, images)
+        for entry in entries:
+            self._check_entry(entry, chosen, include_target)
+        settings = {
+            "include_target": include_target,
+            "chat": chat,
+            "max_new_tokens": max_new_tokens,
+            "language": language,
+        }
+        texts = [entry for entry in entries if not entry.is_pictured]
         with evaluating(self.model):
-            questions = [
-                ask(
-                    self.model,
-                    self.tokenizer,
-                    prompts[index],
-                    answer,
-                    choices[index],
-                    include_target=include_target,
-                    chat=chat,
-                    max_new_tokens=max_new_tokens,
-                    language=language,
-                )
-                for index, answer in zip(asked, [*answers, *(others[i] for i in contrasted)], strict=True)
+            of_texts = iter(self._explained_texts(chosen, texts, settings) if texts else [])
+            return [
+                self._explained_picture(chosen, entry, image_units, settings) if entry.is_pictured else next(of_texts)
+                for entry in entries
             ]
-            return self._explained(chosen, questions, [_name(choices[i]) for i in asked], started, contrasted)
+
+    def _check_entry(self, entry: _Entry, method: methods.Method, include_target: bool) -> None:
+        """Raises InputError if something of an entry does not go with the rest."""
+        check_versus(entry.target, entry.versus, include_target)
+        if not entry.is_pictured:
+            if entry.units is None:
+                raise InputError("units is None, which needs images; without them nothing would get a score")
+            check_without_images(self.model, self.processor, entry.prompt)
+        elif entry.versus is not None:
+            raise InputError("versus does not go with images; explain either answer by itself")
+        elif method.name not in methods.WITH_IMAGES:
+            raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method.name!r}")
+
+    def _explained_texts(
+        self, method: methods.Method, entries: list[_Entry], settings: dict[str, Any]
+    ) -> list[Explanation]:
+        """Prompts without images, together."""
+        contrasted = [index for index, entry in enumerate(entries) if entry.versus is not None]
+        asked = [*entries, *(entries[index] for index in contrasted)]  # of the last ones, the other answers
+        answers = [*(entry.target for entry in entries), *(entries[index].versus for index in contrasted)]
+        started = time.perf_counter()
+        questions = [
+            ask(self.model, self.tokenizer, entry.prompt, answer, entry.units, **settings)
+            for entry, answer in zip(asked, answers, strict=True)
+        ]
+        return self._explained(method, questions, [_name(entry.units) for entry in asked], started, contrasted)
+
+    def _explained_picture(
+        self,
+        method: methods.Method,
+        entry: _Entry,
+        image_units: ImageUnitChoice | None,
+        settings: dict[str, Any],
+    ) -> Explanation:
+        """A prompt with images, by itself."""
+        started = time.perf_counter()
+        question = ask_about_images(
+            self.model,
+            self.processor,
+            self.tokenizer,
+            entry.prompt,
+            entry.images,
+            entry.target,
+            entry.units,
+            image_units,
+            **settings,
+            vision=self.vision,
+        )
+        return self._explained(method, [question], [_name(entry.units)], started)[0]
 
     def _explained(
         self,
@@ -354,7 +443,8 @@ class Explainer:
             task = task_of(self.model, self._given, self.kind, asked)
             answered = time.perf_counter()
             outcome = run_task(self._context(), task)
-        name = asked.units if isinstance(asked.units, str | int | float) else "spans"
+        units = asked.picture_units if self.kind in ("image label", "image text") else asked.units
+        name = units if units is None or isinstance(units, str | int | float) else "spans"
         settings = self._settings(method, outcome, name) | task.facts
         return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
 
@@ -396,6 +486,18 @@ class Explainer:
                 "transformers": transformers.__version__,
             },
         }
+
+
+def _check_vision(model: PreTrainedModel, kind: Kind) -> None:
+    """Raises InputError or UnsupportedModelError if a model has no vision encoder beside what is suppressed anyway."""
+    name = type(model).__name__
+    if kind == "picture answer":
+        return
+    if kind not in ("language", "pictured translation"):
+        raise InputError(f"vision is for models that read images beside text; {name} is none")
+    if getattr(model.config, "vision_config", None) is None:
+        raise InputError(f"vision is for models that read images beside text; {name} has no vision encoder")
+    check_vision(model)
 
 
 def _explanation(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,37 @@ from atman_kernels.explain.question import (
     special_flags,
     token_texts_of,
 )
-from atman_kernels.hf.images import ImageTokens, checked_inputs, embed, image_tokens, refusals_named, vision_runs_once
+from atman_kernels.explain.reading import Reading
+from atman_kernels.hf.images import (
+    ImageTokens,
+    checked_inputs,
+    embed,
+    image_tokens,
+    pictured,
+    refusals_named,
+    source_embeddings,
+    vision_runs_once,
+)
 from atman_kernels.planning.units import Span, Unit, split_units, target_units
+
+
+@dataclass(frozen=True, eq=False)
+class PicturedPrompt:
+    """What a processor made of pictures and text.
+
+    Attributes:
+        shown: the prompt as a reader sees it.
+        inputs: the model's arguments, batch 1.
+        blocks: the tokens of every image.
+        units: of images and text, in the order of the sequence.
+        facts: what an explanation's settings say of it.
+    """
+
+    shown: str
+    inputs: dict[str, Tensor]
+    blocks: list[ImageTokens]
+    units: tuple[Unit, ...]
+    facts: dict[str, Any]
 
 
 def ask_about_images(
@@ -38,8 +68,75 @@ def ask_about_images(
     chat: bool,
     max_new_tokens: int,
     language: str,
+    vision: bool,
 ) -> Question:
     """Run the processor and the vision tower, let the model answer if no target is given, and find the units.
+
+    Args:
+        processor, tokenizer, prompt, images, units, image_units, chat, language: see `read_pictured`.
+        vision: patches are to be suppressed in the vision encoder, too.
+
+    Raises:
+        InputError: images, text and model do not belong together, or an argument does not fit.
+        UnsupportedModelError: the model's images cannot be explained, with the reason.
+    """
+    read = read_pictured(model, processor, tokenizer, prompt, images, units, image_units, chat=chat, language=language)
+    prompt_ids = read.inputs["input_ids"][0]
+    length = len(prompt_ids)
+    check_length(model, length + 1)
+    with torch.inference_mode(), vision_runs_once(model):
+        answer, target = _answered(model, tokenizer, read.inputs, target, max_new_tokens)
+        check_length(model, length + len(answer) - 1)
+        rows = torch.arange(len(answer), device=model.device) + length - 1
+        embedded, own = embed(model, read.inputs, answer, rows)
+    pieces, offsets = token_texts_of(tokenizer, answer.tolist())
+    found = read.units
+    if include_target and len(answer) > 1:
+        target = "".join(pieces)
+        found += target_units(target, offsets, length, token_texts=pieces)
+    return Question(
+        prompt=read.shown,
+        target=target,
+        ids=torch.cat([prompt_ids, answer]),
+        prompt_length=length,
+        units=found,
+        target_tokens=tuple(pieces),
+        embedded=embedded,
+        pictured=pictured(model, read.inputs, answer, read.blocks) if vision else None,
+        own_logprobs=own,
+        facts=read.facts | ({"vision": True, "path": "batched"} if vision else {}),
+    )
+
+
+def read_source(
+    model: PreTrainedModel,
+    processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    images: Any,
+    units: UnitChoice | None,
+    image_units: ImageUnitChoice | None,
+    language: str,
+) -> Reading:
+    """Pictures and text as the encoder of an encoder-decoder reads them; arguments as of `read_pictured`."""
+    read = read_pictured(model, processor, tokenizer, prompt, images, units, image_units, chat=False, language=language)
+    embeddings = source_embeddings(model, read.inputs)
+    return Reading(read.shown, {"inputs_embeds": embeddings}, read.units, embeddings.shape[1], read.facts)
+
+
+def read_pictured(
+    model: PreTrainedModel,
+    processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt | Mapping[str, Any],
+    images: Any,
+    units: UnitChoice | None,
+    image_units: ImageUnitChoice | None,
+    *,
+    chat: bool,
+    language: str,
+) -> PicturedPrompt:
+    """Run the processor and find the units.
 
     Args:
         processor: None if prompt is a processor's output already.
@@ -63,30 +160,32 @@ def ask_about_images(
     inputs = checked_inputs(model, made)
     blocks = image_tokens(model, inputs)
     prompt_ids = inputs["input_ids"][0].tolist()
-    check_length(model, len(prompt_ids) + 1)
-    with torch.inference_mode(), vision_runs_once(model):
-        answer, target = _answered(model, tokenizer, inputs, target, max_new_tokens)
-        check_length(model, len(prompt_ids) + len(answer) - 1)
-        rows = torch.arange(len(answer), device=model.device) + len(prompt_ids) - 1
-        embedded, own = embed(model, inputs, answer, rows)
     shown, kept = _shown_prompt(tokenizer, prompt_ids, blocks)
     places = places_of(tokenizer, prompt_ids, blocks, pictures, processor)
     found = image_units_of(blocks, places, dict(kept), image_units)
     if units is not None:
         found += _text_units(tokenizer, prompt_ids, shown, kept, blocks, text, units, language)
-    found.sort(key=lambda unit: unit.token_indices[0])
-    pieces, offsets = token_texts_of(tokenizer, answer.tolist())
-    if include_target and len(answer) > 1:
-        target = "".join(pieces)
-        found += target_units(target, offsets, len(prompt_ids), token_texts=pieces)
     if not found:
         raise InputError("units: there is no text beside the images, and image_units is None")
-    ids = torch.cat([inputs["input_ids"][0], answer])
+    found.sort(key=lambda unit: unit.token_indices[0])
     facts = {"image_units": image_units, "images": sizes_of(places)}
-    return Question(shown, target, ids, len(prompt_ids), tuple(found), tuple(pieces), embedded, own, facts)
+    return PicturedPrompt(shown, inputs, blocks, tuple(found), facts)
 
 
 # What came ----------------------------------------------------------------------------------------------------
+
+
+def checked_list(images: Any) -> list[Any]:
+    """Of several prompts what each has for images.
+
+    Raises:
+        InputError: no list, or an entry that is neither None, an image nor several.
+    """
+    if not isinstance(images, list | tuple):
+        raise InputError(f"images must be a list with one entry per prompt, got {type(images).__name__}")
+    for entry in images:
+        _checked_images(entry)
+    return list(images)
 
 
 def _checked_images(images: Any) -> list[Any] | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError
-from atman_kernels.explain import source_target
-from atman_kernels.explain.reading import Reading, checked_text, encode, only, read_image, read_text
+from atman_kernels.explain import picture_answer, source_target
+from atman_kernels.explain.image_question import read_source
+from atman_kernels.explain.reading import Reading, checked_text, encode, only, read_audio, read_image, read_text
 from atman_kernels.explain.whole_rows import Task
 from atman_kernels.hf.kinds import Kind, part_of
 
@@ -29,10 +30,17 @@ class Asked:
     audio: Any
     target: Any
     units: Any
+    image_units: Any
     labels: Sequence[str] | None
     pooling: str
     max_new_tokens: int
     language: str
+    vision: bool
+
+    @property
+    def picture_units(self) -> Any:
+        """Units of a picture that is all a model reads, for which either name will do."""
+        return self.units if self.image_units == "patch" else self.image_units
 
 
 def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) -> Task:
@@ -43,18 +51,42 @@ def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) ->
         UnsupportedModelError: the model cannot be explained, with the reason.
     """
     given = {"prompt": asked.prompt, "images": asked.images, "audio": asked.audio}
-    thing = only(given, {"image label": "images", "image text": "images", "speech": "audio"}.get(kind, "prompt"), model)
+    of_pictures = ("image label", "image text", "picture answer", "pictured translation")
+    wanted = dict.fromkeys(of_pictures, "images") | {"speech": "audio"}
+    if kind in ("picture answer", "pictured translation"):
+        del given["prompt"]  # may come, too
+    thing = only(given, wanted.get(kind, "prompt"), model)
     if asked.labels is not None and kind != "image text":
         raise InputError(f"labels are for models that compare images with texts; {type(model).__name__} is none")
     if asked.pooling != "mean" and kind != "embedding":
         raise InputError(f"pooling is for embedding models; {type(model).__name__} is none")
     part = part_of(model, kind)
-    if kind in ("translation", "speech"):
-        return source_target.task(
-            model, processor, kind, thing, asked.target, asked.units, asked.max_new_tokens, asked.language
+    if kind in ("translation", "speech", "pictured translation"):
+        tokenizer = source_target.tokenizer_of(processor)
+        if kind == "pictured translation":
+            read = read_source(
+                model, processor, tokenizer, asked.prompt, thing, asked.units, asked.image_units, asked.language
+            )
+        elif kind == "speech":
+            read = read_audio(model, processor, thing, asked.units)
+        else:
+            read = read_text(model, tokenizer, thing, asked.units, asked.language)
+        return source_target.task(part, tokenizer, read, asked.target, asked.max_new_tokens)
+    if kind == "picture answer":
+        return picture_answer.task(
+            model,
+            processor,
+            asked.prompt,
+            thing,
+            asked.target,
+            asked.units,
+            asked.image_units,
+            vision=asked.vision,
+            max_new_tokens=asked.max_new_tokens,
+            language=asked.language,
         )
     if kind in ("image label", "image text"):
-        read = read_image(model, part, processor, thing, asked.units)
+        read = read_image(model, part, processor, thing, asked.picture_units)
         ask = _label_task if kind == "image label" else _likeness_to_text
         return ask(model, part, processor, read, asked)
     if isinstance(thing, tuple) and kind != "text label":

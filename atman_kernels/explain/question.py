@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atman_kernels.errors import InputError
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.packability import grows_with_length
-from atman_kernels.hf.sequence import Embedded
+from atman_kernels.hf.sequence import Embedded, Pictured
 from atman_kernels.hf.sequence import Sequence as TokenSequence
 from atman_kernels.planning.units import Unit, split_units, target_units
 
@@ -31,6 +31,7 @@ class Question:
         units: what gets a score; token positions refer to `ids`.
         target_tokens: (m,) texts to show.
         embedded: (n + m - 1,) what the model's decoder reads where images are among the tokens.
+        pictured: the same with images that are still to be seen, where they are suppressed in the vision encoder, too.
         own_logprobs: (m,) the whole model's log-probs of the answer, where they are known already.
         facts: what else a reader should know about the question, for the explanation's settings.
     """
@@ -42,6 +43,7 @@ class Question:
     units: tuple[Unit, ...]
     target_tokens: tuple[str, ...]
     embedded: Embedded | None = None
+    pictured: Pictured | None = None
     own_logprobs: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -49,6 +51,16 @@ class Question:
     def inputs(self) -> TokenSequence:
         """(n + m - 1,) what the model reads: the last answer token is only predicted."""
         return self.ids[:-1] if self.embedded is None else self.embedded
+
+    @property
+    def whole(self) -> TokenSequence | Pictured:
+        """What the model reads where whole rows are recomputed."""
+        return self.inputs if self.pictured is None else self.pictured
+
+    @property
+    def cost(self) -> int:
+        """Tokens of a whole row through the layers of the model, patches through those of its vision encoder."""
+        return len(self.inputs) + (0 if self.pictured is None else self.pictured.owners.numel())
 
     @property
     def rows(self) -> Tensor:

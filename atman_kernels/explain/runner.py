@@ -48,7 +48,8 @@ class VariantRunner:
     """Runs questions under many rows of factors on one model.
 
     Variants are packed once a probe showed, on this model and these prompts, that a packed suffix reproduces the
-    model; otherwise full rows are recomputed in batches, and one warning says so.
+    model; otherwise full rows are recomputed in batches, and one warning says so. Questions whose images are still to
+    be seen share nothing: their variants are always full rows.
 
     Args:
         model: a transformers causal language model, in eval mode.
@@ -84,7 +85,8 @@ class VariantRunner:
             raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
         questions, factors = list(questions), list(factors)
         work = Work()
-        base = self._base(questions, work)
+        sees = any(question.pictured is not None for question in questions)
+        base = None if sees else self._base(questions, work)
         suffix_start = int if base is None else _snap(base[0].suffix_starts())
         variants = unit_variants(questions, [first_suppressed(rows) for rows in factors], suffix_start)
         budget = self.token_budget or token_budget(
@@ -213,13 +215,13 @@ class VariantRunner:
             ones = torch.ones(1, len(question.inputs), device=self.model.device)
             logprobs = full_row_logprobs(
                 self.model,
-                question.inputs,
+                question.whole,
                 ones,
                 question.rows,
                 question.targets,
                 mode=self.perturbation.mode,
             )[0]
-            work.add(len(question.inputs), 1)
+            work.add(question.cost, 1)
             self._check_attention(question, logprobs, work)
             unperturbed.append(logprobs.cpu())
         return unperturbed

@@ -12,34 +12,35 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.question import special_flags, token_texts_of
-from atman_kernels.explain.reading import Reading, checked_text, read_audio, read_text
+from atman_kernels.explain.reading import Reading, checked_text
 from atman_kernels.explain.whole_rows import Task
 from atman_kernels.hf.forward import logprobs_of
-from atman_kernels.hf.kinds import Kind
 
 
-def task(
-    model: PreTrainedModel,
-    processor: Any,
-    kind: Kind,
-    source: Any,
-    target: Any,
-    units: Any,
-    max_new_tokens: int,
-    language: str,
-) -> Task:
-    """The question, with the model's own greedy answer if no target is given.
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, or that of a processor.
 
     Raises:
-        InputError: an argument does not fit, or the model does not say how its answers begin.
+        InputError: there is none.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"tokenizer must be the model's tokenizer or processor, got {type(processor).__name__}")
-    if kind == "speech":
-        read = read_audio(model, processor, source, units)
-    else:
-        read = read_text(model, tokenizer, source, units, language)
+    return tokenizer
+
+
+def task(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Reading, target: Any, max_new_tokens: int
+) -> Task:
+    """The question, with the model's own greedy answer if no target is given.
+
+    Args:
+        model: with encoder and decoder.
+        read: the source.
+
+    Raises:
+        InputError: an argument does not fit, or the model does not say how its answers begin.
+    """
     beginning = _beginning(model, tokenizer)
     if target is None:
         begun, answer = _answer(model, tokenizer, read, beginning, max_new_tokens)
@@ -55,7 +56,9 @@ def task(
         return logprobs_of(model, inputs, rows, targets.expand(count, -1))
 
     def embeddings() -> Tensor:
-        return model.get_input_embeddings()(read.inputs["input_ids"])[0].float().cpu()
+        merged = read.inputs.get("inputs_embeds")
+        merged = model.get_input_embeddings()(read.inputs["input_ids"]) if merged is None else merged
+        return merged[0].float().cpu()
 
     pieces, _ = token_texts_of(tokenizer, answer)
     return Task(
@@ -67,7 +70,7 @@ def task(
         cost=read.positions + decoder_ids.shape[1],
         part=model,
         values=values,
-        embeddings=embeddings if "input_ids" in read.inputs else None,
+        embeddings=None if "input_features" in read.inputs else embeddings,
         facts={"attention": "both", **read.facts},
     )
 

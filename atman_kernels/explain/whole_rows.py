@@ -35,6 +35,8 @@ class Task:
         cost: tokens of one row through the model's layers.
         part: whose attention is suppressed.
         values: n -> (n, m), the model's answer to n equal rows: higher is better.
+        run: (factor, mode=…, layers=…) -> the run that suppresses the part's attention, where the model tells no other
+            way which of its keys are which.
         value: what these values are, "log-probability" | "logit" | "cosine".
         embeddings: (positions, width) input embeddings, if tokens have neighbours; a call, as it costs something.
         facts: what an explanation's settings say beyond the usual.
@@ -48,6 +50,7 @@ class Task:
     cost: int
     part: PreTrainedModel
     values: Callable[[int], Tensor]
+    run: Callable[..., SuppressedRun] | None = None
     value: str = "log-probability"
     embeddings: Callable[[], Tensor] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -61,8 +64,10 @@ def values_under(task: Task, factor: Tensor | None, perturbation: Perturbation) 
     """
     options: dict[str, Any] = {"mode": perturbation.mode, "layers": perturbation.layers}
     with ExitStack() as stack:
-        if is_encoder_decoder(task.part):
-            run: SuppressedRun = SourceRun(task.part, factor, **options)
+        if task.run is not None:
+            run = task.run(factor, **options)
+        elif is_encoder_decoder(task.part):
+            run = SourceRun(task.part, factor, **options)
         else:
             run = SuppressedRun(factor, **options)
         stack.enter_context(activate(task.part, run, task.part))

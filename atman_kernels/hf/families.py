@@ -50,19 +50,22 @@ class Family:
         compute: (module, attend, *arguments of the method) -> what the method returns.
         mask_hides: the model turns its mask into bools, True = hidden, and cannot do without one.
         positions_by_key: tokens have no positions but in a `KeyBias`.
+        across: some of its modules attend to what another stack made of something else; factors of tokens are not for
+            those, so that only a run that knows them may reach the family.
     """
 
     method: str
     compute: Callable[..., Any]
     mask_hides: bool = False
     positions_by_key: bool = False
+    across: bool = False
 
 
 def family_of(module: nn.Module) -> Family | None:
     """None for modules that are not in `FAMILIES`."""
     package, _, file = type(module).__module__.rpartition(".")
     library, _, name = package.rpartition(".")
-    known = library == "transformers.models" and file == f"modeling_{name}"
+    known = library == "transformers.models" and file.startswith(f"modeling_{name}")  # BLIP's text has its own file
     return FAMILIES.get((name, type(module).__qualname__)) if known else None
 
 
@@ -305,6 +308,46 @@ def _xglm(
     return module.out_proj(output.reshape(batch, length, -1)), None
 
 
+def _blip_vision(module: Any, attend: Attend, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    batch, length, _ = hidden_states.shape
+    mixed = module.qkv(hidden_states).reshape(batch, length, 3, module.num_heads, -1)
+    query, key, value = mixed.permute(2, 0, 3, 1, 4)
+    options = {"dropout": _rate(module, module.dropout), "scaling": module.scale, "is_causal": False}
+    output, _ = attend(module, query, key, value, None, **options)
+    return module.projection(output.reshape(batch, length, -1)), None
+
+
+def _blip_text(
+    module: Any,
+    attend: Attend,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Its own keys, or those of another stack: the mask of these comes under a name of its own, if it comes at all."""
+    if past_key_values is not None:
+        raise UnsupportedModelError("BLIP cannot be suppressed with a cache")
+    across = encoder_hidden_states is not None
+    states = encoder_hidden_states if across else hidden_states
+    query, key, value = (
+        x.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
+        for x in (module.query(hidden_states), module.key(states), module.value(states))
+    )
+    output, _ = attend(
+        module,
+        query,
+        key,
+        value,
+        encoder_attention_mask if across else attention_mask,
+        dropout=_rate(module, module.dropout),
+        is_causal=not across,
+    )
+    return output.flatten(2), None
+
+
 def _modeling(module: nn.Module) -> Any:
     """The file of transformers that defines the module."""
     return sys.modules[type(module).__module__]
@@ -327,6 +370,8 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("bloom", "BloomAttention"): Family("forward", _bloom, positions_by_key=True),
     ("mpt", "MptAttention"): Family("forward", _mpt, mask_hides=True, positions_by_key=True),
     ("xglm", "XGLMAttention"): Family("forward", _xglm),
+    ("blip", "BlipAttention"): Family("forward", _blip_vision),
+    ("blip", "BlipTextSelfAttention"): Family("forward", _blip_text, across=True),
 }
 
 NO_ATTENTION = "it has no attention layers"

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
-from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of
+from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of, text_stack
 from atman_kernels.hf.packability import why_unpackable
-from atman_kernels.hf.sequence import Embedded, Sequence, reader_of, suffix_inputs, whole_inputs
+from atman_kernels.hf.sequence import Embedded, Pictured, Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
+from atman_kernels.hf.vision import vision_suppressed
 from atman_kernels.pack import VariantPack
 
 LOGITS_BYTES = 8 << 20  # float32 logits of one chunk of rows
@@ -370,7 +371,7 @@ def grow(
 
 def full_row_logprobs(
     model: PreTrainedModel,
-    ids: Sequence,
+    ids: Sequence | Pictured,
     factor: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -381,7 +382,8 @@ def full_row_logprobs(
     """Every variant as a whole row of a batch: what packing replaces, and what serves where packing cannot.
 
     Args:
-        ids: (L,) token ids, the same for all variants.
+        ids: (L,) token ids, or what stands for them, the same for all variants. With images still to be seen, the
+            vision encoder runs for every variant, suppressed likewise.
         factor: (V, L).
         rows, targets: (R,), the same for all variants.
 
@@ -390,7 +392,7 @@ def full_row_logprobs(
     """
     variants = factor.shape[0]
     run = SuppressedRun(factor, mode=mode, layers=layers)
-    with activate(model, run), _later_features(model, ids, variants):
+    with activate(model, run), vision_suppressed(model, ids, factor, mode), _later_features(model, ids, variants):
         return logprobs_of(reader_of(model, ids), whole_inputs(ids, variants), rows, targets.expand(variants, -1))
 
 
@@ -399,7 +401,7 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
 
     The model's own head makes the logits, a few rows at a time over one run of its layers.
     """
-    vocabulary = int(getattr(decoder_of(model).config, "vocab_size", 1 << 16))
+    vocabulary = int(getattr(text_stack(model).config, "vocab_size", 1 << 16))
     step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     if not keeps:
@@ -443,7 +445,7 @@ def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _later_features(model: PreTrainedModel, sequence: Sequence, batch: int = 1) -> Iterator[None]:
+def _later_features(model: PreTrainedModel, sequence: Sequence | Pictured, batch: int = 1) -> Iterator[None]:
     """Inside, the decoder is given what it adds after its first layers; see `Embedded.later`.
 
     The model itself makes these features from pixels, which a run over embeddings does not have.

@@ -16,7 +16,8 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.forward import forward_replaced, logprobs_of
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.memory import is_out_of_memory
-from atman_kernels.hf.sequence import Embedded
+from atman_kernels.hf.sequence import Embedded, Pictured
+from atman_kernels.hf.vision import towers, vision_encoder_of
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,16 @@ class ImageFamily:
         layout: how the tokens of an image lie in it: a "square" grid, the "grid" that the processor reports, or
             nowhere: "queries".
         answer_type: token type id of an answer's tokens, where the model has such.
+        vision_refused: why patches cannot be suppressed in the vision encoder; "" where they can.
     """
 
     layout: Literal["square", "grid", "queries"]
     answer_type: int = 0
+    vision_refused: str = ""
 
 
 IMAGE_FAMILIES = {  # by config.model_type
-    "blip-2": ImageFamily("queries"),
+    "blip-2": ImageFamily("queries", vision_refused="its image tokens are queries, which no patches belong to"),
     "gemma3": ImageFamily("square"),
     "idefics3": ImageFamily("square"),
     "llava": ImageFamily("square"),
@@ -182,6 +185,71 @@ def _square(count: int, height: int, width: int) -> tuple[int, int]:
     return side, side
 
 
+def with_answer(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
+    """The model's arguments for a prompt and all of its answer (m,) but the last token, which is only predicted."""
+    answer_type = image_family_of(model).answer_type
+    longer = {key: value for key, value in inputs.items() if key != "attention_mask"}  # all ones
+    longer["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
+    for key in ("token_type_ids", "mm_token_type_ids"):
+        if key in longer:
+            kind = answer_type if key == "token_type_ids" else 0
+            longer[key] = torch.cat([inputs[key], torch.full_like(answer[None, :-1], kind)], dim=1)
+    return longer
+
+
+def pictured(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Tensor, blocks: list[ImageTokens]
+) -> Pictured:
+    """Prompt and answer with images that are still to be seen, and which patch becomes part of which token.
+
+    Raises:
+        UnsupportedModelError: that is not known of the model.
+    """
+    check_vision(model)
+    if image_family_of(model).layout == "grid":
+        merged = int(model.config.vision_config.spatial_merge_size) ** 2  # they come one after the other
+        tokens = torch.cat([_in_windows(model, block) for block in blocks])
+        return Pictured(with_answer(model, inputs, answer), tokens.repeat_interleave(merged)[None], True)
+    owners = torch.stack([_owners(model, block) for block in blocks])
+    return Pictured(with_answer(model, inputs, answer), owners, False)
+
+
+def _in_windows(model: PreTrainedModel, block: ImageTokens) -> Tensor:
+    """(count,) tokens in the encoder's order: Qwen2.5-VL sorts them into square windows, the others leave them."""
+    assert block.grid is not None
+    vision = model.config.vision_config
+    row, column = torch.arange(block.grid[0])[:, None], torch.arange(block.grid[1])
+    tokens = block.first + row * block.grid[1] + column
+    if not hasattr(vision, "window_size"):
+        return tokens.flatten()
+    side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    window = row // side * block.grid[1] + column // side  # numbers them row by row, some of them not at all
+    return tokens.flatten()[window.flatten().argsort(stable=True)]
+
+
+def _owners(model: PreTrainedModel, block: ImageTokens) -> Tensor:
+    """(patches,) the token of each patch of a square: patches run row by row, and k × k of them are one token."""
+    assert block.grid is not None
+    (width, height), patch = block.pixels, int(model.config.vision_config.patch_size)
+    rows, columns = height // patch, width // patch
+    if rows % block.grid[0] or columns % block.grid[1]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be suppressed in its vision encoder: {rows} × {columns} patches are no "
+            f"whole multiple of its {block.grid[0]} × {block.grid[1]} image tokens"
+        )
+    row = torch.arange(rows) // (rows // block.grid[0])
+    column = torch.arange(columns) // (columns // block.grid[1])
+    return (block.first + row[:, None] * block.grid[1] + column).flatten()
+
+
+def check_vision(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError if patches cannot be suppressed in the model's vision encoder."""
+    refused = image_family_of(model).vision_refused
+    if refused:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be suppressed in its vision encoder: {refused}")
+    vision_encoder_of(model)
+
+
 def embed(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Tensor, rows: Tensor
 ) -> tuple[Embedded, Tensor]:
@@ -199,13 +267,7 @@ def embed(
         InputError: the model does not take the inputs.
         UnsupportedModelError: its decoder reads more than embeddings.
     """
-    answer_type = image_family_of(model).answer_type
-    longer = {key: value for key, value in inputs.items() if key != "attention_mask"}  # all ones
-    longer["input_ids"] = torch.cat([inputs["input_ids"], answer[None, :-1]], dim=1)
-    for key in ("token_type_ids", "mm_token_type_ids"):
-        if key in longer:
-            kind = answer_type if key == "token_type_ids" else 0
-            longer[key] = torch.cat([inputs[key], torch.full_like(answer[None, :-1], kind)], dim=1)
+    longer = with_answer(model, inputs, answer)
     read: list[dict[str, Any]] = []
     decoder = decoder_of(model)
     hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs), with_kwargs=True)
@@ -216,6 +278,25 @@ def embed(
         hook.remove()
     types = {key: longer[key][0] for key in ("token_type_ids",) if key in longer}
     return _as_read(model, read, longer["input_ids"].shape[1], types), logprobs
+
+
+def source_embeddings(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(1, L, E) what the encoder of an encoder-decoder's language model reads of a prompt, images merged in.
+
+    Raises:
+        InputError: the model does not take the inputs.
+    """
+    read: list[dict[str, Any]] = []
+    hook = decoder_of(model).register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs), with_kwargs=True
+    )
+    begun = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # any token: the encoder does not see it
+    try:
+        with refusals_named(model), torch.inference_mode():
+            model(**inputs, decoder_input_ids=begun)
+    finally:
+        hook.remove()
+    return read[0]["inputs_embeds"]  # type: ignore[no-any-return]
 
 
 def _as_read(model: PreTrainedModel, read: list[dict[str, Any]], length: int, types: dict[str, Tensor]) -> Embedded:
@@ -271,22 +352,9 @@ def vision_runs_once(model: PreTrainedModel) -> Iterator[None]:
     """Inside, each part of the model before its decoder computes the same inputs once, however often it is asked."""
     decoder = decoder_of(model)
     with ExitStack() as stack:
-        for tower in _towers(model, decoder):
+        for tower in towers(model, decoder):
             stack.enter_context(forward_replaced(tower, _remembering(tower)))
         yield
-
-
-def _towers(module: nn.Module, decoder: nn.Module) -> list[nn.Module]:
-    """The outermost transformers models that lie beside the decoder."""
-    found = []
-    for child in module.children():
-        if child is decoder:
-            continue
-        if any(part is decoder for part in child.modules()) or not isinstance(child, PreTrainedModel):
-            found += _towers(child, decoder)
-        else:
-            found.append(child)
-    return found
 
 
 def _remembering(tower: nn.Module) -> Any:

@@ -241,10 +241,18 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):  # ModernBERT's answers with a layer of its head
-        decoder = model.base_model
+    decoder = text_stack(model)
+    if any(family.across for family in families_in(decoder)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be suppressed by factors of its tokens: it attends to an image beside them"
+        )
     return reachable(decoder, type(model).__name__)
+
+
+def text_stack(model: PreTrainedModel) -> PreTrainedModel:
+    """What `decoder_of` answers, whether or not its attention can be reached."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # ModernBERT's: a layer of its head
 
 
 def reachable(part: PreTrainedModel, name: str) -> PreTrainedModel:

@@ -9,7 +9,17 @@ from transformers.models.auto import modeling_auto as tables
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.interface import decoder_of, reachable
 
-Kind = Literal["language", "translation", "speech", "text label", "image label", "image text", "embedding"]
+Kind = Literal[
+    "language",
+    "translation",
+    "pictured translation",
+    "speech",
+    "text label",
+    "image label",
+    "image text",
+    "picture answer",
+    "embedding",
+]
 
 # A class is looked up from the top; what stands in none of these is taken for a language model.
 _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
@@ -20,6 +30,7 @@ _KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     ("image label", ("IMAGE_CLASSIFICATION",)),
     ("image text", ("ZERO_SHOT_IMAGE_CLASSIFICATION",)),
 )
+_PICTURE_ANSWER = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")  # transformers has no table of these
 _REFUSED = {
     "MASKED_LM": "fills in masked tokens",
     "TOKEN_CLASSIFICATION": "labels tokens",
@@ -49,6 +60,8 @@ def kind_of(model: nn.Module) -> Kind:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
+    if any(base.__name__ in _PICTURE_ANSWER for base in type(model).__mro__):
+        return "picture answer"
     both = bool(getattr(model.config, "is_encoder_decoder", False))
     for kind, listed in _KINDS:
         if any(_is_in(model, table) for table in listed):
@@ -56,6 +69,8 @@ def kind_of(model: nn.Module) -> Kind:
                 return kind
             if both:
                 break
+    if both and getattr(model.config, "model_type", None) == "blip-2" and _is_in(model, "IMAGE_TEXT_TO_TEXT"):
+        return "pictured translation"
     if both:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model that neither translates text nor transcribes speech, which is not "
@@ -72,13 +87,15 @@ def kind_of(model: nn.Module) -> Kind:
 
 
 def part_of(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
-    """The part whose attention is suppressed: both stacks of an encoder-decoder, the tower that sees the image.
+    """The part whose attention is suppressed: all stacks of an encoder-decoder, the tower that sees the image.
 
     Raises:
         UnsupportedModelError: its attention cannot be reached, with the reason.
     """
-    if kind in ("translation", "speech"):
+    if kind in ("translation", "speech", "picture answer"):
         return reachable(model, type(model).__name__)
+    if kind == "pictured translation":  # BLIP-2 over T5
+        return decoder_of(model)
     if kind in ("image label", "image text"):
         tower = getattr(model, "vision_model", None)
         if isinstance(tower, PreTrainedModel):

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.interface import text_stack
 
 
 def free_bytes(device: torch.device) -> int:
@@ -22,7 +22,7 @@ def activation_bytes_per_token(model: PreTrainedModel) -> int:
     At most a few tensors of the hidden, intermediate and attention widths live at once; norms and rotary
     embeddings compute in float32. Mixtures of experts hold the intermediate width once per chosen expert.
     """
-    config = decoder_of(model).config
+    config = text_stack(model).config
     hidden = int(config.hidden_size)
     widths = getattr(config, "intermediate_size", None) or 0  # Gemma 3n gives one per layer
     intermediate = max(4 * hidden, *widths) if isinstance(widths, list) else max(4 * hidden, widths)

@@ -41,6 +41,27 @@ class Embedded:
         return Embedded(self.embeddings[part], positions, types, tuple(rows[part] for rows in self.later))
 
 
+@dataclass(frozen=True, eq=False)
+class Pictured:
+    """A sequence whose images are still to be seen: what the whole model reads, for runs that change how it sees them.
+
+    Attributes:
+        inputs: the model's arguments for one prompt and its answer, batch 1, pixels included.
+        owners: (images, patches), for every patch in the vision encoder's order the position in the sequence of the
+            token that it becomes part of; (1, patches) where the encoder takes all images in one row.
+        in_one_row: which of the two.
+    """
+
+    inputs: dict[str, Tensor]
+    owners: Tensor
+    in_one_row: bool
+
+    def patch_factors(self, factor: Tensor) -> Tensor:
+        """Factors of tokens (V, L) as those of patches, in the encoder's order: (V · images, patches) or (1, all)."""
+        patches = factor[:, self.owners.to(factor.device)]  # (V, images, patches)
+        return patches.reshape(1, -1) if self.in_one_row else patches.flatten(0, 1)
+
+
 Sequence = Tensor | Embedded  # (L,) token ids, or embeddings
 
 
@@ -62,8 +83,10 @@ def _joined(rows: list[Tensor], padding: int) -> Tensor:
     return torch.cat([*rows, rows[0].new_zeros(padding, rows[0].shape[1])])
 
 
-def whole_inputs(sequence: Sequence, batch: int = 1) -> dict[str, Tensor]:
+def whole_inputs(sequence: Sequence | Pictured, batch: int = 1) -> dict[str, Tensor]:
     """A model's arguments for `batch` copies of a whole sequence."""
+    if isinstance(sequence, Pictured):  # processors put images and crops along the first dimension, too
+        return {name: x.repeat(batch, *[1] * (x.ndim - 1)) for name, x in sequence.inputs.items()}
     if isinstance(sequence, Tensor):
         return {"input_ids": sequence.expand(batch, -1)}
     inputs = {"inputs_embeds": sequence.embeddings.expand(batch, -1, -1)}
@@ -86,9 +109,9 @@ def _by_axes(position_ids: Tensor, batch: int) -> Tensor:
     return position_ids.expand(batch, -1) if axes == 1 else position_ids[:, None].expand(-1, batch, -1)
 
 
-def reader_of(model: PreTrainedModel, sequence: Sequence) -> PreTrainedModel:
+def reader_of(model: PreTrainedModel, sequence: Sequence | Pictured) -> PreTrainedModel:
     """The model that makes logits of a sequence: BLIP-2 takes embeddings in its language model only."""
-    if isinstance(sequence, Tensor):
+    if not isinstance(sequence, Embedded):
         return model
     decoder = decoder_of(model)
     return model if decoder.get_output_embeddings() is None else decoder

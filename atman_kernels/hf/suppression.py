@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
-from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of, is_active
+from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of, is_active, text_stack
 from atman_kernels.hf.positional import Factors, LayerFactors, Queries, checked_queries
 
 Attention = Literal["self", "cross", "both"]
@@ -311,9 +311,9 @@ def checked_layers(model: nn.Module, layers: Iterable[int] | None, name: str = "
     if layers is None:
         return None
     wanted = tuple(layers)
-    count = int(getattr(decoder_of(model).config, "num_hidden_layers", sys.maxsize))
+    assert isinstance(model, PreTrainedModel)
+    count = int(getattr(text_stack(model).config, "num_hidden_layers", sys.maxsize))
     if is_encoder_decoder(model):  # BART's stacks share one config, T5's do not
-        assert isinstance(model, PreTrainedModel)
         count = max(count, *(int(getattr(model.config, f"{stack}_layers", 0)) for stack in ("encoder", "decoder")))
         count = max(count, int(getattr(encoder_of(model).config, "num_hidden_layers", 0)))
     if not wanted or not all(isinstance(x, int) and 0 <= x < count for x in wanted):

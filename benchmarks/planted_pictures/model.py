@@ -5,11 +5,21 @@ its attention carries an object's colour to tiles elsewhere, and the truth is no
 trained alike, the answer about some objects stayed the same with all of the object's own tiles removed.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from benchmarks.planted_pictures.pictures import CELL, CELLS, COLOURS, PATCH, QUESTION, SHAPES, TILES
 
@@ -59,6 +69,14 @@ def untrained(seed: int) -> LlavaForConditionalGeneration:
 def load() -> LlavaForConditionalGeneration:
     """The trained model, in float32 and eval mode."""
     return LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word."""
+    words = Tokenizer(WordLevel(IDS, unk_token=IMAGE))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens={"image_token": IMAGE})
 
 
 def pixel_values(pixels: Tensor) -> Tensor:
