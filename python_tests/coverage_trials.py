@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import atman_kernels as ak
 from atman_kernels.hf import families
+from atman_kernels.hf.images import IMAGE_FAMILIES
 
 MODES = ("log_additive", "multiplicative", "shifted")
 EXACT = 1e-3  # nats; float32 models of random weights, some of them ill-conditioned
@@ -219,6 +220,22 @@ def _answer_to_text(model: PreTrainedModel) -> Trial:
     )
 
 
+def _text_alone(model: PreTrainedModel, reader: Any, question: dict[str, Any]) -> Trial:
+    """A text, for a model that reads more; `question` is one with more, which the package has to refuse.
+
+    Raises:
+        UnsupportedModelError: the refusal, where the model reads no text alone.
+    """
+    try:
+        ak.Explainer(model, reader, progress=False).explain(**question)
+    except (ak.UnsupportedModelError, ak.InputError) as error:
+        trial, reason = _answer_to_text(model), _reason(str(error))
+        if _trouble(trial):
+            raise ak.UnsupportedModelError(reason) from error
+        return replace(trial, text_only=True, remarks=(f"more than text refused: {reason}", *trial.remarks))
+    raise AssertionError(f"{', '.join(question)} taken without a refusal")
+
+
 def text_classifier(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Trial:
     """The log-probability of one of three labels."""
     model = tiny_configs.tiny_model(config_class, model_class, is_decoder=False, num_labels=3)
@@ -316,12 +333,15 @@ def _begins_answers(model: PreTrainedModel) -> None:
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = START
 
 
+def _samples() -> Tensor:
+    return torch.randn(24000, generator=torch.Generator().manual_seed(0)) * 0.1  # 1.5 s at 16 kHz
+
+
 def encoder_decoder(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Trial:
-    """The log-probabilities of a translation of three tokens; of an answer, of those that only decode."""
+    """The log-probabilities of a translation of three tokens; of an answer, if there is but a decoder."""
     model = tiny_configs.tiny_model(config_class, model_class, is_decoder=False)
     if not model.config.is_encoder_decoder:
-        trial = _answer_to_text(model)
-        return replace(trial, text_only=True)
+        return _text_alone(model, tiny_models.tokenizer(), {"audio": _samples(), "target": "w7"})
     _begins_answers(model)
     ids = draw(11, 1)
     source = torch.tensor([ids])
@@ -336,14 +356,16 @@ def encoder_decoder(config_class: type[PreTrainedConfig], model_class: type[PreT
 
 
 def speech_model(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Trial:
-    """The log-probabilities of a transcript of three tokens."""
+    """The log-probabilities of a transcript of three tokens; of an answer to a text, if there is but a decoder."""
     bins, seconds, positions = 8, 2, 100
     model = tiny_configs.tiny_model(
         config_class, model_class, is_decoder=False, num_mel_bins=bins, max_source_positions=positions
     )
+    if not model.config.is_encoder_decoder:
+        return _text_alone(model, tiny_models.tokenizer(), {"audio": _samples(), "target": "w7"})
     _begins_answers(model)
     extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=seconds)
-    samples = torch.randn(24000, generator=torch.Generator().manual_seed(0)) * 0.1  # 1.5 s
+    samples = _samples()
     heard = extractor(samples.numpy(), sampling_rate=16000, return_tensors="pt")["input_features"]
     return Trial(
         model,
@@ -362,7 +384,11 @@ def image_text_model(config_class: type[PreTrainedConfig], model_class: type[Pre
     """The log-probabilities of an answer about a picture; about a text alone, where no picture can be explained."""
     family = config_class.model_type.replace("blip-2", "blip2")
     if family not in tiny_image_models.MODELS:
-        return _text_alone(tiny_configs.tiny_model(config_class, model_class))
+        if config_class.model_type in IMAGE_FAMILIES:
+            raise NotImplementedError("its images are explained, but there is no tiny processor of it here")
+        model = tiny_configs.tiny_model(config_class, model_class)
+        question = {"text": "w5 w6", "images": tiny_image_models.picture(SIDE, SIDE), "target": "w7"}
+        return _text_alone(model, _Placeholders(tiny_models.tokenizer()), question)
     model, processor = tiny_image_models.build(family), tiny_image_models.processor(family)
     model.set_attn_implementation("eager")
     images, text = [tiny_image_models.picture(40, 30)], test_image_text.TEXTS[family]
@@ -380,25 +406,6 @@ def image_text_model(config_class: type[PreTrainedConfig], model_class: type[Pre
         values=values,
         keys=inputs["input_ids"].shape[1],
     )
-
-
-def _text_alone(model: PreTrainedModel) -> Trial:
-    """A text, after a picture was refused.
-
-    Raises:
-        UnsupportedModelError: the refusal, where the model reads no text without a picture.
-        NotImplementedError: pictures are not refused.
-    """
-    try:
-        explainer = ak.Explainer(model, _Placeholders(tiny_models.tokenizer()), progress=False)
-        explainer.explain(text="w5 w6", images=tiny_image_models.picture(SIDE, SIDE), target="w7")
-    except ak.UnsupportedModelError as error:
-        trial = _answer_to_text(model)
-        if _trouble(trial):
-            raise
-        with_images = f"with images refused: {_reason(str(error))}"
-        return replace(trial, text_only=True, remarks=(with_images, *trial.remarks))
-    raise NotImplementedError("its images are explained, but there is no tiny processor of it here")
 
 
 class _Placeholders:

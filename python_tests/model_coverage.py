@@ -53,11 +53,13 @@ class Kind:
         tables: transformers' tables of their classes, by the middle of the name.
         trial_of: how one of them is tried.
         measured: what a score is a fall of.
+        headless: whether the body of these classes is meant, without its head.
     """
 
     tables: tuple[str, ...]
     trial_of: Callable[..., Trial]
     measured: str
+    headless: bool = False
 
 
 KINDS = {
@@ -66,7 +68,10 @@ KINDS = {
         ("SEQUENCE_CLASSIFICATION",), coverage_trials.text_classifier, "log-probability of a label"
     ),
     "embedding models": Kind(
-        ("MASKED_LM", "TEXT_ENCODING"), coverage_trials.embedding_model, "cosine with another text's embedding"
+        ("MASKED_LM", "TEXT_ENCODING"),
+        coverage_trials.embedding_model,
+        "cosine with another text's embedding",
+        headless=True,
     ),
     "image classifiers": Kind(
         ("IMAGE_CLASSIFICATION",), coverage_trials.image_classifier, "log-probability of a label"
@@ -91,10 +96,9 @@ def entries(kind: str, only: set[str]) -> Iterator[Entry]:
     seen = set()
     for table in KINDS[kind].tables:
         for key, found in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
-            if kind == "embedding models":  # the body alone
-                found = modeling_auto.MODEL_MAPPING_NAMES.get(key, ())
             config = CONFIG_MAPPING[key]
-            for model in (found,) if isinstance(found, str) else found:
+            models = modeling_auto.MODEL_MAPPING_NAMES.get(key, ()) if KINDS[kind].headless else found
+            for model in (models,) if isinstance(models, str) else models:
                 if (config, model) not in seen and (not only or only & {key, config.model_type}):
                     seen.add((config, model))
                     yield Entry(kind, key, model)
@@ -111,7 +115,8 @@ def tried(entry: Entry) -> Result:
 class Workshop:
     """A process that tries one family after the other, and is replaced when it ends or takes too long."""
 
-    def __init__(self) -> None:
+    def __init__(self, attempt: Callable[[Entry], Result] = tried, seconds: float = SECONDS) -> None:
+        self._attempt, self._seconds = attempt, seconds
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection | None = None
 
@@ -121,8 +126,8 @@ class Workshop:
         assert self._process is not None
         assert self._pipe is not None
         self._pipe.send(entry)
-        remark = f"took more than {SECONDS} s"
-        if self._pipe.poll(SECONDS):
+        remark = f"took more than {self._seconds} s"
+        if self._pipe.poll(self._seconds):
             try:
                 return self._pipe.recv()
             except EOFError:
@@ -135,26 +140,27 @@ class Workshop:
         """End the process, which does so when nobody speaks to it any more."""
         if self._process is not None and self._pipe is not None:
             self._pipe.close()
-            self._process.join()
+            self._process.join(self._seconds)
+            self._process.kill()
             self._process = None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._attempt), daemon=True)
         self._process.start()
         theirs.close()
         self._pipe.recv()  # all is imported
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, attempt: Callable[[Entry], Result]) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)  # the models are tiny
     pipe.send(None)
     with contextlib.suppress(EOFError):
         while True:
-            pipe.send(tried(pipe.recv()))
+            pipe.send(attempt(pipe.recv()))
             gc.collect()
 
 

@@ -1,7 +1,11 @@
 """What keeps a model out of packs, and that such models are explained exactly all the same, or refused by name."""
 
+import json
+import os
+import time
 import warnings
 
+import coverage_trials
 import model_coverage
 import pytest
 import softmax_oracle
@@ -159,9 +163,17 @@ def test_ordinary_models_have_no_reason():
 # --- the program itself ---
 
 SAMPLES = {
-    "text classifiers": {"albert": "batched", "gpt_oss": "batched", "canine": "refused"},
+    "text decoders": {"gpt_oss": "packed", "llama": "packed"},
+    "text classifiers": {"bert": "batched", "gpt_oss": "batched", "deberta": "refused"},
     "embedding models": {"modernbert": "batched", "deberta": "refused"},
-}
+    "image classifiers": {"vit": "batched", "siglip": "batched", "swin": "refused"},
+    "dual encoders": {"clip": "batched", "siglip": "batched", "blip": "refused"},
+    "encoder-decoders": {"bart": "batched", "t5": "batched", "led": "refused"},
+    "speech models": {"whisper": "batched", "voxtral": "text only", "moonshine": "refused"},
+    "image-text models": {
+        "llava": "packed", "blip-2": "packed", "llava_next": "text only", "diffusion_gemma": "refused",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "family"), [(kind, family) for kind, found in SAMPLES.items() for family in found])
@@ -175,26 +187,41 @@ def test_every_kind_is_held_against_transformers_itself(kind, family):
         assert result.size > 1e-2, "the oracle must move, or the comparison says nothing"
 
 
-@pytest.mark.parametrize("kind", model_coverage.KINDS)
-def test_a_wrong_score_is_found(kind, monkeypatch):
-    """With a factor that the oracle does not know."""
-    monkeypatch.setattr(coverage_trials, "FACTOR", 0.1)
-    real = ak.Explainer
-    monkeypatch.setattr(ak, "Explainer", lambda *given, factor, **options: real(*given, factor=0.2, **options))
-    assert tried(kind, WRONG.get(kind, "llama")).state == "wrong"
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_scores_of_another_factor_are_wrong(kind, monkeypatch):
+    real = coverage_trials.ak.Explainer
+    other = lambda *given, factor, **options: real(*given, factor=2 * factor, **options)  # noqa: E731
+    monkeypatch.setattr(coverage_trials.ak, "Explainer", other)
+    result = tried(kind, next(iter(SAMPLES[kind])))
+    assert result.state == "wrong", result
 
 
-def _ends(trial):
-    os._exit(1)
+def test_an_oracle_that_changes_the_model_is_no_oracle(monkeypatch):
+    """By a threshold that takes ordinary scores for masked ones."""
+    monkeypatch.setattr(softmax_oracle.Suppressed.__init__, "__defaults__", (None, 0.0, None))
+    result = tried("text classifiers", "bert")
+    assert (result.state, "the oracle itself" in result.remark) == ("wrong", True), result
 
 
-def _hangs(trial):
-    time.sleep(60)
+def _troublesome(entry):
+    if entry.key == "ends":
+        os._exit(3)
+    if entry.key == "hangs":
+        time.sleep(600)
+    return model_coverage.Result(entry.kind, entry.key, entry.model, "packed")
 
 
-@pytest.mark.parametrize(("trouble", "remark"), [(_ends, "ended the process"), (_hangs, "took more than 3 s")])
-def test_a_family_does_not_take_the_others_down(trouble, remark, monkeypatch):
-    pass
+def test_a_family_does_not_take_the_others_down():
+    workshop = model_coverage.Workshop(_troublesome, seconds=1)
+    try:
+        results = [workshop.tried(model_coverage.Entry("text decoders", key, "C")) for key in ("ends", "fine", "hangs")]
+    finally:
+        workshop.close()
+    assert [(r.family, r.state, r.remark) for r in results] == [
+        ("ends", "failed", "ended the process"),
+        ("fine", "packed", ""),
+        ("hangs", "failed", "took more than 1 s"),
+    ]
 
 
 def test_the_table_says_what_came_out(tmp_path):
