@@ -418,3 +418,13 @@ class _Placeholders:
 
     def __call__(self, images: Any, text: str, **options: Any) -> dict[str, Tensor]:
         return {"input_ids": self.tokenizer(text, return_tensors="pt")["input_ids"], "pixel_values": _pixels()}
+
+
+# --- all else ---
+
+
+def other_model(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Trial:
+    """The cosine of two texts, unless the model is refused as what reads no text, or has another purpose."""
+    model = tiny_configs.tiny_model(config_class, model_class, is_decoder=False, image_size=SIDE, patch_size=PATCH)
+    kind = ak.Explainer(model, tiny_models.tokenizer(), progress=False).kind
+    return _answer_to_text(model) if kind == "language" else embedding_model(config_class, model_class)

@@ -50,7 +50,7 @@ class Kind:
     """Models of one kind.
 
     Attributes:
-        tables: transformers' tables of their classes, by the middle of the name.
+        tables: transformers' tables of their classes, by the middle of the name; none: all families in no other kind.
         trial_of: how one of them is tried.
         measured: what a score is a fall of.
         headless: whether the body of these classes is meant, without its head.
@@ -88,20 +88,44 @@ KINDS = {
     "image-text models": Kind(
         ("IMAGE_TEXT_TO_TEXT",), coverage_trials.image_text_model, "log-probability of an answer's tokens"
     ),
+    "other models": Kind((), coverage_trials.other_model, "cosine with another text's embedding"),
 }
 
 
 def entries(kind: str, only: set[str]) -> Iterator[Entry]:
     """The families of a kind, each class once; `only` names some of them, empty for all."""
     seen = set()
+    for key, models in _listed(kind):
+        config = CONFIG_MAPPING[key]
+        for model in (models,) if isinstance(models, str) else models:
+            if (config, model) not in seen and (not only or only & {key, config.model_type}):
+                seen.add((config, model))
+                yield Entry(kind, key, model)
+
+
+def _listed(kind: str) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """Keys of `CONFIG_MAPPING` with the names of their classes."""
+    bodies = modeling_auto.MODEL_MAPPING_NAMES
+    if not KINDS[kind].tables:
+        yield from _others()
     for table in KINDS[kind].tables:
-        for key, found in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
-            config = CONFIG_MAPPING[key]
-            models = modeling_auto.MODEL_MAPPING_NAMES.get(key, ()) if KINDS[kind].headless else found
-            for model in (models,) if isinstance(models, str) else models:
-                if (config, model) not in seen and (not only or only & {key, config.model_type}):
-                    seen.add((config, model))
-                    yield Entry(kind, key, model)
+        for key, models in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
+            yield key, bodies.get(key, ()) if KINDS[kind].headless else models
+
+
+def _others() -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """What no kind has: the body of each, or the first class with a head where there is no such body."""
+    named = {key for kind in KINDS if KINDS[kind].tables for key, models in _listed(kind) if models}
+    known = {CONFIG_MAPPING[key].model_type for key in named}
+    for table in [name for name in vars(modeling_auto) if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES")]:
+        for key, models in getattr(modeling_auto, table).items():
+            if (
+                key in CONFIG_MAPPING
+                and isinstance(models, str | tuple)
+                and CONFIG_MAPPING[key].model_type not in known
+            ):
+                known.add(CONFIG_MAPPING[key].model_type)
+                yield key, models
 
 
 def tried(entry: Entry) -> Result:
