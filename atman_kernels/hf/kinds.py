@@ -68,6 +68,8 @@ def kind_of(model: nn.Module) -> Kind:
         if model.main_input_name != "input_ids":
             raise UnsupportedModelError(f"{name} has no head: there is no label or text whose score could change")
         return "embedding"
+    if model.main_input_name != "input_ids" and not model.can_generate():
+        raise UnsupportedModelError(f"{name} reads {model.main_input_name} and writes no text; it cannot be explained")
     return "language"
 
 
