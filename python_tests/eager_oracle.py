@@ -47,7 +47,7 @@ AttentionMaskInterface.register("test_oracle", eager_mask)
 
 
 @contextmanager
-def _oracle(model: PreTrainedModel, factor: torch.Tensor, mode: str, layers):
+def suppressed(model: PreTrainedModel, factor: torch.Tensor, mode: str, layers):
     before = model.config._attn_implementation
     model.set_attn_implementation("test_oracle")
     _setting.update(factor=factor, mode=mode, layers=layers, calls={})
@@ -59,7 +59,7 @@ def _oracle(model: PreTrainedModel, factor: torch.Tensor, mode: str, layers):
 
 def target_logprobs(model, ids: torch.Tensor, n: int, factor: torch.Tensor, mode: str, layers=None) -> torch.Tensor:
     """(m,) log-probs of ids[n:] under one factor row (L,), by one full forward."""
-    with _oracle(model, factor[None], mode, layers), torch.no_grad():
+    with suppressed(model, factor[None], mode, layers), torch.no_grad():
         logits = model(ids[None, :-1], use_cache=False).logits[0, n - 1 :].double()
     return logits.log_softmax(-1).gather(1, ids[n:, None])[:, 0]
 
@@ -77,7 +77,7 @@ def whole_model_logprobs(
 
     Only the text decoder is suppressed. `inputs` are what the model takes for prompt and answer but its last token.
     """
-    with _oracle(model.get_decoder(), factor[None], mode, layers), torch.no_grad():
+    with suppressed(model.get_decoder(), factor[None], mode, layers), torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0, n - 1 :].double()
     return logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
 

@@ -1,172 +1,228 @@
 """Which families of transformers this package serves, and how exactly: a table written by running them all.
 
-    python python_tests/model_coverage.py            runs all, writes docs/coverage.json and coverage.md
-    python python_tests/model_coverage.py llama mpt  runs some families and prints what came out
+    python python_tests/model_coverage.py                            runs all, writes docs/coverage.json and coverage.md
+    python python_tests/model_coverage.py --kind image-classifiers   runs one kind, writes its part of them
+    python python_tests/model_coverage.py llama mpt                  runs some families and prints what came out
 
-One function per kind of model in `KINDS` says which families there are and how one of them is checked.
+`KINDS` says which families there are of each kind of model; how one is tried stands in `coverage_trials`.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import eager_oracle
-import softmax_oracle
-import tiny_configs
-import tiny_models
+import coverage_trials
 import torch
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-import atman_kernels as ak
-from atman_kernels.hf import families
+from coverage_trials import STATES, Result, Trial
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- written by python_tests/model_coverage.py: begin -->", "<!-- end -->"
-MODES = ("log_additive", "multiplicative", "shifted")
-EXACT = 1e-3  # nats; float32 models of random weights, some of them ill-conditioned
-STATES = ("packed", "batched", "refused", "not built", "wrong")
+SECONDS = 60  # for one family
 
 
 @dataclass(frozen=True)
-class Result:
-    """What came of one family.
-
-    Attributes:
-        kind: of model, a key of `KINDS`.
-        family: transformers' model_type.
-        model: the class.
-        state: one of `STATES`.
-        difference: largest one between an explanation's scores and the oracle's over all modes, in nats.
-        size: largest score of the oracle, to hold the difference against.
-        remark: the reason, or what is special.
-    """
+class Entry:
+    """A family in a table of transformers: its kind, a key of `CONFIG_MAPPING`, and the name of a model class."""
 
     kind: str
-    family: str
+    key: str
     model: str
-    state: str
-    difference: float | None = None
-    size: float | None = None
-    remark: str = ""
 
 
-# --- text decoders ---
+@dataclass(frozen=True)
+class Kind:
+    """Models of one kind.
+
+    Attributes:
+        tables: transformers' tables of their classes, by the middle of the name; none: all families in no other kind.
+        trial_of: how one of them is tried.
+        measured: what a score is a fall of.
+        headless: whether the body of these classes is meant, without its head.
+    """
+
+    tables: tuple[str, ...]
+    trial_of: Callable[..., Trial]
+    measured: str
+    headless: bool = False
 
 
-def text_decoders(only: set[str]) -> Iterator[Result]:
-    """Every entry of transformers' mapping for causal language models, asked about a text."""
+KINDS = {
+    "text decoders": Kind(("CAUSAL_LM",), coverage_trials.text_decoder, "log-probability of an answer's tokens"),
+    "text classifiers": Kind(
+        ("SEQUENCE_CLASSIFICATION",), coverage_trials.text_classifier, "log-probability of a label"
+    ),
+    "embedding models": Kind(
+        ("MASKED_LM", "TEXT_ENCODING"),
+        coverage_trials.embedding_model,
+        "cosine with another text's embedding",
+        headless=True,
+    ),
+    "image classifiers": Kind(
+        ("IMAGE_CLASSIFICATION",), coverage_trials.image_classifier, "log-probability of a label"
+    ),
+    "dual encoders": Kind(
+        ("ZERO_SHOT_IMAGE_CLASSIFICATION",), coverage_trials.dual_encoder, "log-probability of a text for a picture"
+    ),
+    "encoder-decoders": Kind(
+        ("SEQ_TO_SEQ_CAUSAL_LM",), coverage_trials.encoder_decoder, "log-probability of a target's tokens"
+    ),
+    "speech models": Kind(
+        ("SPEECH_SEQ_2_SEQ",), coverage_trials.speech_model, "log-probability of a transcript's tokens"
+    ),
+    "image-text models": Kind(
+        ("IMAGE_TEXT_TO_TEXT",), coverage_trials.image_text_model, "log-probability of an answer's tokens"
+    ),
+    "other models": Kind((), coverage_trials.other_model, "cosine with another text's embedding"),
+}
+
+
+def entries(kind: str, only: set[str]) -> Iterator[Entry]:
+    """The families of a kind, each class once; `only` names some of them, empty for all."""
     seen = set()
-    for kind, found in MODEL_FOR_CAUSAL_LM_MAPPING.items():
-        model_class = found[0] if isinstance(found, tuple) else found
-        if (only and kind.model_type not in only) or (kind, model_class) in seen:
-            continue
-        seen.add((kind, model_class))
-        yield text_decoder(kind, model_class)
+    for key, models in _listed(kind):
+        config = CONFIG_MAPPING[key]
+        for model in (models,) if isinstance(models, str) else models:
+            if (config, model) not in seen and (not only or only & {key, config.model_type}):
+                seen.add((config, model))
+                yield Entry(kind, key, model)
 
 
-def text_decoder(kind: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Result:
-    name = ("text decoder", kind.model_type, model_class.__name__)
+def _listed(kind: str) -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """Keys of `CONFIG_MAPPING` with the names of their classes."""
+    bodies = modeling_auto.MODEL_MAPPING_NAMES
+    if not KINDS[kind].tables:
+        yield from _others()
+    for table in KINDS[kind].tables:
+        for key, models in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
+            yield key, bodies.get(key, ()) if KINDS[kind].headless else models
+
+
+def _others() -> Iterator[tuple[str, str | tuple[str, ...]]]:
+    """What no kind has: the body of each, or the first class with a head where there is no such body."""
+    named = {key for kind in KINDS if KINDS[kind].tables for key, models in _listed(kind) if models}
+    known = {CONFIG_MAPPING[key].model_type for key in named}
+    for table in [name for name in vars(modeling_auto) if name.startswith("MODEL_") and name.endswith("MAPPING_NAMES")]:
+        for key, models in getattr(modeling_auto, table).items():
+            if (
+                key in CONFIG_MAPPING
+                and isinstance(models, str | tuple)
+                and CONFIG_MAPPING[key].model_type not in known
+            ):
+                known.add(CONFIG_MAPPING[key].model_type)
+                yield key, models
+
+
+def tried(entry: Entry) -> Result:
+    model_class = getattr(transformers, entry.model)
+    return coverage_trials.tried(entry.kind, CONFIG_MAPPING[entry.key], model_class, KINDS[entry.kind].trial_of)
+
+
+# --- a family must not take the others down ---
+
+
+class Workshop:
+    """A process that tries one family after the other, and is replaced when it ends or takes too long."""
+
+    def __init__(self, attempt: Callable[[Entry], Result] = tried, seconds: float = SECONDS) -> None:
+        self._attempt, self._seconds = attempt, seconds
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def tried(self, entry: Entry) -> Result:
+        if self._process is None:
+            self._start()
+        assert self._process is not None
+        assert self._pipe is not None
+        self._pipe.send(entry)
+        remark = f"took more than {self._seconds} s"
+        if self._pipe.poll(self._seconds):
+            try:
+                return self._pipe.recv()
+            except EOFError:
+                remark = "ended the process"
+        self._process.kill()
+        self.close()
+        return Result(entry.kind, entry.key, entry.model, "failed", remark=remark)
+
+    def close(self) -> None:
+        """End the process, which does so when nobody speaks to it any more."""
+        if self._process is not None and self._pipe is not None:
+            self._pipe.close()
+            self._process.join(self._seconds)
+            self._process.kill()
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self._attempt), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # all is imported
+
+
+def _serve(pipe: Connection, attempt: Callable[[Entry], Result]) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)  # the models are tiny
+    pipe.send(None)
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(attempt(pipe.recv()))
+            gc.collect()
+
+
+def results_of(kind: str, only: set[str]) -> Iterator[Result]:
+    """What came of every family of a kind, or of some."""
+    workshop = Workshop()
     try:
-        model = tiny_configs.tiny_model(kind, model_class)
-        ids = torch.tensor(_draw(11, 1) + _draw(2, 2))
-        with torch.no_grad():
-            logits = model(input_ids=ids[None], use_cache=False).logits
-    except Exception as error:  # whatever a family's code has against tiny sizes
-        return Result(*name, "not built", remark=_line(error))
-    if not bool(logits.isfinite().all()):
-        return Result(*name, "not built", remark="random weights give no finite logits")
-    try:
-        return _compared(name, model, ids, len(ids) - 2)
-    except ak.UnsupportedModelError as error:
-        return Result(*name, "refused", remark=_reason(str(error)))
-    except Exception as error:
-        return Result(*name, "wrong", remark=f"{type(error).__name__}: {_line(error)}")
-
-
-def _compared(name: tuple[str, str, str], model: PreTrainedModel, ids: torch.Tensor, n: int) -> Result:
-    """One explanation per mode, held against one full forward of transformers' own attention per score."""
-    rows = torch.ones(n, len(ids))
-    rows.fill_diagonal_(0.1)
-    prompt, answer = (tiny_models.text_of(part) for part in (ids[:n].tolist(), ids[n:].tolist()))
-    difference, size, paths, remarks = 0.0, 0.0, set(), []
-    shifted = model.config.model_type in SHIFTED
-    if shifted:
-        remarks.append("multiplicative mode not compared: the eager code shifts scores before softmax")
-    for mode in MODES:
-        if shifted and mode == "multiplicative":
-            continue
-        explainer = ak.Explainer(model, tiny_models.tokenizer(), mode=mode, progress=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            explanation = explainer.explain(prompt, answer)
-        paths.add(explanation.settings["path"])
-        if explainer.runner.unpackable:
-            remarks.append(explainer.runner.unpackable)
-        oracle = eager_oracle if model.config.model_type in SCORES_ELSEWHERE else softmax_oracle
-        expected = oracle.leave_one_out(model, ids, n, rows, mode)
-        difference = max(difference, float((explanation.scores.double() - expected).abs().max()))
-        size = max(size, float(expected.abs().max()))
-    if families.families_in(model.get_decoder()):
-        remarks.append("attention taken over inside its modules")
-    state = "batched" if "batched" in paths else "packed"
-    if not difference <= EXACT:
-        state = "wrong"
-    return Result(*name, state, difference, size, "; ".join(dict.fromkeys(remarks)))
-
-
-# Families whose eager attention takes the row's maximum off before softmax, or works its sinks out from the scores
-# beside it: what softmax sees is not what the formula speaks of. An attention function of the tests' own serves them.
-SCORES_ELSEWHERE = {"gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"}
-
-# the same, where that function will not do either, since indexers speak to transformers' own only
-SHIFTED = {"hy_v4"}
-
-
-def _draw(count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, tiny_models.VOCABULARY, (count,), generator=generator).tolist()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
-
-
-def _reason(message: str) -> str:
-    """Without the class's name, which stands beside it."""
-    return message.split(": ", 1)[-1] if "cannot be" in message.split(": ", 1)[0] else message
-
-
-# each yields the results of its families; `only` names some of them, empty for all
-KINDS: dict[str, Callable[[set[str]], Iterator[Result]]] = {"text decoder": text_decoders}
+        for entry in entries(kind, only):
+            yield workshop.tried(entry)
+    finally:
+        workshop.close()
 
 
 # --- the table ---
 
 
-def markdown(results: list[Result]) -> str:
+def markdown(record: dict[str, dict]) -> str:
+    """A section for each kind; `record` is what `docs/coverage.json` holds."""
     lines = [BEGIN, ""]
-    for kind in KINDS:
-        own = sorted((r for r in results if r.kind == kind), key=lambda r: (STATES.index(r.state), r.family))
-        counts = ", ".join(f"{sum(r.state == s for r in own)} {s}" for s in STATES if any(r.state == s for r in own))
-        lines += [f"### {kind.capitalize()}s", "", f"transformers {transformers.__version__}: {counts}.", ""]
+    for kind in [kind for kind in KINDS if kind in record]:
+        own = sorted(
+            (Result(**r) for r in record[kind]["results"]), key=lambda r: (STATES.index(r.state), r.family, r.model)
+        )
+        lines += [f"### {kind[0].upper()}{kind[1:]}", ""]
+        lines += [f"transformers {record[kind]['transformers']}: {counts(own)}. A score is the fall of the "]
+        lines[-1] += f"{KINDS[kind].measured}."
         lines += [
+            "",
             "| family | class | state | largest difference | largest score | remark |",
             "|---|---|---|---|---|---|",
         ]
         lines += [_row(r) for r in own] + [""]
     return "\n".join([*lines, END])
+
+
+def counts(results: list[Result]) -> str:
+    of_state = {state: sum(r.state == state for r in results) for state in STATES}
+    return ", ".join(f"{count} {state}" for state, count in of_state.items() if count)
 
 
 def _row(r: Result) -> str:
@@ -175,33 +231,38 @@ def _row(r: Result) -> str:
     return f"| {r.family} | {r.model} | {r.state} | {numbers[0]} | {numbers[1]} | {remark} |"
 
 
-def write(results: list[Result]) -> None:
+def write(found: dict[str, list[Result]], docs: Path = DOCS) -> None:
+    """Replace the parts of these kinds in both files; the other kinds keep theirs."""
+    table = docs / "coverage.json"
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    record = {"versions": versions, "results": [asdict(r) for r in results]}
-    (DOCS / "coverage.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    page = DOCS / "coverage.md"
+    record = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
+    record |= {kind: {**versions, "results": [asdict(r) for r in results]} for kind, results in found.items()}
+    table.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    page = docs / "coverage.md"
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
-    page.write_text(before + markdown(results) + rest.split(END, 1)[1], encoding="utf-8")
+    page.write_text(before + markdown(record) + rest.split(END, 1)[1], encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("families", nargs="*", help="model types; all if none is named")
-    wanted = set(parser.parse_args().families)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    results = []
-    for kind, check in KINDS.items():
+    parser.add_argument("families", nargs="*", help="model types, to print only; all if none is named")
+    names = {kind.replace(" ", "-"): kind for kind in KINDS}
+    parser.add_argument("--kind", action="append", choices=names, help="of model; again for more; all if none is named")
+    arguments = parser.parse_args()
+    chosen = [names[name] for name in arguments.kind or names]
+    wanted = set(arguments.families)
+    found: dict[str, list[Result]] = {}
+    for kind in chosen:
         started = time.perf_counter()
-        for result in check(wanted):
-            results.append(result)
+        found[kind] = []
+        for result in results_of(kind, wanted):
+            found[kind].append(result)
             print(f"{kind}  {_row(result)}", flush=True)
-            gc.collect()
-        print(f"{kind}: {time.perf_counter() - started:.0f} s", flush=True)
-    if not wanted:
-        write(results)
-    return int(any(r.state == "wrong" for r in results))
+        print(f"{kind}: {counts(found[kind])}; {time.perf_counter() - started:.0f} s", flush=True)
+        if not wanted:
+            write({kind: found[kind]})
+    return int(any(r.state in ("failed", "wrong") for results in found.values() for r in results))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ scaled_dot_product_attention, is caught. A score below HIDDEN is a masked one. E
 import math
 
 import torch
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 HIDDEN = -5e3  # transformers writes the dtype's minimum, or that over a scale; OpenAI GPT -1e4
@@ -16,25 +17,31 @@ SOFTMAX = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
 class Suppressed(TorchFunctionMode):
     """Attention scores (..., L, L), or (..., L, L + 1) with a sink at the end, changed by factor (L,).
 
-    `calls` counts the attention layers that came by; `layers` are the ones to act on, in that order.
+    `calls` counts the attention layers that came by; `layers` are the ones to act on, in that order. `queries` are the
+    numbers of queries that the attention in question may have, where that is not L.
     """
 
-    def __init__(self, factor: torch.Tensor, mode: str, layers=None, hidden: float = HIDDEN) -> None:
+    def __init__(self, factor: torch.Tensor, mode: str, layers=None, hidden: float = HIDDEN, queries=None) -> None:
         super().__init__()
         self.factor, self.mode, self.layers, self.hidden = factor, mode, layers, hidden
+        self.queries = queries or (len(factor),)
         self.calls = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func is scaled_dot_product_attention and self._is_meant(args[0].shape[-2], args[1].shape[-2]):
             return self._sdpa(*args, **kwargs)
+        if func is multi_head_attention_forward and self._is_meant(args[0].shape[0], args[1].shape[0]):
+            return self._multi_head(*args, **kwargs)
         if func in SOFTMAX and self._are_scores(args[0]):
             args = (self._changed(args[0]), *args[1:])
         return func(*args, **kwargs)
 
     def _are_scores(self, x: torch.Tensor) -> bool:
-        length = len(self.factor)
-        return x.ndim >= 3 and x.shape[-2] == length and x.shape[-1] in (length, length + 1)
+        return x.ndim >= 3 and any(self._is_meant(x.shape[-2], x.shape[-1] - sink) for sink in (0, 1))
+
+    def _is_meant(self, queries: int, keys: int) -> bool:
+        return queries in self.queries and keys == len(self.factor)
 
     def _changed(self, scores: torch.Tensor) -> torch.Tensor:
         self.calls += 1
@@ -64,6 +71,18 @@ class Suppressed(TorchFunctionMode):
         elif attn_mask is not None:
             scores = scores + attn_mask
         return self._changed(scores).softmax(-1) @ value
+
+    def _multi_head(
+        self, query, key, value, width, heads, weight, bias, bias_k, bias_v, add_zero, dropout, out, out_bias, **options
+    ):
+        """The function behind torch's nn.MultiheadAttention: (T, B, E) and (S, B, E), here without masks."""
+        assert all(options.get(name) is None for name in ("attn_mask", "key_padding_mask"))
+        q, k, v = (
+            torch.nn.functional.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            for x, w, b in zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
+        )
+        mixed = self._sdpa(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        return torch.nn.functional.linear(mixed, out, out_bias), None
 
 
 def target_logprobs(model, ids: torch.Tensor, n: int, factor: torch.Tensor, mode: str, layers=None) -> torch.Tensor:

@@ -1,7 +1,11 @@
 """What keeps a model out of packs, and that such models are explained exactly all the same, or refused by name."""
 
+import json
+import os
+import time
 import warnings
 
+import coverage_trials
 import model_coverage
 import pytest
 import softmax_oracle
@@ -21,6 +25,14 @@ def classes_of(family):
     if family not in CLASSES:
         pytest.skip(f"transformers {hf.__version__} has no {family}")
     return CLASSES[family]
+
+
+def tried(kind, family):
+    """What the table says of a family; the class that is looked at first, if it has several."""
+    found = list(model_coverage.entries(kind, {family}))
+    if not found:
+        pytest.skip(f"transformers {hf.__version__} has no {family}")
+    return model_coverage.tried(found[0])
 
 
 def build(family):
@@ -47,7 +59,7 @@ UNPACKABLE = {
 
 @pytest.mark.parametrize("family", UNPACKABLE)
 def test_what_cannot_be_packed_is_recomputed_and_exact(family):
-    result = model_coverage.text_decoder(*classes_of(family))
+    result = tried("text decoders", family)
     assert (result.state, UNPACKABLE[family] in result.remark) == ("batched", True), result
     assert result.difference < 1e-4
     assert result.size > 1e-2, "the oracle must move, or the comparison says nothing"
@@ -55,7 +67,7 @@ def test_what_cannot_be_packed_is_recomputed_and_exact(family):
 
 @pytest.mark.parametrize("family", ["afmoe", "jetmoe", "gemma4_text", "modernbert-decoder"])
 def test_families_with_ways_of_their_own_are_packed(family):
-    result = model_coverage.text_decoder(*classes_of(family))
+    result = tried("text decoders", family)
     assert (result.state, result.difference < 1e-4) == ("packed", True), result
 
 
@@ -148,15 +160,91 @@ def test_ordinary_models_have_no_reason():
         assert why_lengths_do_not_mix(tiny_models.build(family), [3, 9000]) is None
 
 
-def test_the_table_says_what_came_out():
-    result = model_coverage.Result("text decoder", "a|b", "C", "packed", 1.2e-6, 0.5, "x < y")
-    table = model_coverage.markdown([result])
-    assert "| 1.2e-06 | 0.5 | x &lt; y |" in table
-    assert "1 packed." in table
+# --- the program itself ---
+
+SAMPLES = {
+    "text decoders": {"gpt_oss": "packed", "llama": "packed"},
+    "text classifiers": {"bert": "batched", "gpt_oss": "batched", "deberta": "refused"},
+    "embedding models": {"modernbert": "batched", "deberta": "refused"},
+    "image classifiers": {"vit": "batched", "siglip": "batched", "swin": "refused"},
+    "dual encoders": {"clip": "batched", "siglip": "batched", "blip": "refused"},
+    "encoder-decoders": {"bart": "batched", "t5": "batched", "led": "refused"},
+    "speech models": {"whisper": "batched", "voxtral": "text only", "moonshine": "refused"},
+    "image-text models": {
+        "llava": "packed", "blip-2": "packed", "llava_next": "text only", "diffusion_gemma": "refused",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "family"), [(kind, family) for kind, found in SAMPLES.items() for family in found])
+def test_every_kind_is_held_against_transformers_itself(kind, family):
+    result = tried(kind, family)
+    assert (result.kind, result.family, result.state) == (kind, family, SAMPLES[kind][family]), result
+    if result.state == "refused":
+        assert result.remark
+    else:
+        assert result.difference < 1e-4
+        assert result.size > 1e-2, "the oracle must move, or the comparison says nothing"
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_scores_of_another_factor_are_wrong(kind, monkeypatch):
+    real = coverage_trials.ak.Explainer
+    other = lambda *given, factor, **options: real(*given, factor=2 * factor, **options)  # noqa: E731
+    monkeypatch.setattr(coverage_trials.ak, "Explainer", other)
+    result = tried(kind, next(iter(SAMPLES[kind])))
+    assert result.state == "wrong", result
+
+
+def test_an_oracle_that_changes_the_model_is_no_oracle(monkeypatch):
+    """By a threshold that takes ordinary scores for masked ones."""
+    monkeypatch.setattr(softmax_oracle.Suppressed.__init__, "__defaults__", (None, 0.0, None))
+    result = tried("text classifiers", "bert")
+    assert (result.state, "the oracle itself" in result.remark) == ("wrong", True), result
+
+
+def _troublesome(entry):
+    if entry.key == "ends":
+        os._exit(3)
+    if entry.key == "hangs":
+        time.sleep(600)
+    return model_coverage.Result(entry.kind, entry.key, entry.model, "packed")
+
+
+def test_a_family_does_not_take_the_others_down():
+    workshop = model_coverage.Workshop(_troublesome, seconds=1)
+    try:
+        results = [workshop.tried(model_coverage.Entry("text decoders", key, "C")) for key in ("ends", "fine", "hangs")]
+    finally:
+        workshop.close()
+    assert [(r.family, r.state, r.remark) for r in results] == [
+        ("ends", "failed", "ended the process"),
+        ("fine", "packed", ""),
+        ("hangs", "failed", "took more than 1 s"),
+    ]
+
+
+def test_the_table_says_what_came_out(tmp_path):
+    kept = model_coverage.Result("text decoders", "gpt2", "GPT2LMHeadModel", "packed", 1e-6, 1.0)
+    result = model_coverage.Result("text classifiers", "a|b", "C", "batched", 1.2e-6, 0.5, "x < y")
+    page = tmp_path / "coverage.md"
+    page.write_text(f"Before\n{model_coverage.BEGIN}\n{model_coverage.END}\nAfter\n")
+    model_coverage.write({"text decoders": [kept], "text classifiers": []}, tmp_path)
+    model_coverage.write({"text classifiers": [result]}, tmp_path)
+    text = page.read_text()
+    assert text.startswith("Before\n")
+    assert text.endswith("\nAfter\n")
+    assert "| gpt2 | GPT2LMHeadModel | packed | 1.0e-06 | 1 |  |" in text
+    assert "| 1.2e-06 | 0.5 | x &lt; y |" in text
+    assert "1 batched." in text
+    record = json.loads((tmp_path / "coverage.json").read_text())
+    assert {kind: len(part["results"]) for kind, part in record.items()} == {"text decoders": 1, "text classifiers": 1}
+    assert all(part["transformers"] == hf.__version__ for part in record.values())
 
 
 @pytest.mark.slow
-def test_no_family_is_silently_wrong():
-    results = list(model_coverage.text_decoders(set()))
-    assert not [r for r in results if r.state == "wrong"]
-    assert sum(r.state == "packed" for r in results) > 100
+@pytest.mark.parametrize("kind", model_coverage.KINDS)
+def test_no_family_is_silently_wrong(kind):
+    results = list(model_coverage.results_of(kind, set()))
+    assert not [r for r in results if r.state in ("failed", "wrong")]
+    assert any(r.state in ("packed", "batched") for r in results)

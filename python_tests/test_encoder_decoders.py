@@ -278,6 +278,8 @@ def test_bad_input_is_named():
             explainer(listener, processor).explain(**arguments)
     with pytest.raises(ak.InputError, match="processor"):
         explainer(listener).explain(audio=SAMPLES)
+    with pytest.raises(ak.InputError, match="audio, labels and pooling are not for language models such as Llama"):
+        explainer(tiny_models.build("llama")).explain(audio=SAMPLES)
     model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id = None
     with pytest.raises(ak.InputError, match="decoder_start_token_id"):
         explainer(model).explain(TEXT, "w5")

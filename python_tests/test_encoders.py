@@ -397,12 +397,17 @@ def test_what_cannot_be_explained_is_refused_by_name():
         hf.BertForMaskedLM(config),
         hf.BertForTokenClassification(config),
         hf.ViTModel(hf.ViTConfig(**VISION)),
+        hf.EomtForUniversalSegmentation(hf.EomtConfig(**VISION, num_blocks=1, num_queries=4)),
     ):
         with pytest.raises(ak.UnsupportedModelError, match=type(model).__name__):
             explainer(model)
+    stateless = hf.DPRQuestionEncoder(hf.DPRConfig(**BERT))
+    with pytest.raises(ak.UnsupportedModelError, match="DPRQuestionEncoder gives no states of its tokens"):
+        explainer(stateless).explain(TEXT, target=TEXT)
     swin = hf.SwinForImageClassification(hf.SwinConfig(image_size=32, embed_dim=12, depths=[1, 1], num_heads=[2, 2]))
     siglip2 = hf.Siglip2ForImageClassification(hf.Siglip2Config(vision_config=VISION))
-    for model in (swin, siglip2):
+    resnet = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    for model in (swin, siglip2, resnet):
         with pytest.raises(ak.UnsupportedModelError, match=type(model).__name__):
             explainer(model).explain(images=torch.zeros(3, 32, 32))
     with pytest.raises(ak.InputError, match="one prompt at a time"):

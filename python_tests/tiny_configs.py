@@ -1,14 +1,14 @@
 """A tiny random model of any family of transformers, from the family's config class.
 
 Every config is asked for the same small sizes, as far as it knows them; `EXCEPTIONS` says what a family needs beyond
-that, and why a family cannot be built.
+that.
 """
 
 import inspect
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 99
 HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, LAYERS, WIDE, LENGTH, EXPERTS = 32, 4, 2, 8, 4, 48, 128, 4
@@ -17,7 +17,7 @@ WINDOW = 7  # shorter than the prompts
 _SIZES: tuple[tuple[Any, str], ...] = (
     (VOCABULARY, "vocab_size vocab_size_per_layer_input n_token"),
     (HIDDEN, "hidden_size n_embd d_model embed_dim dim emb_dim decoder_hidden_size embedding_size word_embed_proj_dim "
-    "attention_hidden_size lru_width hidden_dim d_embed"),
+    "attention_hidden_size lru_width hidden_dim d_embed out_hidden_size text_hidden_size audio_hidden_size"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers"),
     (HEADS, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
     "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads mamba_n_heads mamba_num_heads"),
@@ -34,7 +34,7 @@ _SIZES: tuple[tuple[Any, str], ...] = (
     (WINDOW, "sliding_window attention_window window_size attention_window_size"),
     (2, "num_experts_per_tok moe_topk num_experts_per_token top_k moe_k moe_top_k top_k_experts index_n_heads "
     "eos_token_id attn_layer_period"),
-    (4, "qk_rope_head_dim index_topk rotary_dim"),
+    (4, "qk_rope_head_dim index_topk rotary_dim num_filters"),
     (1, "n_group topk_group n_shared_experts moe_num_shared_experts bos_token_id n_groups mamba_n_groups "
     "first_k_dense_replace attn_layer_offset num_shared_experts expert_layer_period num_mem_blocks"),
     (0, "pad_token_id padding_idx expert_layer_offset"),
@@ -46,39 +46,39 @@ SMALL = {name: value for value, names in _SIZES for name in names.split()}
 
 SKIP = object()  # a size that a family is not given
 MAMBA_HEADS = {"mamba_d_head": 16}  # times the heads, twice the hidden size
-PARTS = "its parts are models of their own, which the generic tiny config does not fit together"
 
-# by model type: what its config takes beyond `SMALL`; a text is the reason why there is no tiny model
-EXCEPTIONS: dict[str, dict[str, Any] | str] = {
+STAGES = dict.fromkeys(("num_attention_heads", "num_heads", "embed_dim", "patch_size"), SKIP)  # one for each stage
+
+# by model type: what its config takes beyond `SMALL`
+EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "bamba": MAMBA_HEADS | {"attn_layer_indices": [1, 3]},
-    "blt": PARTS,
-    "cohere_compass_text": PARTS,
+    "cvt": STAGES,
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "dots3_note": PARTS,
-    "dots3_note_text": PARTS,
-    "emu3": PARTS,
+    "dinat": STAGES,
+    "donut-swin": STAGES,
+    "esmc": {"num_key_value_heads": SKIP},
     "falcon_h1": MAMBA_HEADS | {"mamba_d_ssm": 64},
-    "fuyu": PARTS,
-    "gemma3n": PARTS,
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "gemma4_assistant": PARTS,
-    "gemma4_unified_assistant": PARTS,
-    "got_ocr2": PARTS,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": MAMBA_HEADS | {"layer_types": ["mamba", "attention"] * 2},
+    "hiera": STAGES | {"image_size": [24, 24]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "led": {"attention_window": 8},
+    "levit": STAGES,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
+    "lilt": {"hidden_size": 48},
     "longcat_flash": {"head_dim": 4},
+    "longformer": {"attention_window": 8},
     "mamba2": {"head_dim": 16},
-    "moss_transcribe_diarize": PARTS,
-    "musicgen": PARTS,
-    "musicgen_melody": PARTS,
+    "mobilebert": {"normalization_type": "layer_norm"},  # without, scores grow to 1e22
     "phimoe": {"router_jitter_noise": SKIP},  # 0 makes its router's choice depend on the last bit
     "prophetnet": {"num_hidden_layers": SKIP},
-    "qwen4_exp": PARTS,
+    "pvt": STAGES,
+    "pvt_v2": STAGES,
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -87,6 +87,9 @@ EXCEPTIONS: dict[str, dict[str, Any] | str] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"axial_pos_embds": False, "num_hidden_layers": SKIP},
+    "segformer": STAGES,
+    "swin": STAGES,
+    "swinv2": STAGES,
     "xlnet": {"d_inner": WIDE},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -95,27 +98,39 @@ EXCEPTIONS: dict[str, dict[str, Any] | str] = {
 }
 
 
-def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    """A config of small sizes; parts of a larger model are shrunk likewise."""
+def tiny_config(
+    kind: type[PreTrainedConfig], family_says: dict[str, Any] | None = None, **wanted: Any
+) -> PreTrainedConfig:
+    """A config of small sizes; parts of a larger model are shrunk likewise.
+
+    Args:
+        family_says: what a larger model's config says of this one as its part.
+        wanted: what the config, and those of its parts, shall say besides, where they know it.
+    """
     special = EXCEPTIONS.get(kind.model_type, {})
-    if isinstance(special, str):
-        raise NotImplementedError(special)
     known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
     values = {name: value for name, value in SMALL.items() if name in known}
     if "kv_lora_rank" in known:
         values["num_key_value_heads"] = HEADS  # latent attention has as many key heads as query heads
     for name, part in kind.sub_configs.items():
+        spec = getattr(kind, "sub_configs_defaults", {}).get(name)  # since transformers 5.20 or so
+        if part is AutoConfig and spec is not None:
+            part = CONFIG_MAPPING[spec.model_type]
         if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part.model_type:
-            values[name] = tiny_config(part)
-    return kind(**{name: value for name, value in (values | special).items() if value is not SKIP})
+            values[name] = tiny_config(part, spec.init_kwargs if spec else None, **wanted)
+    taken = {name: value for name, value in wanted.items() if name in known | {"num_labels"}}
+    values = (family_says or {}) | values | taken | special
+    return kind(**{name: value for name, value in values.items() if value is not SKIP})
 
 
-def tiny_model(kind: type[PreTrainedConfig], model_class: type[PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    kind: type[PreTrainedConfig], model_class: type[PreTrainedModel], seed: int = 0, **wanted: Any
+) -> PreTrainedModel:
     """In eval mode, with weights large enough that attention matters, and eager attention."""
     torch.manual_seed(seed)
-    config = tiny_config(kind)
-    wanted = model_class.config_class
-    if not isinstance(config, wanted) and isinstance(config.get_text_config(decoder=True), wanted):
+    config = tiny_config(kind, **wanted)
+    taken = model_class.config_class
+    if not isinstance(config, taken) and isinstance(config.get_text_config(decoder=True), taken):
         config = config.get_text_config(decoder=True)
     model = model_class(config).eval()
     with torch.no_grad():

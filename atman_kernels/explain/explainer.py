@@ -210,14 +210,14 @@ class Explainer:
                 vision=self.vision,
             )
             return self._explained_whole(chosen, whole)
-        if asked is None:
-            raise InputError("give the prompt once, as prompt or as text; got none")
-        if isinstance(target, int) or isinstance(units, int | float):
-            raise InputError(f"target and units of a language model are texts or spans, got {target!r} and {units!r}")
         if audio is not None or labels is not None or pooling != "mean":
             raise InputError(
                 f"audio, labels and pooling are not for language models such as {type(self.model).__name__}"
             )
+        if asked is None:
+            raise InputError("give the prompt once, as prompt or as text; got none")
+        if isinstance(target, int) or isinstance(units, int | float):
+            raise InputError(f"target and units of a language model are texts or spans, got {target!r} and {units!r}")
         return self.explain_batch(
             [asked],
             [target],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atman_kernels.errors import InputError
+from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain import picture_answer, source_target
 from atman_kernels.explain.image_question import read_source
 from atman_kernels.explain.reading import Reading, checked_text, encode, only, read_audio, read_image, read_text
@@ -188,7 +188,10 @@ def _embedding_task(model: PreTrainedModel, part: PreTrainedModel, tokenizer: An
     target = checked_text(asked.target, "target")
 
     def embed(rows: int, inputs: dict[str, Tensor]) -> Tensor:
-        states = _wide(model(**inputs, return_dict=True).last_hidden_state)  # (rows, L, E): no padding
+        output = model(**inputs, return_dict=True)
+        if not hasattr(output, "last_hidden_state"):
+            raise UnsupportedModelError(f"{type(model).__name__} gives no states of its tokens that could be pooled")
+        states = _wide(output.last_hidden_state)  # (rows, L, E): no padding
         pooled = {"mean": states.mean(1), "cls": states[:, 0], "last": states[:, -1]}[asked.pooling]
         return torch.nn.functional.normalize(pooled, dim=-1)
 

@@ -138,7 +138,11 @@ def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, im
     """
     pixels, size, region = _pixels(model, processor, images)
     config = part.config
-    patch = config.patch_size
+    patch = getattr(config, "patch_size", None)
+    if patch is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be explained: it does not cut pictures into patches"
+        )
     patch_height, patch_width = patch if isinstance(patch, list | tuple) else (patch, patch)
     rows, columns = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
     counts = _KeyCounts()

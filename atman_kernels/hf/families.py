@@ -378,6 +378,7 @@ NO_ATTENTION = "it has no attention layers"
 # by the name of the family's file
 REFUSED: dict[str, str] = {
     "deepseek_v4": "beside tokens its keys are compressed blocks of them, which have no factor of their own",
+    "diffusion_gemma": "it fills a canvas of tokens at once, so that no token has a probability after those before it",
     "falcon_mamba": NO_ATTENTION,
     "mamba": NO_ATTENTION,
     "mamba2": NO_ATTENTION,

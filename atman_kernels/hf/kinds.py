@@ -1,5 +1,6 @@
 """What a model is for, as far as an explanation needs to know it. Told by transformers' own tables of model classes."""
 
+import inspect
 from typing import Literal
 
 from torch import nn
@@ -80,9 +81,11 @@ def kind_of(model: nn.Module) -> Kind:
         if _is_in(model, table):
             raise UnsupportedModelError(f"{name} {purpose}; what it does cannot be explained here")
     if _is_headless(model):
-        if model.main_input_name != "input_ids":
+        if not _reads_text(model):
             raise UnsupportedModelError(f"{name} has no head: there is no label or text whose score could change")
         return "embedding"
+    if not _reads_text(model) and not model.can_generate():
+        raise UnsupportedModelError(f"{name} reads no text, and is for nothing that can be explained here")
     return "language"
 
 
@@ -108,6 +111,11 @@ def part_of(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
 def _is_in(model: PreTrainedModel, table: str) -> bool:
     names = _classes(getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).values())
     return any(base.__name__ in names for base in type(model).__mro__)
+
+
+def _reads_text(model: PreTrainedModel) -> bool:
+    """Some towers leave the name of what they read at transformers' default."""
+    return model.main_input_name == "input_ids" and "input_ids" in inspect.signature(type(model).forward).parameters
 
 
 def _is_headless(model: PreTrainedModel) -> bool:
