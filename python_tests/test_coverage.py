@@ -167,7 +167,7 @@ SAMPLES = {
     "text classifiers": {"bert": "batched", "gpt_oss": "batched", "deberta": "refused"},
     "embedding models": {"modernbert": "batched", "deberta": "refused"},
     "image classifiers": {"vit": "batched", "siglip": "batched", "swin": "refused"},
-    "dual encoders": {"clip": "batched", "siglip": "batched", "blip": "refused"},
+    "dual encoders": {"clip": "batched", "siglip": "batched", "blip": "batched"},
     "encoder-decoders": {"bart": "batched", "t5": "batched", "led": "refused"},
     "speech models": {"whisper": "batched", "voxtral": "text only", "moonshine": "refused"},
     "image-text models": {
