@@ -129,7 +129,9 @@ def _others() -> Iterator[tuple[str, str | tuple[str, ...]]]:
 
 
 def tried(entry: Entry) -> Result:
-    model_class = getattr(transformers, entry.model)
+    model_class = getattr(transformers, entry.model, None)
+    if model_class is None:
+        return Result(entry.kind, entry.key, entry.model, "not built", remark="transformers does not export the class")
     return coverage_trials.tried(entry.kind, CONFIG_MAPPING[entry.key], model_class, KINDS[entry.kind].trial_of)
 
 
