@@ -7,12 +7,14 @@ softmax. One function per kind of model makes it.
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import eager_oracle
 import softmax_oracle
+import test_blip
 import test_image_text
 import tiny_configs
 import tiny_image_models
@@ -65,6 +67,7 @@ class Trial:
         values: (m,) what is asked for, by the model's own forward.
         keys: positions that factors speak of; None: up to the last one that belongs to a unit.
         queries: numbers of queries that attend to these keys, where they are not as many.
+        oracle: the context in which the model's scores are changed by factors (keys,) in a mode; None: by `queries`.
         modes: those to compare.
         text_only: whether the model reads more than was asked about.
         remarks: what is special.
@@ -76,13 +79,17 @@ class Trial:
     values: Callable[[], Tensor]
     keys: int | None = None
     queries: tuple[int, ...] = ()
+    oracle: Callable[[Tensor, str], AbstractContextManager[Any]] | None = None
     modes: tuple[str, ...] = MODES
     text_only: bool = False
     remarks: tuple[str, ...] = ()
 
     def under(self, row: Tensor, mode: str) -> Tensor:
         """(m,) values with factors (keys,), in float64."""
-        if self.model.config.model_type in SCORES_ELSEWHERE:
+        oracle: Any
+        if self.oracle is not None:
+            oracle = self.oracle(row, mode)
+        elif self.model.config.model_type in SCORES_ELSEWHERE:
             oracle = eager_oracle.suppressed(self.model, row[None], mode, None)
         else:
             oracle = softmax_oracle.Suppressed(row, mode, queries=(len(row), *self.queries))
@@ -384,6 +391,8 @@ def speech_model(config_class: type[PreTrainedConfig], model_class: type[PreTrai
 
 def image_text_model(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Trial:
     """The log-probabilities of an answer about a picture; about a text alone, where no picture can be explained."""
+    if config_class.model_type == "blip":
+        return _caption()
     family = config_class.model_type.replace("blip-2", "blip2")
     if family not in tiny_image_models.MODELS:
         if config_class.model_type in IMAGE_FAMILIES:
@@ -407,6 +416,20 @@ def image_text_model(config_class: type[PreTrainedConfig], model_class: type[Pre
         ask=lambda explainer: explainer.explain(images=images, text=text, target=test_image_text.ANSWER),
         values=values,
         keys=inputs["input_ids"].shape[1],
+    )
+
+
+def _caption() -> Trial:
+    """BLIP's: keys of the image are attended to across, those of the text by itself."""
+    kind, text = "caption", test_blip.PROMPTS["caption"]
+    model, pixels = test_blip.build(kind), test_blip.pixels_of(test_blip.PICTURE)
+    return Trial(
+        model,
+        test_blip.processor(),
+        ask=lambda explainer: explainer.explain(text, test_blip.ANSWER, images=test_blip.PICTURE),
+        values=lambda: test_blip.logprobs(model, kind, text, pixels),
+        keys=test_blip.STATES + len(text.split()) + 1,
+        oracle=lambda row, mode: test_blip.changed(model, test_blip.factors_by_place(kind, row, vision=False), mode),
     )
 
 
