@@ -3,6 +3,7 @@
     python python_tests/model_coverage.py                            runs all, writes docs/coverage.json and coverage.md
     python python_tests/model_coverage.py --kind image-classifiers   runs one kind, writes its part of them
     python python_tests/model_coverage.py llama mpt                  runs some families and prints what came out
+    python python_tests/model_coverage.py --update llama mpt         … and replaces their rows
 
 `KINDS` says which families there are of each kind of model; how one is tried stands in `coverage_trials`.
 """
@@ -33,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- written by python_tests/model_coverage.py: begin -->", "<!-- end -->"
-SECONDS = 60  # for one family
+SECONDS = 180  # for one family
 
 
 @dataclass(frozen=True)
@@ -246,12 +247,28 @@ def write(found: dict[str, list[Result]], docs: Path = DOCS) -> None:
     page.write_text(before + markdown(record) + rest.split(END, 1)[1], encoding="utf-8")
 
 
+def update(found: dict[str, list[Result]], docs: Path = DOCS) -> None:
+    """Replace the rows of some classes; the other rows of their kinds must be of the same versions."""
+    record = json.loads((docs / "coverage.json").read_text(encoding="utf-8"))
+    whole = {}
+    for kind, results in found.items():
+        if results and record[kind]["transformers"] != transformers.__version__:
+            raise SystemExit(f"{kind} was tried with transformers {record[kind]['transformers']}; run all of it")
+        new = {(r.family, r.model): r for r in results}
+        kept = [Result(**row) for row in record[kind]["results"]]
+        whole[kind] = [new.pop((r.family, r.model), r) for r in kept] + list(new.values())
+    write(whole, docs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types, to print only; all if none is named")
     names = {kind.replace(" ", "-"): kind for kind in KINDS}
     parser.add_argument("--kind", action="append", choices=names, help="of model; again for more; all if none is named")
+    parser.add_argument("--update", action="store_true", help="write the rows of the named families, too")
     arguments = parser.parse_args()
+    if arguments.update and not arguments.families:
+        parser.error("--update is for families that are named; without any, whole tables are written")
     chosen = [names[name] for name in arguments.kind or names]
     wanted = set(arguments.families)
     found: dict[str, list[Result]] = {}
@@ -264,6 +281,8 @@ def main() -> int:
         print(f"{kind}: {counts(found[kind])}; {time.perf_counter() - started:.0f} s", flush=True)
         if not wanted:
             write({kind: found[kind]})
+    if arguments.update:
+        update(found)
     return int(any(r.state in ("failed", "wrong") for results in found.values() for r in results))
 
 

@@ -240,6 +240,12 @@ def test_the_table_says_what_came_out(tmp_path):
     record = json.loads((tmp_path / "coverage.json").read_text())
     assert {kind: len(part["results"]) for kind, part in record.items()} == {"text decoders": 1, "text classifiers": 1}
     assert all(part["transformers"] == hf.__version__ for part in record.values())
+    again = model_coverage.Result("text decoders", "gpt2", "GPT2LMHeadModel", "batched", 2e-6, 1.0)
+    other = model_coverage.Result("text decoders", "opt", "OPTForCausalLM", "packed", 3e-6, 1.0)
+    model_coverage.update({"text decoders": [again, other], "text classifiers": []}, tmp_path)
+    record = json.loads((tmp_path / "coverage.json").read_text())
+    assert [r["state"] for r in record["text decoders"]["results"]] == ["batched", "packed"]
+    assert len(record["text classifiers"]["results"]) == 1
 
 
 @pytest.mark.slow
