@@ -1,9 +1,9 @@
 """Which stretches of a sequence several variants have in common, so that each is run once.
 
 Two variants whose tokens and factors agree up to a position have the same keys and values there. One question's
-leave-one-out variants never agree beyond their first suppressed token, but several questions about one passage do, and
-so do thousands of random subsets of a few units. A trunk computes such a stretch and leaves a base behind, from which
-the variants go on; trunks stand on trunks.
+leave-one-out variants never agree beyond their first suppressed token, but several questions about one passage do, two
+answers to one prompt, and thousands of random subsets of a few units. A trunk computes such a stretch and leaves a base
+behind, from which the variants go on; trunks stand on trunks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,11 +93,13 @@ def share(variants: Sequence[Variant], asked: Sequence[Asked], forward_cost: int
 def chunks(trunks: Sequence[Trunk], capacity: int) -> Iterator[list[Trunk]]:
     """Trunks whose bases have `capacity` tokens together, or one alone."""
     taken: list[Trunk] = []
+    left = capacity
     for trunk in trunks:
-        if taken and sum(t.stretch.length for t in taken) + trunk.stretch.length > capacity:
+        if taken and trunk.stretch.length > left:
             yield taken
-            taken = []
+            taken, left = [], capacity
         taken.append(trunk)
+        left -= trunk.stretch.length
     if taken:
         yield taken
 
