@@ -73,7 +73,7 @@ def test_every_variant_is_run_once_on_what_is_its_own(data):
         asked.append(Asked(tokens, factors, data.draw(st.integers(0, own))))
     variants = variants_of(asked)
     cost = data.draw(st.integers(0, 3))
-    stage = share(variants, asked, cost) if variants else Stage([])
+    stage = share(variants, asked, cost)
     check(variants, asked, stage)
     assert stage.tokens <= sum(v.suffix for v in variants)
 
@@ -83,6 +83,13 @@ def test_one_questions_units_share_nothing():
     asked = [Asked(torch.arange(9), factors, 8)]
     stage = share(variants_of(asked), asked)
     assert (len(stage.variants), stage.trunks) == (8, [])
+
+
+def test_where_nothing_is_suppressed_nothing_is_run():
+    asked = [Asked(torch.arange(3), torch.ones(2, 3), 2)]
+    assert share(variants_of(asked), asked).tokens == 0
+    explainer = Explainer(tiny_models.build("llama"), tiny_models.tokenizer(), factor=1.0, progress=False)
+    assert not explainer.explain("w5 w6 w7", "w8").scores.any()
 
 
 def test_questions_about_one_passage_share_it():

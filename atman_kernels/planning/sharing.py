@@ -83,6 +83,8 @@ def share(variants: Sequence[Variant], asked: Sequence[Asked], forward_cost: int
         ([(1, 4)], 5)
     """
     whole = Stage(list(variants))
+    if len(variants) < 2:
+        return whole
     groups = _groups(variants, asked)
     cuts = _cuts(groups, torch.tensor([v.prefix for v in variants]), forward_cost)
     labels = [(cut, dict(zip(groups[cut].members.tolist(), groups[cut].group.tolist(), strict=True))) for cut in cuts]
