@@ -101,6 +101,17 @@ def test_tiles_are_suppressed_as_one(family):
     check(explainer, family, explanation, images, TEXTS[family])
 
 
+@pytest.mark.parametrize("family", tiny.MODELS)
+def test_removed_tiles_are_not_missed(family):
+    """Their rows are not run where nothing reads them; DeepStack's features and M-RoPE's positions follow the rest."""
+    explainer, images = explainer_of(family, factor=0.0), [tiny.picture(40, 30)]
+    tiles = "patch" if family == "blip2" else 2  # queries lie nowhere in the image
+    explanation = explainer.explain(
+        images=images, text=TEXTS[family], target=ANSWER, units="sentence", image_units=tiles
+    )
+    check(explainer, family, explanation, images, TEXTS[family], rows_of(explanation, 0.0))
+
+
 @pytest.mark.parametrize("family", ["llava", "idefics3", "blip2"])
 def test_a_whole_image_is_one_unit(family):
     explainer, images = explainer_of(family), [tiny.picture(40, 30)]

@@ -14,7 +14,7 @@ from atman_kernels import Explainer
 from atman_kernels.explain import execution
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant
-from atman_kernels.planning.sharing import Asked, Stage, Trunk, chunks, share, standing_on
+from atman_kernels.planning.sharing import Content, Stage, Trunk, chunks, share, standing_on
 
 # --- what is found ---
 
@@ -25,13 +25,13 @@ def paths(stage: Stage, way: tuple[Variant, ...] = ()) -> list[tuple[Variant, ..
     return own + [path for trunk in stage.trunks for path in paths(trunk.then, (*way, trunk.stretch))]
 
 
-def state(asked: list[Asked], variant: Variant, end: int) -> tuple[list[int], list[float]]:
+def state(asked: list[Content], variant: Variant, end: int) -> tuple[list[int], list[float]]:
     """All that decides about the keys and values of a variant before `end`."""
     own = asked[variant.question]
     return own.tokens[:end].tolist(), own.factors[variant.unit, :end].tolist()
 
 
-def check(variants: list[Variant], asked: list[Asked], stage: Stage) -> None:
+def check(variants: list[Variant], asked: list[Content], stage: Stage) -> None:
     """Every variant is run exactly once, over [its prefix, its length), on stretches that are its own."""
     found = {}
     for *trunks, last in paths(stage):
@@ -47,7 +47,7 @@ def check(variants: list[Variant], asked: list[Asked], stage: Stage) -> None:
     assert found == {(v.question, v.unit): v for v in variants}
 
 
-def variants_of(asked: list[Asked]) -> list[Variant]:
+def variants_of(asked: list[Content]) -> list[Variant]:
     return [
         Variant(q, unit, first, len(one.tokens))
         for q, one in enumerate(asked)
@@ -70,7 +70,7 @@ def test_every_variant_is_run_once_on_what_is_its_own(data):
         own = data.draw(st.integers(1, length))
         tokens = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=own, max_size=own)))
         factors = subsets(data.draw(st.integers(1, 20)), own, data.draw(st.integers(0, 99)))
-        asked.append(Asked(tokens, factors, data.draw(st.integers(0, own))))
+        asked.append(Content(tokens, factors, data.draw(st.integers(0, own))))
     variants = variants_of(asked)
     cost = data.draw(st.integers(0, 3))
     stage = share(variants, asked, cost)
@@ -80,13 +80,13 @@ def test_every_variant_is_run_once_on_what_is_its_own(data):
 
 def test_one_questions_units_share_nothing():
     factors = torch.ones(8, 9) - 0.9 * torch.eye(8, 9)
-    asked = [Asked(torch.arange(9), factors, 8)]
+    asked = [Content(torch.arange(9), factors, 8)]
     stage = share(variants_of(asked), asked)
     assert (len(stage.variants), stage.trunks) == (8, [])
 
 
 def test_where_nothing_is_suppressed_nothing_is_run():
-    asked = [Asked(torch.arange(3), torch.ones(2, 3), 2)]
+    asked = [Content(torch.arange(3), torch.ones(2, 3), 2)]
     assert share(variants_of(asked), asked).tokens == 0
     explainer = Explainer(tiny_models.build("llama"), tiny_models.tokenizer(), factor=1.0, progress=False)
     assert not explainer.explain("w5 w6 w7", "w8").scores.any()
@@ -96,7 +96,7 @@ def test_questions_about_one_passage_share_it():
     passage, questions, units = 40, 5, 40
     tokens = [torch.cat([torch.arange(passage), torch.full((5,), 100 + q)]) for q in range(questions)]
     factors = torch.ones(units, passage + 5) - 0.9 * torch.eye(units, passage + 5)
-    asked = [Asked(t, factors, passage + 4) for t in tokens]
+    asked = [Content(t, factors, passage + 4) for t in tokens]
     variants = variants_of(asked)
     stage = share(variants, asked)
     check(variants, asked, stage)
@@ -107,14 +107,14 @@ def test_questions_about_one_passage_share_it():
 
 def test_a_forward_that_saves_less_than_it_costs_is_not_run():
     tokens = [torch.tensor([1, 2, 3, 4, last]) for last in (5, 6)]
-    asked = [Asked(t, torch.tensor([[0.1, 1, 1, 1, 1]]), 4) for t in tokens]
+    asked = [Content(t, torch.tensor([[0.1, 1, 1, 1, 1]]), 4) for t in tokens]
     assert share(variants_of(asked), asked, forward_cost=3).trunks
     assert not share(variants_of(asked), asked, forward_cost=4).trunks
 
 
 def test_many_subsets_of_few_units_share_their_beginnings():
     factors = subsets(2000, 16, seed=0).unique(dim=0)
-    asked = [Asked(torch.arange(16), factors, 15)]
+    asked = [Content(torch.arange(16), factors, 15)]
     variants = variants_of(asked)
     stage = share(variants, asked)
     check(variants, asked, stage)
@@ -125,7 +125,7 @@ def test_many_subsets_of_few_units_share_their_beginnings():
 
 def test_pictures_are_not_told_apart_by_their_placeholders():
     factors = torch.tensor([[0.1, 1.0, 1.0, 1.0, 0.1], [0.1, 1.0, 1.0, 1.0, 0.2]])
-    asked = [Asked(None, factors, 4), Asked(None, factors, 4)]
+    asked = [Content(None, factors, 4), Content(None, factors, 4)]
     stage = share([Variant(q, unit, 0, 5) for q in (0, 1) for unit in (0, 1)], asked)
     assert sorted((t.stretch.question, len(t.then.variants)) for t in stage.trunks) == [(0, 2), (1, 2)]
 

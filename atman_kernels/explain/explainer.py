@@ -51,7 +51,7 @@ def _entries(prompts: Any, targets: Any, units: Any, versus: Any, images: Any) -
     """One entry per prompt.
 
     Raises:
-        InputError: a list has more or fewer entries, or images are none.
+        InputError: a list has more or fewer entries than there are prompts, or images are no list.
     """
     count = len(prompts)
     given = {

@@ -18,7 +18,7 @@ from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.packability import why_lengths_do_not_mix
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
-from atman_kernels.planning.sharing import Asked, Stage, share
+from atman_kernels.planning.sharing import Content, Stage, share
 
 # Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
 # order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond
@@ -116,11 +116,11 @@ class VariantRunner:
         """The variants, and what several of them have in common."""
         if base.patterns:
             return Stage(variants)  # what a row sees depends on the rows after it
-        asked = [
-            Asked(None if question.embedded is not None else question.ids, rows, question.prompt_length - 1)
+        contents = [
+            Content(None if question.embedded is not None else question.ids, rows, question.prompt_length - 1)
             for question, rows in zip(runs.questions, runs.factors, strict=True)
         ]
-        return share(variants, asked, runs.budget // FORWARD_SHARE)
+        return share(variants, contents, runs.budget // FORWARD_SHARE)
 
     def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
         """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""

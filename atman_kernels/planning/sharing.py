@@ -51,8 +51,8 @@ class Trunk:
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """What decides whether variants of a question can share.
+class Content:
+    """What a question's variants are made of, which decides whether they can share.
 
     Attributes:
         tokens: (L,) ids that the model reads; None if ids do not say it all (images), so that only variants of this
@@ -66,26 +66,26 @@ class Asked:
     limit: int
 
 
-def share(variants: Sequence[Variant], asked: Sequence[Asked], forward_cost: int = 0) -> Stage:
+def share(variants: Sequence[Variant], contents: Sequence[Content], forward_cost: int = 0) -> Stage:
     """The cheapest stages found that end in these variants.
 
     Args:
         variants: each with its first suppressed token as prefix.
-        asked: per question.
+        contents: per question.
         forward_cost: what one more forward costs, in tokens.
 
     Example: two questions on one text of four tokens, whose second is suppressed.
 
         >>> texts = [torch.tensor([1, 2, 3, 4, 5]), torch.tensor([1, 2, 3, 4, 6])]
         >>> factors = torch.tensor([[1.0, 0.1, 1.0, 1.0, 1.0]])
-        >>> stage = share([Variant(q, 0, 1, 5) for q in (0, 1)], [Asked(text, factors, 4) for text in texts])
+        >>> stage = share([Variant(q, 0, 1, 5) for q in (0, 1)], [Content(text, factors, 4) for text in texts])
         >>> [(trunk.stretch.prefix, trunk.stretch.length) for trunk in stage.trunks], stage.tokens
         ([(1, 4)], 5)
     """
     whole = Stage(list(variants))
     if len(variants) < 2:
         return whole
-    groups = _groups(variants, asked)
+    groups = _groups(variants, contents)
     cuts = _cuts(groups, torch.tensor([v.prefix for v in variants]), forward_cost)
     labels = [(cut, dict(zip(groups[cut].members.tolist(), groups[cut].group.tolist(), strict=True))) for cut in cuts]
     stage = _stage(list(range(len(variants))), dict(enumerate(variants)), labels)
@@ -127,13 +127,13 @@ class _Groups:
     group: Tensor
 
 
-def _groups(variants: Sequence[Variant], asked: Sequence[Asked]) -> dict[int, _Groups]:
+def _groups(variants: Sequence[Variant], contents: Sequence[Content]) -> dict[int, _Groups]:
     """By position, for every position up to which some variants agree."""
     question = torch.tensor([v.question for v in variants])
     unit = torch.tensor([-1 if v.unit is None else v.unit for v in variants])
     first = torch.tensor([v.prefix for v in variants])
-    limit = torch.tensor([a.limit for a in asked])[question]
-    texts = _texts(asked)  # [questions, P + 1]
+    limit = torch.tensor([a.limit for a in contents])[question]
+    texts = _texts(contents)  # [questions, P + 1]
     order = first.argsort(stable=True)
     arrived = torch.searchsorted(first[order], torch.arange(texts.shape[1] + 1))
     found: dict[int, _Groups] = {}
@@ -148,7 +148,7 @@ def _groups(variants: Sequence[Variant], asked: Sequence[Asked]) -> dict[int, _G
         members = torch.cat([members, entering])
         inside = limit[members] >= end
         members, before = members[inside], before[inside]
-        factor = _column(asked, question[members], unit[members], end - 1)
+        factor = _column(contents, question[members], unit[members], end - 1)
         keys = torch.stack([before, texts[question[members], end], factor.view(torch.int32).long()], dim=1)
         _, group, sizes = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
         shared = sizes[group] > 1
@@ -158,26 +158,26 @@ def _groups(variants: Sequence[Variant], asked: Sequence[Asked]) -> dict[int, _G
     return found
 
 
-def _texts(asked: Sequence[Asked]) -> Tensor:
+def _texts(contents: Sequence[Content]) -> Tensor:
     """(questions, P + 1): questions with the same number at p read the same p first tokens; P is the largest limit."""
-    width = max(a.limit for a in asked)
-    ids = torch.full((len(asked), width), -1)
-    for row, one in zip(ids, asked, strict=True):
+    width = max(a.limit for a in contents)
+    ids = torch.full((len(contents), width), -1)
+    for row, one in zip(ids, contents, strict=True):
         if one.tokens is not None:
             row[: len(one.tokens)] = one.tokens[:width].cpu()
-    apart = torch.tensor([0 if one.tokens is not None else 1 + index for index, one in enumerate(asked)])
+    apart = torch.tensor([0 if one.tokens is not None else 1 + index for index, one in enumerate(contents)])
     numbers = [apart]
     for column in ids.T:
         numbers.append(torch.unique(torch.stack([numbers[-1], column], dim=1), dim=0, return_inverse=True)[1])
     return torch.stack(numbers, dim=1)
 
 
-def _column(asked: Sequence[Asked], question: Tensor, unit: Tensor, position: int) -> Tensor:
+def _column(contents: Sequence[Content], question: Tensor, unit: Tensor, position: int) -> Tensor:
     """(n,) float32 factors at a position."""
     values = torch.ones(len(question))
     for index in question.unique().tolist():
         own = question == index
-        values[own] = asked[index].factors[unit[own], position].float()
+        values[own] = contents[index].factors[unit[own], position].float()
     return values + 0.0  # no -0.0, whose bits are others
 
 
