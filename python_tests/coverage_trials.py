@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 import atman_kernels as ak
 from atman_kernels.hf import families
-from atman_kernels.hf.images import IMAGE_FAMILIES
+from atman_kernels.hf.image_layouts import IMAGE_FAMILIES
 
 MODES = ("log_additive", "multiplicative", "shifted")
 EXACT = 1e-3  # nats; float32 models of random weights, some of them ill-conditioned

@@ -171,7 +171,7 @@ SAMPLES = {
     "encoder-decoders": {"bart": "batched", "t5": "batched", "led": "refused"},
     "speech models": {"whisper": "batched", "voxtral": "text only", "moonshine": "refused"},
     "image-text models": {
-        "llava": "packed", "blip-2": "packed", "llava_next": "text only", "diffusion_gemma": "refused",
+        "llava": "packed", "blip-2": "packed", "qwen3_5": "batched", "idefics2": "text only", "git": "refused",
     },
 }  # fmt: skip
 

@@ -1,15 +1,17 @@
 """Explanations of image-text models: packed suffixes over merged embeddings against whole forwards, tower included."""
 
 import re
+from contextlib import nullcontext
 
 import eager_oracle
 import pytest
 import tiny_image_models as tiny
 import torch
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import atman_kernels as ak
-from atman_kernels.explain import execution, methods
+from atman_kernels.explain import execution, image_places, methods
 from atman_kernels.hf import forward
 
 MODES = ("log_additive", "multiplicative", "shifted")
@@ -25,6 +27,20 @@ TEXTS = {
     "idefics3": "w5 w6 <image> w7 w8 w9",
     "smolvlm": "w5 w6 <image> w7 w8 w9",
     "blip2": "w7 w8 w9",
+    "vipllava": "w5 w6 <image> w7 w8 w9",
+    "pixtral": "w5 w6 <image> w7 w8 w9",
+    "mistral3": "w5 w6 <image> w7 w8 w9",
+    "llava_next": "w5 w6 <image> w7 w8 w9",
+    "llava_onevision": "w5 w6 <image> w7 w8 w9",
+    "internvl": "w5 w6 <image> w7 w8 w9",
+    "aya_vision": "w5 w6 <image> w7 w8 w9",
+    "cohere2_vision": "w5 w6 <image> w7 w8 w9",
+    "qwen3_vl_moe": "w5 w6 <start><image><end> w7 w8 w9",
+    "qwen3_5": "w5 w6 <start><image><end> w7 w8 w9",
+    "qwen3_5_moe": "w5 w6 <start><image><end> w7 w8 w9",
+    "glm4v": "w5 w6 <start><image><end> w7 w8 w9",
+    "glm46v": "w5 w6 <start><image><end> w7 w8 w9",
+    "glm4v_moe": "w5 w6 <start><image><end> w7 w8 w9",
 }
 
 
@@ -73,8 +89,9 @@ def rows_of(explanation, factor):
 def test_packed_equals_whole_forwards_of_the_whole_model(family, mode):
     explainer = explainer_of(family, mode=mode)
     images = [tiny.picture(40, 30)]
-    explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER)
-    assert explanation.settings["path"] == "packed"
+    with pytest.warns(UserWarning, match="by a convolution") if family in tiny.BATCHED else nullcontext():
+        explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER)
+    assert explanation.settings["path"] == ("batched" if family in tiny.BATCHED else "packed")
     rows = rows_of(explanation, 0.1)
     expected = expected_scores(family, explainer.model, images, TEXTS[family], rows, mode)
     of_images = [unit.source == "image" for unit in explanation.units]
@@ -93,7 +110,7 @@ def check(explainer, family, explanation, images, text, rows=None, layers=None):
     torch.testing.assert_close(explanation.scores.double(), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3", "mistral3", "llava_next", "internvl"])
 def test_tiles_are_suppressed_as_one(family):
     explainer, images = explainer_of(family), [tiny.picture(40, 30)]
     explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER, units="sentence", image_units=2)
@@ -129,6 +146,14 @@ def test_a_whole_image_is_one_unit(family):
         ("qwen2_vl", "w5 <start><image><end> w6 <start><image><end><start><image><end> w7"),
         ("gemma3", "w5 <start> w6 <start> <start> w7"),
         ("idefics3", "w5 <image> w6 <image><image> w7"),
+        ("pixtral", "w5 <image> w6 <image><image> w7"),
+        ("mistral3", "w5 <image> w6 <image><image> w7"),
+        ("llava_next", "w5 <image> w6 <image><image> w7"),
+        ("llava_onevision", "w5 <image> w6 <image><image> w7"),
+        ("internvl", "w5 <image> w6 <image><image> w7"),
+        ("aya_vision", "w5 <image> w6 <image><image> w7"),
+        ("cohere2_vision", "w5 <image> w6 <image><image> w7"),
+        ("glm4v", "w5 <start><image><end> w6 <start><image><end><start><image><end> w7"),
     ],
 )
 def test_several_images(family, text):
@@ -277,7 +302,7 @@ def without_mixing(model):
     found = 0
     decoder = {id(parameter) for parameter in model.get_decoder().parameters()}
     for name, parameter in model.named_parameters():
-        is_output = re.search(r"attn\.(out_proj|proj|projection_layer)\.(weight|bias)$", name)
+        is_output = re.search(r"(attn|attention)\.(out_proj|proj|projection_layer|o_proj)\.(weight|bias)$", name)
         if is_output and id(parameter) not in decoder:
             parameter.data.zero_()
             found += 1
@@ -311,7 +336,11 @@ def padded_llava():
     [  # none of these is resized, so that a pixel of the picture is a pixel of the tower's input
         ("llava", (36, 24)), ("padded llava", (24, 16)), ("paligemma", (24, 24)), ("gemma3", (24, 24)),
         ("qwen2_vl", (40, 24)), ("qwen2_5_vl", (40, 24)), ("qwen3_vl", (40, 24)), ("idefics3", (48, 48)),
-        ("smolvlm", (48, 48)),
+        ("smolvlm", (48, 48)), ("vipllava", (36, 24)), ("pixtral", (42, 30)), ("mistral3", (48, 24)),
+        ("llava_next", (48, 40)), ("llava_next", (40, 24)), ("llava_onevision", (48, 24)),
+        ("internvl", (48, 48)), ("internvl", (72, 24)), ("internvl", (24, 48)), ("aya_vision", (48, 24)),
+        ("cohere2_vision", (72, 48)), ("qwen3_vl_moe", (40, 24)), ("qwen3_5", (40, 24)), ("glm4v", (40, 24)),
+        ("glm4v_moe", (40, 24)),
     ],
 )  # fmt: skip
 def test_tokens_are_made_of_the_pixels_in_their_units_box(family, size):
@@ -344,6 +373,68 @@ def test_crops_of_an_image_lie_side_by_side_under_the_whole():
         covered[top:bottom, left:right] += 1
     assert bool((covered == 2).all()), "each pixel once in a crop, once in the whole image"
     assert units[-1].text == "whole, row 2, column 2"
+
+
+@pytest.mark.parametrize("family", ["internvl", "aya_vision", "cohere2_vision"])
+def test_crops_of_a_canvas_cover_the_image_once(family):
+    picture = tiny.picture(75, 24)
+    explanation = explainer_of(family).explain(TEXTS[family], ANSWER, None, images=picture)
+    assert [unit.text for unit in explanation.units[:2]] == ["crop 1·1, row 1, column 1", "crop 1·1, row 1, column 2"]
+    assert explanation.units[-1].text == "whole, row 2, column 2"
+    covered = torch.zeros(24, 75)
+    for unit in explanation.units[:-4]:
+        left, top, right, bottom = unit.box
+        covered[top:bottom, left:right] += 1
+    assert len(explanation.units) == 4 * (3 + 1)
+    assert bool((covered == 1).all())
+    inputs = tiny.processor(family)(images=[picture], text=TEXTS[family], return_tensors="pt")
+    with pytest.raises(ak.InputError, match="hold crops of an image, and only its proportions tell"):
+        explainer_of(family).explain(inputs, ANSWER)
+    small = tiny.processor(family)(images=[tiny.picture(24, 24)], text=TEXTS[family], return_tensors="pt")
+    assert len(explainer_of(family).explain(small, ANSWER, None).units) == 4, "without crops nothing is open"
+
+
+def test_canvases_are_those_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    for width, height in torch.randint(20, 900, (500, 2), generator=generator).tolist():
+        for most in (4, 6, 12):
+            columns, rows = get_optimal_tiled_canvas((height, width), (100, 100), 1, most)
+            if columns * rows > 1:
+                last = image_places.canvas_cells(columns * rows + 1, (width, height), (100, 100))[-2:]
+                assert last == [(rows, columns), None]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_pictures_of_other_sizes_are_refused(family):
+    explainer, text = explainer_of(family), TEXTS[family]
+    inputs = dict(tiny.processor(family)(images=[tiny.picture(40, 30)], text=text, return_tensors="pt"))
+    told = explainer.explain(inputs, ANSWER)
+    shown = explainer.explain(text, ANSWER, images=tiny.picture(40, 30))
+    assert told.units == shown.units, "the processor says how large the picture was"
+    with pytest.raises(ak.InputError, match="must be those that the processor saw, of 40 × 30 pixels; got 30 × 40"):
+        explainer.explain(inputs, ANSWER, images=tiny.picture(30, 40))
+    with pytest.raises(ak.InputError, match="inputs hold no 'image_sizes', which Llava"):
+        explainer.explain({key: value for key, value in inputs.items() if key != "image_sizes"}, ANSWER)
+
+
+def test_onevision_cuts_no_images_that_came_together():
+    family, images = "llava_onevision", [tiny.picture(40, 30, 1), tiny.picture(24, 30, 2)]
+    text = "w5 <image> w6 <image> w7"
+    inputs = tiny.processor(family)(images=[images], text=text, return_tensors="pt")
+    assert inputs["batch_num_images"].tolist() == [2]
+    explainer = explainer_of(family)
+    explanation = explainer.explain(inputs, ANSWER)
+    assert [unit.source for unit in explanation.units].count("image") == 2 * 16
+    check(explainer, family, explanation, [images], text)
+
+
+def test_rows_end_where_the_processor_says():
+    """Tokens that do not stand in the rows of the picture they are said to be of have no place in it."""
+    explainer, text = explainer_of("pixtral"), TEXTS["pixtral"]
+    inputs = dict(tiny.processor("pixtral")(images=[tiny.picture(42, 30)], text=text, return_tensors="pt"))
+    turned = inputs | {"image_sizes": inputs["image_sizes"].flip(1)}
+    with pytest.raises(ak.UnsupportedModelError, match="other tokens stand among those of an image"):
+        explainer.explain(turned, ANSWER)
 
 
 def test_text_units_leave_the_placeholder_out():
@@ -471,7 +562,7 @@ def test_decoders_that_read_more_than_embeddings_are_refused(monkeypatch):
 
 def test_other_image_models_are_refused_by_name():
     model = tiny.build("llava")
-    model.config.model_type = "llava_next"
+    model.config.model_type = "llava_none"
     with pytest.raises(ak.UnsupportedModelError, match="where its image tokens lie in a picture is not known"):
         explainer_of("llava", model).explain(images=tiny.picture(24, 24), text="<image> w5", target=ANSWER)
 

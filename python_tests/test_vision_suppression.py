@@ -17,12 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import atman_kernels as ak
 from atman_kernels.explain import image_question
 from atman_kernels.hf import images as hf_images
+from atman_kernels.hf.image_layouts import ImageTokens
 
 SIZES = {
     "llava": (24, 24), "paligemma": (24, 24), "gemma3": (24, 24), "idefics3": (48, 48), "smolvlm": (48, 48),
-    "qwen2_vl": (40, 24), "qwen2_5_vl": (40, 24), "qwen3_vl": (40, 24),
+    "qwen2_vl": (40, 24), "qwen2_5_vl": (40, 24), "qwen3_vl": (40, 24), "qwen3_vl_moe": (40, 24), "qwen3_5": (40, 24),
+    "qwen3_5_moe": (40, 24), "glm4v": (40, 24), "glm4v_moe": (40, 24), "glm46v": (40, 24),
+    "vipllava": (24, 24), "internvl": (48, 48), "aya_vision": (48, 48), "cohere2_vision": (48, 48),
+    "pixtral": (42, 30), "mistral3": (48, 24),
 }  # fmt: skip
-MERGED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MERGED = tuple(family for family in SIZES if family.startswith(("qwen", "glm")))
+IN_CROPS = ("idefics3", "smolvlm", "internvl", "aya_vision", "cohere2_vision")
+CLASS_TOKEN = ("llava", "vipllava", "internvl")
 
 
 def square_factors(unit, image_count, factor, class_token):
@@ -59,6 +65,17 @@ def merged_factors(unit, sizes, factor):
     return found
 
 
+def row_factors(unit, sizes, factor):
+    """[(1, patches of all images)]: patches of 6 pixels, row by row, in one call."""
+    own = []
+    for number, (width, height) in enumerate(sizes):
+        for y in range(0, height, 6):
+            for x in range(0, width, 6):
+                inside = unit.box[0] <= x < unit.box[2] and unit.box[1] <= y < unit.box[3]
+                own.append(factor if inside and unit.image == number else 1.0)
+    return [torch.tensor([own])]
+
+
 def windowed_factors(unit, sizes, factor):
     """Of Qwen2.5-VL: windows of 16 × 16 pixels come one after the other.
 
@@ -86,8 +103,10 @@ def vision_factors(family, unit, images, factor):
         return windowed_factors(unit, [image.size for image in images], factor)
     if family in MERGED:
         return merged_factors(unit, [image.size for image in images], factor)
-    count = 5 if family in ("idefics3", "smolvlm") else len(images)
-    return square_factors(unit, count, factor, class_token=family == "llava")
+    if family in ("pixtral", "mistral3"):
+        return row_factors(unit, [image.size for image in images], factor)
+    count = 5 if family in IN_CROPS else len(images)
+    return square_factors(unit, count, factor, class_token=family in CLASS_TOKEN)
 
 
 def check(family, explainer, explanation, images, text):
@@ -139,6 +158,8 @@ def test_scores_are_those_of_eager_attention_in_both_parts(family, mode):
         ("llava", "w5 <image> w6 <image> w7"),
         ("qwen2_vl", "w5 <start><image><end> w6 <start><image><end> w7"),
         ("qwen2_5_vl", "w5 <start><image><end> w6 <start><image><end> w7"),
+        ("pixtral", "w5 <image> w6 <image> w7"),
+        ("mistral3", "w5 <image> w6 <image> w7"),
     ],
 )
 def test_several_images_and_few_tokens_per_forward(family, text):
@@ -223,7 +244,7 @@ def test_queries_that_no_patches_belong_to_are_refused():
 
 def test_a_patch_count_that_tokens_do_not_divide_is_refused():
     model = tiny.build("gemma3")
-    block = hf_images.ImageTokens(0, 9, (3, 3), (24, 24))
+    block = ImageTokens(0, 9, (3, 3), 3, (24, 24))
     with pytest.raises(ak.UnsupportedModelError, match="4 × 4 patches are no whole multiple of its 3 × 3 image tokens"):
         hf_images._owners(model, block)
 

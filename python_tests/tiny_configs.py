@@ -114,8 +114,8 @@ def tiny_config(
         values["num_key_value_heads"] = HEADS  # latent attention has as many key heads as query heads
     for name, part in kind.sub_configs.items():
         spec = getattr(kind, "sub_configs_defaults", {}).get(name)  # since transformers 5.20 or so
-        if part is AutoConfig and spec is not None:
-            part = CONFIG_MAPPING[spec.model_type]
+        if part is AutoConfig:
+            part = CONFIG_MAPPING[spec.model_type] if spec is not None else type(getattr(kind(), name))
         if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part.model_type:
             values[name] = tiny_config(part, spec.init_kwargs if spec else None, **wanted)
     taken = {name: value for name, value in wanted.items() if name in known | {"num_labels"}}

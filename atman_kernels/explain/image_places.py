@@ -2,35 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
-from atman_kernels.hf.images import ImageTokens
+from atman_kernels.hf.image_layouts import Crops, ImageTokens, Place
 from atman_kernels.planning.patches import Region, patch_units, query_units
 from atman_kernels.planning.units import Span, Unit
 
 ImageUnitChoice = str | int  # "patch" | "image" | patches per side of a tile
+Cell = tuple[int, int]  # row and column of a crop, from 1
 _CROP = re.compile(r"<row_(\d+)_col_(\d+)>")  # Idefics3 and SmolVLM write where a crop was cut before its tokens
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a block of image tokens shows.
-
-    Attributes:
-        image: which of the prompt's images.
-        size: (width, height) of that image.
-        region: what the block covers of it.
-        name: of the crop; "" if the image was not cut into crops.
-    """
-
-    image: int
-    size: tuple[int, int]
-    region: Region
-    name: str = ""
 
 
 def check_image_units(choice: ImageUnitChoice | None) -> None:
@@ -45,24 +29,26 @@ def places_of(
     blocks: list[ImageTokens],
     pictures: Sequence[Any] | None,
     processor: Any,
+    crops: Crops,
 ) -> list[Place]:
     """The place of every block of image tokens.
 
     Args:
         pictures: the PIL images; None measures in the pixels that the vision tower saw.
         processor: knows what it cropped and padded; needed with pictures.
+        crops: how they are told, see `ImageFamily`.
 
     Raises:
-        InputError: there are more or fewer pictures than images in the prompt, or no processor.
+        InputError: there are more or fewer pictures than images in the prompt, or other ones; or no processor, or no
+            pictures where only their proportions tell how crops lie.
     """
-    before = [tokenizer.convert_ids_to_tokens(prompt_ids[max(0, block.first - 1)]) for block in blocks]
-    crops = [(int(match[1]), int(match[2])) if (match := _CROP.fullmatch(token)) else None for token in before]
-    groups: list[list[int]] = [[]]  # per image its crops, then its only block or that of the whole image
-    for index, crop in enumerate(crops):
-        groups[-1].append(index)
-        if crop is None:
-            groups.append([])
-    groups = [group for group in groups if group]
+    told = [block.place for block in blocks if block.place]
+    if told:
+        check_pictures(pictures, [place.size for place in told if place.name != "details"])
+        return told
+    names = tokenizer.convert_ids_to_tokens([prompt_ids[max(0, block.first - 1)] for block in blocks])
+    cells = [(int(match[1]), int(match[2])) if (match := _CROP.fullmatch(name)) else None for name in names]
+    groups = side_by_side(blocks) if crops == "canvas" else up_to_the_whole(cells)
     if pictures is not None and len(pictures) != len(groups):
         raise InputError(
             f"images has {len(pictures)}, but the processor made tokens of {len(groups)}; if it cuts images into "
@@ -70,19 +56,90 @@ def places_of(
         )
     places = []
     for image, group in enumerate(groups):
-        cells = [crop for index in group if (crop := crops[index])]
-        rows, columns = (max((cell[side] for cell in cells), default=1) for side in (0, 1))
-        width, height = blocks[group[0]].pixels if pictures is None else pictures[image].size
-        if pictures is None:
-            width, height = width * columns, height * rows
-        for row, column in cells:
-            left, top = (column - 1) * width / columns, (row - 1) * height / rows
-            region = (left, top, left + width / columns, top + height / rows)
-            places.append(Place(image, (width, height), region, f"crop {row}·{column}"))
-        if len(cells) < len(group):
-            as_it_is = pictures is None or bool(cells)
-            region = (0.0, 0.0, float(width), float(height)) if as_it_is else seen_region(processor, width, height)
-            places.append(Place(image, (width, height), region, "whole" if cells else ""))
+        size = None if pictures is None else pictures[image].size
+        pixels = blocks[group[0]].pixels
+        own = canvas_cells(len(group), size, pixels) if crops == "canvas" else [cells[index] for index in group]
+        places += _places(image, size, pixels, own, processor)
+    return places
+
+
+def check_pictures(pictures: Sequence[Any] | None, sizes: list[tuple[int, int]]) -> None:
+    """Raises InputError if the pictures are not those of which the processor says these sizes."""
+    if pictures is None:
+        return
+    given = [picture.size for picture in pictures]
+    if given != sizes:
+        seen, found = (", ".join(f"{width} × {height}" for width, height in each) for each in (sizes, given))
+        raise InputError(f"images must be those that the processor saw, of {seen} pixels; got {found}")
+
+
+def up_to_the_whole(cells: Sequence[Cell | None]) -> list[list[int]]:
+    """Blocks by image: its crops, then its only block or that of the whole image."""
+    groups: list[list[int]] = [[]]
+    for index, cell in enumerate(cells):
+        groups[-1].append(index)
+        if cell is None:
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def side_by_side(blocks: list[ImageTokens]) -> list[list[int]]:
+    """Blocks by image: those of one have at most one token between them, those of two at least two, end and start."""
+    groups = [[0]]
+    for index in range(1, len(blocks)):
+        before = blocks[index - 1]
+        if blocks[index].first - before.first - before.count > 1:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def canvas_cells(blocks: int, size: tuple[int, int] | None, crop: tuple[int, int]) -> list[Cell | None]:
+    """Row and column of each crop of an image, row by row, and None for the whole image.
+
+    Among all grids of so many crops the processors of these models take that whose proportions are nearest to the
+    image's; of two as near ones the wider, unless the image has less than half of the pixels of all crops.
+
+    Args:
+        blocks: crops and the whole; or only the whole.
+        size, crop: (width, height) of the image and of a crop.
+
+    Raises:
+        InputError: there are crops of an image of unknown size.
+
+    Example:
+        >>> canvas_cells(7, (900, 600), (400, 400))
+        [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), None]
+    """
+    crops = blocks - 1
+    if crops == 0:
+        return [None]
+    if size is None:
+        raise InputError("inputs hold crops of an image, and only its proportions tell how they lie; pass images, too")
+    width, height = size
+    grids = [(columns, crops // columns) for columns in range(1, crops + 1) if crops % columns == 0]
+    off = [abs(width / height - columns / rows) for columns, rows in grids]
+    nearest = [grid for grid, by in zip(grids, off, strict=True) if by == min(off)]
+    columns, rows = nearest[-1] if width * height > crop[0] * crop[1] * crops / 2 else nearest[0]
+    return [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)] + [None]
+
+
+def _places(
+    image: int, size: tuple[int, int] | None, pixels: tuple[int, int], cells: Sequence[Cell | None], processor: Any
+) -> list[Place]:
+    """Those of an image's blocks; size None measures it in crops of these pixels."""
+    crops = [cell for cell in cells if cell]
+    rows, columns = (max((cell[side] for cell in crops), default=1) for side in (0, 1))
+    width, height = (pixels[0] * columns, pixels[1] * rows) if size is None else size
+    places = []
+    for row, column in crops:
+        left, top = (column - 1) * width / columns, (row - 1) * height / rows
+        region = (left, top, left + width / columns, top + height / rows)
+        places.append(Place(image, (width, height), region, f"crop {row}·{column}"))
+    if len(crops) < len(cells):
+        as_it_is = size is None or bool(crops)
+        region = (0.0, 0.0, float(width), float(height)) if as_it_is else seen_region(processor, width, height)
+        places.append(Place(image, (width, height), region, "whole" if crops else ""))
     return places
 
 
@@ -145,8 +202,9 @@ def image_units_of(
             units = query_units(block.count, place.image, block.first, characters=span)
         else:
             units = patch_units(
-                *block.grid, place.size, tile, place.image, block.first, region=place.region, characters=span
-            )
+                *block.grid, place.size, tile, place.image, block.first,
+                step=block.step, region=place.region, characters=span,
+            )  # fmt: skip
         names = [f"image {place.image + 1}"] * several + [place.name] * bool(place.name)
         found += [replace(unit, text=", ".join([*names, unit.text])) for unit in units]
     return found

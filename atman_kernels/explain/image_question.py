@@ -22,11 +22,10 @@ from atman_kernels.explain.question import (
     token_texts_of,
 )
 from atman_kernels.explain.reading import Reading
+from atman_kernels.hf.image_layouts import ImageTokens, image_family_of, image_tokens
 from atman_kernels.hf.images import (
-    ImageTokens,
     checked_inputs,
     embed,
-    image_tokens,
     pictured,
     refusals_named,
     source_embeddings,
@@ -161,7 +160,8 @@ def read_pictured(
     blocks = image_tokens(model, inputs)
     prompt_ids = inputs["input_ids"][0].tolist()
     shown, kept = _shown_prompt(tokenizer, prompt_ids, blocks)
-    places = places_of(tokenizer, prompt_ids, blocks, pictures, processor)
+    crops = image_family_of(model).crops
+    places = places_of(tokenizer, prompt_ids, blocks, pictures, processor, crops)
     found = image_units_of(blocks, places, dict(kept), image_units)
     if units is not None:
         found += _text_units(tokenizer, prompt_ids, shown, kept, blocks, text, units, language)

@@ -1,12 +1,10 @@
-"""Image-text models: which tokens stand for which part of an image, and what the text decoder reads in their place."""
+"""Image-text models: what the text decoder reads in place of the image tokens, and whose patches become which token."""
 
 import copy
 import inspect
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,74 +12,16 @@ from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.forward import forward_replaced, logprobs_of
+from atman_kernels.hf.image_layouts import ImageTokens, image_family_of
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.memory import is_out_of_memory
 from atman_kernels.hf.sequence import Embedded, Pictured
 from atman_kernels.hf.vision import towers, vision_encoder_of
 
-
-@dataclass(frozen=True)
-class ImageFamily:
-    """What has to be known about a kind of model to explain its images.
-
-    Attributes:
-        layout: how the tokens of an image lie in it: a "square" grid, the "grid" that the processor reports, or
-            nowhere: "queries".
-        answer_type: token type id of an answer's tokens, where the model has such.
-        vision_refused: why patches cannot be suppressed in the vision encoder; "" where they can.
-    """
-
-    layout: Literal["square", "grid", "queries"]
-    answer_type: int = 0
-    vision_refused: str = ""
-
-
-IMAGE_FAMILIES = {  # by config.model_type
-    "blip-2": ImageFamily("queries", vision_refused="its image tokens are queries, which no patches belong to"),
-    "gemma3": ImageFamily("square"),
-    "idefics3": ImageFamily("square"),
-    "llava": ImageFamily("square"),
-    "paligemma": ImageFamily("square", answer_type=1),  # 0 is the prefix, which attends both ways
-    "qwen2_5_vl": ImageFamily("grid"),
-    "qwen2_vl": ImageFamily("grid"),
-    "qwen3_vl": ImageFamily("grid"),
-    "smolvlm": ImageFamily("square"),
-}
 NOT_READ = ("labels", "num_crops")  # what processors return for training and for themselves
 READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds")
-_Size = tuple[int, tuple[int, int] | None, tuple[int, int]]  # tokens, (rows, columns), (height, width) in pixels
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """The tokens of one image, or of one crop where the processor cut images into crops.
-
-    Attributes:
-        first: position of the first; they stand in one run.
-        count: how many.
-        grid: (rows, columns); None where the tokens are no places of the image.
-        pixels: (width, height) of what the vision tower saw.
-    """
-
-    first: int
-    count: int
-    grid: tuple[int, int] | None
-    pixels: tuple[int, int]
-
-
-def image_family_of(model: PreTrainedModel) -> ImageFamily:
-    """What is known about the model's images.
-
-    Raises:
-        UnsupportedModelError: nothing.
-    """
-    kind = getattr(model.config, "model_type", None)
-    if kind not in IMAGE_FAMILIES:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be explained with images: where its image tokens lie in a picture is not "
-            f"known; it is for {', '.join(IMAGE_FAMILIES)}"
-        )
-    return IMAGE_FAMILIES[kind]
+FOR_DECODER = ("use_cache", "output_router_logits")  # passed on to towers, which know neither
+PASSED_ON = ("logits_to_keep",)  # to decoders, which make no logits
 
 
 def checked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -114,77 +54,6 @@ def checked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[st
     }
 
 
-def image_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[ImageTokens]:
-    """The tokens of every image (or crop) of a prompt, in order.
-
-    Raises:
-        InputError: placeholders and images do not belong together, or lie in no grid that is known.
-        UnsupportedModelError: the model's family is not known.
-    """
-    family = image_family_of(model)
-    token = model.config.image_token_id
-    places = (inputs["input_ids"][0] == token).nonzero()[:, 0].tolist()
-    if not places:
-        raise InputError(f"text has no image placeholder (token id {token}), but images came with it")
-    if family.layout == "grid":
-        sizes = _reported_grids(model, inputs)
-    else:
-        sizes = _equal_shares(model, inputs, len(places), family)
-    wanted = sum(count for count, *_ in sizes)
-    if wanted != len(places):
-        raise InputError(f"text has {len(places)} image tokens, but the images' grids make {wanted}")
-    found = []
-    for count, grid, (height, width) in sizes:
-        own, places = places[:count], places[count:]
-        if own[-1] - own[0] >= count:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be explained with images: other tokens stand among those of an image"
-            )
-        found.append(ImageTokens(own[0], count, grid, (width, height)))
-    return found
-
-
-def _reported_grids(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[_Size]:
-    """From what the processor says: its patches, some of which the model merges into one token."""
-    if "image_grid_thw" not in inputs:
-        raise InputError(f"inputs hold no 'image_grid_thw', which {type(model).__name__} needs")
-    vision = model.config.vision_config
-    merge, patch = int(vision.spatial_merge_size), int(vision.patch_size)
-    sizes: list[_Size] = []
-    for frames, height, width in inputs["image_grid_thw"].tolist():
-        if frames != 1:
-            raise InputError(f"inputs['image_grid_thw'] has {frames} frames; images have one, videos are not explained")
-        grid = (height // merge, width // merge)
-        sizes.append((grid[0] * grid[1], grid, (height * patch, width * patch)))
-    return sizes
-
-
-def _equal_shares(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], tokens: int, family: ImageFamily
-) -> list[_Size]:
-    """All images (or crops) are of one size and have the same number of tokens."""
-    *_, height, width = inputs["pixel_values"].shape
-    images = math.prod(inputs["pixel_values"].shape[:-3])
-    if tokens % images:
-        raise InputError(f"text has {tokens} image tokens, which do not divide among {images} images")
-    count = tokens // images
-    if family.layout == "queries" and count != model.config.num_query_tokens:
-        wanted = model.config.num_query_tokens
-        raise InputError(f"text has {count} image tokens per image, but the model has {wanted} queries")
-    grid = None if family.layout == "queries" else _square(count, height, width)
-    return [(count, grid, (height, width))] * images
-
-
-def _square(count: int, height: int, width: int) -> tuple[int, int]:
-    side = math.isqrt(count)
-    if side * side != count or height != width:
-        raise InputError(
-            f"images: {count} tokens for {width} × {height} pixels are a patch grid that is not square, and the "
-            "processor does not report its rows and columns"
-        )
-    return side, side
-
-
 def with_answer(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
     """The model's arguments for a prompt and all of its answer (m,) but the last token, which is only predicted."""
     answer_type = image_family_of(model).answer_type
@@ -206,23 +75,26 @@ def pictured(
         UnsupportedModelError: that is not known of the model.
     """
     check_vision(model)
-    if image_family_of(model).layout == "grid":
+    layout = image_family_of(model).layout
+    if layout == "grid":
         merged = int(model.config.vision_config.spatial_merge_size) ** 2  # they come one after the other
         tokens = torch.cat([_in_windows(model, block) for block in blocks])
         return Pictured(with_answer(model, inputs, answer), tokens.repeat_interleave(merged)[None], True)
-    owners = torch.stack([_owners(model, block) for block in blocks])
-    return Pictured(with_answer(model, inputs, answer), owners, False)
+    owners = [_owners(model, block) for block in blocks]
+    if layout == "rows":
+        return Pictured(with_answer(model, inputs, answer), torch.cat(owners)[None], True)
+    return Pictured(with_answer(model, inputs, answer), torch.stack(owners), False)
 
 
 def _in_windows(model: PreTrainedModel, block: ImageTokens) -> Tensor:
     """(count,) tokens in the encoder's order: Qwen2.5-VL sorts them into square windows, the others leave them."""
     assert block.grid is not None
     vision = model.config.vision_config
-    row, column = torch.arange(block.grid[0])[:, None], torch.arange(block.grid[1])
-    tokens = block.first + row * block.grid[1] + column
+    tokens = block.positions()
     if not hasattr(vision, "window_size"):
         return tokens.flatten()
     side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+    row, column = torch.arange(block.grid[0])[:, None], torch.arange(block.grid[1])
     window = row // side * block.grid[1] + column // side  # numbers them row by row, some of them not at all
     return tokens.flatten()[window.flatten().argsort(stable=True)]
 
@@ -230,7 +102,7 @@ def _in_windows(model: PreTrainedModel, block: ImageTokens) -> Tensor:
 def _owners(model: PreTrainedModel, block: ImageTokens) -> Tensor:
     """(patches,) the token of each patch of a square: patches run row by row, and k × k of them are one token."""
     assert block.grid is not None
-    (width, height), patch = block.pixels, int(model.config.vision_config.patch_size)
+    (width, height), patch = block.pixels, _side(model.config.vision_config.patch_size)
     rows, columns = height // patch, width // patch
     if rows % block.grid[0] or columns % block.grid[1]:
         raise UnsupportedModelError(
@@ -239,7 +111,12 @@ def _owners(model: PreTrainedModel, block: ImageTokens) -> Tensor:
         )
     row = torch.arange(rows) // (rows // block.grid[0])
     column = torch.arange(columns) // (columns // block.grid[1])
-    return (block.first + row[:, None] * block.grid[1] + column).flatten()
+    return block.positions()[row[:, None], column].flatten()
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """InternVL's config says (height, width)."""
+    return int(size if isinstance(size, int) else size[0])
 
 
 def check_vision(model: PreTrainedModel) -> None:
@@ -303,7 +180,7 @@ def _as_read(model: PreTrainedModel, read: list[dict[str, Any]], length: int, ty
     name = type(model).__name__
     if len(read) != 1 or not isinstance(read[0].get("inputs_embeds"), Tensor):
         raise UnsupportedModelError(f"{name} cannot be explained with images: its decoder is not given embeddings once")
-    more = [key for key, value in read[0].items() if key not in READ_BY_DECODER and _holds_tensors(value)]
+    more = [key for key, value in read[0].items() if key not in READ_BY_DECODER + PASSED_ON and _holds_tensors(value)]
     if more:
         raise UnsupportedModelError(
             f"{name} cannot be explained with images: its decoder reads {', '.join(more)} beside the embeddings"
@@ -363,7 +240,7 @@ def _remembering(tower: nn.Module) -> Any:
     known: list[tuple[dict[str, Any], Any]] = []
 
     def remember(*args: Any, **kwargs: Any) -> Any:
-        matters = {name: value for name, value in kwargs.items() if name != "use_cache"}  # of the decoder
+        matters = {name: value for name, value in kwargs.items() if name not in FOR_DECODER}
         asked = dict(signature.bind(*args, **matters).arguments)
         for earlier, output in known:
             if _alike(earlier, asked):

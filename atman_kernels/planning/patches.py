@@ -16,6 +16,7 @@ def patch_units(
     image: int = 0,
     first_position: int = 0,
     *,
+    step: int | None = None,
     region: Region | None = None,
     characters: tuple[int, int] = (0, 0),
 ) -> tuple[Unit, ...]:
@@ -27,6 +28,7 @@ def patch_units(
         tile: patches per side of a unit; tiles at the right and at the bottom may be smaller.
         image: which of the prompt's images it is, from 0.
         first_position: position of the first patch's token in the sequence.
+        step: from a token to that below it; None: grid_cols. More where something separates the rows.
         region: what the grid covers, (left, top, right, bottom) in pixels of the picture; it may reach beyond it,
             where a processor padded. None: all of it.
         characters: where the image's placeholder stands in the prompt, [start, end).
@@ -35,7 +37,7 @@ def patch_units(
         Units with source "image", row by row. A unit's box is None if it lies outside the picture.
 
     Raises:
-        InputError: a size that is no integer >= 1, or a position or image below 0.
+        InputError: a size that is no integer >= 1, a position or image below 0, or a step below grid_cols.
 
     Example:
         >>> units = patch_units(2, 3, (300, 200), first_position=5)
@@ -53,9 +55,11 @@ def patch_units(
         ("tile", tile, 1),
         ("image", image, 0),
         ("first_position", first_position, 0),
+        ("step", grid_cols if step is None else step, grid_cols),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be an integer >= {least}, got {value!r}")
+    below = grid_cols if step is None else step
     left, top, right, bottom = (0.0, 0.0, float(width), float(height)) if region is None else region
     step_x, step_y = (right - left) / grid_cols, (bottom - top) / grid_rows
     units = []
@@ -67,7 +71,7 @@ def patch_units(
                 Unit(
                     f"{_counted('row', rows)}, {_counted('column', columns)}",
                     *characters,
-                    tuple(first_position + r * grid_cols + c for r in rows for c in columns),
+                    tuple(first_position + r * below + c for r in rows for c in columns),
                     source="image",
                     box=_box(
                         (left + columns.start * step_x, top + rows.start * step_y),
