@@ -48,7 +48,8 @@ def feature_calls(key: Key, config: KernelConfig) -> Iterator[Call]:
     for call in calls(key, config):
         for changes in FEATURES:
             changed = replace(call, **changes)
-            yield replace(changed, config=configs.beside_bias(config, key.head_dim)) if changed.bias else changed
+            value_dim = changed.value_dim or changed.head_dim
+            yield replace(changed, config=configs.fitted(config, changed.head_dim, value_dim, changed.bias))
         if call.kind == "dense":
             yield replace(call, key_mask=True)
 

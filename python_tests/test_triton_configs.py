@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -47,7 +48,8 @@ def test_every_head_dimension_has_a_config(dim: int) -> None:
     for element_size, regime in product((2, 4), configs.REGIMES):
         config = configs.choose(configs.load("sm_90"), element_size, regime, dim, 16, rows=1000)
         wanted = configs.load("sm_90")[Key("16-bit" if element_size == 2 else "32-bit", regime, configs.padded(dim))]
-        assert config == wanted
+        most = wanted.num_stages if dim == configs.padded(dim) else 2  # masked loads take registers
+        assert config == replace(wanted, num_stages=min(wanted.num_stages, most))
 
 
 def test_tiles_are_no_taller_than_the_rows() -> None:

@@ -84,16 +84,22 @@ def choose(
     """A table's entry, with a tile no taller than the power of two that holds the call's rows (group folded in)."""
     dtype = "16-bit" if element_size == 2 else "32-bit"
     dim = max(padded(head_dim), padded(value_dim))
-    found = table[Key(dtype, regime, dim)]
-    if has_bias:
-        found = beside_bias(found, dim)
+    found = fitted(table[Key(dtype, regime, dim)], head_dim, value_dim, has_bias)
     return replace(found, block_m=min(found.block_m, padded(rows)))
 
 
-def beside_bias(config: KernelConfig, head_dim: int) -> KernelConfig:
-    """A smaller tile: a bias is one more number, and one more address, per row and key in a thread's registers."""
-    most_rows = 64 if head_dim <= 64 else 32
-    return replace(config, block_m=min(config.block_m, most_rows), block_n=min(config.block_n, 32))
+def fitted(config: KernelConfig, head_dim: int, value_dim: int, has_bias: bool) -> KernelConfig:
+    """What is left of an entry beside what else a thread's registers hold.
+
+    A bias is one more number, and one more address, per row and key. Loads of a head dimension that is padded are
+    masked, and the fewer of them are under way at once, the better.
+    """
+    if padded(head_dim) != head_dim or padded(value_dim) != value_dim:
+        config = replace(config, num_stages=min(config.num_stages, 2))
+    if has_bias:
+        most_rows = 64 if max(head_dim, value_dim) <= 64 else 32
+        config = replace(config, block_m=min(config.block_m, most_rows), block_n=min(config.block_n, 32))
+    return config
 
 
 def choose_splits(programs: int, keys: int, processors: int) -> int:
