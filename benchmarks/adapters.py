@@ -163,7 +163,7 @@ def inseq_record(model: Any, tokenizer: Any, case: Case, rounds: int) -> dict[st
     import atman_kernels as ak
     import atman_kernels.adapters.inseq
 
-    loaded = inseq.load_model(model, "atman", tokenizer=tokenizer, factor=FACTOR)
+    loaded = inseq.load_model(model, "atman", tokenizer=tokenizer)
     whole = case.prompt + case.target
 
     def attribute(method: str, **options: Any) -> Tensor:
@@ -172,7 +172,7 @@ def inseq_record(model: Any, tokenizer: Any, case: Case, rounds: int) -> dict[st
 
     explainer = ak.Explainer(model, tokenizer, factor=FACTOR, progress=False)
     expected = explainer.explain(case.prompt, case.target, include_target=True).scores
-    errors = {"ours": checked(attribute("atman")[:-1].nan_to_num(0.0), expected, "inseq's atman")}
+    errors = {"ours": checked(attribute("atman", factor=FACTOR)[:-1].nan_to_num(0.0), expected, "inseq's atman")}
     one_by_one, costs = attribute("occlusion").nan_to_num(0.0), {}
     for size in OCCLUSION_BATCHES:
         start = time.perf_counter()
@@ -184,7 +184,10 @@ def inseq_record(model: Any, tokenizer: Any, case: Case, rounds: int) -> dict[st
             costs[size] = time.perf_counter() - start
     fastest = min(costs, key=costs.__getitem__)
     times = rounds_of(
-        rounds, lambda: attribute("occlusion", perturbations_per_eval=fastest), lambda: attribute("atman"), 1
+        rounds,
+        lambda: attribute("occlusion", perturbations_per_eval=fastest),
+        lambda: attribute("atman", factor=FACTOR),
+        1,
     )
     return {
         "what": 'inseq "occlusion" → "atman"',

@@ -47,7 +47,7 @@ def processor():
 
 
 def explainer(model, **options):
-    return ak.Explainer(model, processor(), progress=False, **options)
+    return ak.Explainer(model, processor(), progress=False, **{"factor": 0.1} | options)
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def blip2():
 
 
 def blip2_explainer(model, **options):
-    return ak.Explainer(model, tiny.processor("blip2"), progress=False, **options)
+    return ak.Explainer(model, tiny.processor("blip2"), progress=False, **{"factor": 0.1} | options)
 
 
 def blip2_inputs():

@@ -50,7 +50,7 @@ def attribution(model, tokenizer):
     return AtManAttribution(model, tokenizer, progress=False)
 
 
-def oracle(model, groups, factor=0.1, mode="log_additive", layers=None):
+def oracle(model, groups, factor=0.0, mode="log_additive", layers=None):
     """(m, n_groups) by full eager forwards, one per group of suppressed positions."""
     rows = torch.ones(len(groups), N + M)
     for row, group in zip(rows, groups, strict=True):
@@ -174,7 +174,7 @@ def test_a_value_that_comes_twice_is_suppressed_twice(attribution, model):
     result = attribution.attribute(TextTemplateInput("{a} w6 {b} {a}", {"a": "w5", "b": "w8"}), ANSWER)
     ids = torch.tensor([5, 6, 8, 5, 20, 6, 22])
     rows = torch.ones(2, 7)
-    rows[0, [0, 3]] = rows[1, 2] = 0.1
+    rows[0, [0, 3]] = rows[1, 2] = 0.0
     close(result.token_attr.T, eager_oracle.leave_one_out(model, ids, 4, rows, "log_additive"))
 
 
@@ -235,7 +235,7 @@ def test_shapley_values_are_the_average_over_all_orders(attribution, model, toke
     def value(present):
         row = torch.ones(N + M)
         for index, group in enumerate(groups):
-            row[list(group)] = 1.0 if index in present else 0.1
+            row[list(group)] = 1.0 if index in present else 0.0
         return eager_oracle.target_logprobs(model, IDS, N, row, "log_additive")
 
     expected = torch.zeros(M, 3, dtype=torch.float64)

@@ -122,7 +122,7 @@ def prompts(*lengths):
 
 
 def explained(model, *ids):
-    explainer = ak.Explainer(model, tiny_models.tokenizer(), progress=False)
+    explainer = ak.Explainer(model, tiny_models.tokenizer(), factor=0.1, progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return explainer.explain_batch([tiny_models.text_of(i) for i in ids], ["w70 w71"] * len(ids))

@@ -56,7 +56,7 @@ def is_source(name: str, attention: str = "both") -> bool:
 
 
 def explainer(model, tokenizer=None, **options):
-    return ak.Explainer(model, tokenizer or tiny_models.tokenizer(), progress=False, **options)
+    return ak.Explainer(model, tokenizer or tiny_models.tokenizer(), progress=False, **{"factor": 0.1} | options)
 
 
 def target_logprobs(model, first: int, **source):

@@ -51,7 +51,7 @@ def everywhere(name: str) -> bool:
 
 
 def explainer(model, tokenizer=None, **options):
-    return ak.Explainer(model, tokenizer or tiny_models.tokenizer(), progress=False, **options)
+    return ak.Explainer(model, tokenizer or tiny_models.tokenizer(), progress=False, **{"factor": 0.1} | options)
 
 
 def scores_by_hand(values, model, length, units, mode, factor, is_suppressed=everywhere):

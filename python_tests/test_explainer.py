@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def explainer_of(model, tokenizer, **settings):
-    return ak.Explainer(model, tokenizer, progress=False, **settings)
+    return ak.Explainer(model, tokenizer, progress=False, **{"factor": 0.1} | settings)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def draw(count, seed):
 
 
 def explained(model, prompts, answers, **settings):
-    explainer = ak.Explainer(model, tiny_models.tokenizer(), progress=False, **settings)
+    explainer = ak.Explainer(model, tiny_models.tokenizer(), progress=False, **{"factor": 0.1} | settings)
     texts = [[tiny_models.text_of(ids) for ids in group] for group in (prompts, answers)]
     return explainer.explain_batch(*texts)
 

@@ -46,7 +46,7 @@ TEXTS = {
 
 def explainer_of(family, model=None, **settings):
     model = tiny.build(family) if model is None else model
-    return ak.Explainer(model, tiny.processor(family), progress=False, **settings)
+    return ak.Explainer(model, tiny.processor(family), progress=False, **{"factor": 0.1} | settings)
 
 
 def made_by_hand(family, processor, images, text, answer):
@@ -461,7 +461,7 @@ def test_a_processors_output_is_as_good_as_pictures_and_text():
     inputs = processor(images=image, text=text, return_tensors="pt")
     expected = explainer_of("llava").explain(text, ANSWER, images=image)
     for made_with in (tiny.tokenizer(), processor):
-        explanation = ak.Explainer(tiny.build("llava"), made_with, progress=False).explain(inputs, ANSWER)
+        explanation = ak.Explainer(tiny.build("llava"), made_with, factor=0.1, progress=False).explain(inputs, ANSWER)
         torch.testing.assert_close(explanation.scores, expected.scores, atol=1e-6, rtol=0)
         assert explanation.units == expected.units, "a picture of 24 × 24 has the tower's own pixels"
     larger = explainer_of("llava").explain(inputs, ANSWER, images=tiny.picture(48, 48))
@@ -474,7 +474,7 @@ def test_earlier_answer_tokens_and_chat_messages():
         "{% for m in messages %}w60 {% for c in m['content'] %}"
         "{{ '<image>' if c['type'] == 'image' else c['text'] }} {% endfor %}{% endfor %}w61"
     )
-    explainer = ak.Explainer(tiny.build("llava"), processor, progress=False)
+    explainer = ak.Explainer(tiny.build("llava"), processor, factor=0.1, progress=False)
     explanation = explainer.explain("w5 w6", ANSWER, images=image, chat=True, include_target=True)
     assert explanation.prompt == "w60 <image> w5 w6 w61"
     assert [unit.source for unit in explanation.units[-2:]] == ["target", "target"]

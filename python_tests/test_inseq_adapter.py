@@ -39,7 +39,7 @@ def ids_of(text):
     return torch.tensor([int(word[1:]) for word in text.split()])
 
 
-def oracle(model, text, n, factor=0.1, mode="log_additive", layers=None):
+def oracle(model, text, n, factor=0.0, mode="log_additive", layers=None):
     """(n + m, m) as inseq lays it out: NaN where a token does not come before the one explained."""
     ids = ids_of(text)
     rows = torch.ones(len(ids), len(ids))

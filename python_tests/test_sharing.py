@@ -163,7 +163,7 @@ def check_against_oracle(model, explanations, prompts, answer, mode):
 def test_questions_about_one_passage_equal_separate_full_runs(family):
     model, passage, answer = tiny_models.build(family), draw(16, 1), draw(2, 2)
     prompts = [passage + draw(3, 10 + seed) for seed in range(3)]
-    explainer = Explainer(model, tiny_models.tokenizer(), token_budget=60, progress=False)
+    explainer = Explainer(model, tiny_models.tokenizer(), factor=0.1, token_budget=60, progress=False)
     texts, answers = [tiny_models.text_of(ids) for ids in prompts], [tiny_models.text_of(answer)] * 3
     explanations = explainer.explain_batch(texts, answers)
     check_against_oracle(model, explanations, prompts, answer, "log_additive")
@@ -177,7 +177,7 @@ def test_questions_about_one_passage_equal_separate_full_runs(family):
 def test_questions_of_several_lengths(family, mode):
     model, passage, answer = tiny_models.build(family), draw(12, 3), draw(3, 4)
     prompts = [passage + draw(3 + seed, 20 + seed) for seed in range(3)]
-    explainer = Explainer(model, tiny_models.tokenizer(), mode=mode, progress=False)
+    explainer = Explainer(model, tiny_models.tokenizer(), mode=mode, factor=0.1, progress=False)
     texts, answers = [tiny_models.text_of(ids) for ids in prompts], [tiny_models.text_of(answer)] * 3
     explanations = explainer.explain_batch(texts, answers)
     check_against_oracle(model, explanations, prompts, answer, mode)
@@ -221,7 +221,7 @@ def test_removed_tokens_are_not_missed(family, mode):
 
 def test_running_out_of_memory_halves_packs_of_trunks_too(monkeypatch):
     model, passage, answer = tiny_models.build("llama"), draw(24, 7), draw(1, 8)
-    explainer = Explainer(model, tiny_models.tokenizer(), progress=False)
+    explainer = Explainer(model, tiny_models.tokenizer(), factor=0.1, progress=False)
     prompts = [passage + draw(2, 30 + seed) for seed in range(3)]
     grow, refused = execution.grow, []
 

@@ -47,7 +47,7 @@ def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | Non
 @click.option("--permutations", type=int, metavar="N", help="Orders that shapley draws; even, at least 4.")
 @click.option("--seed", type=int, metavar="N", help="Of methods that draw.")
 @click.option("--mode", type=click.Choice(MODES), default="log_additive", show_default=True, help="How to suppress.")
-@click.option("--factor", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Attention that is kept.")
+@click.option("--factor", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Attention that is kept.")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True),

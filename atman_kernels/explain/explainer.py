@@ -77,7 +77,8 @@ class Explainer:
             is, in eval mode, and left as it was.
         tokenizer: its (fast) tokenizer, or the processor of a model that reads images or audio.
         mode: "log_additive" | "multiplicative" | "shifted", see `atman_kernels.suppressed_attention`.
-        factor: what is kept of the attention to a suppressed unit, >= 0. The paper's f is 1 - factor.
+        factor: what is kept of the attention to a suppressed unit, >= 0; with 0 and "log_additive" the unit is gone, as
+            if the model had never seen it. The paper's f is 1 - factor.
         similarity_threshold: also suppress tokens whose input embedding has at least this cosine with the unit's,
             in proportion; in (0, 1]. None: the unit alone.
         layers: attention layers to act on, by index; None for all.
@@ -102,7 +103,7 @@ class Explainer:
         tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         *,
         mode: str = "log_additive",
-        factor: float = 0.1,
+        factor: float = 0.0,
         similarity_threshold: float | None = None,
         layers: Iterable[int] | None = None,
         vision: bool = False,
