@@ -88,9 +88,9 @@ def measure(
     """
     explainers = {}
     for setting in settings:
-        definition = {"method": setting.method, "options": setting.options, "explainer": setting.explainer}
+        explainer = explainers[setting.name] = Explainer(model, tokenizer, progress=False, **setting.explainer)
+        definition = {"method": setting.method, "options": setting.options, "explainer": _in_full(explainer)}
         results.define(setting.name, definition)
-        explainers[setting.name] = Explainer(model, tokenizer, progress=False, **setting.explainer)
     done = {(entry["item"], entry["setting"]) for entry in results.entries}
     with_curves = {item.id for item in items[: task.faithfulness_items]}
     for _, group in itertools.groupby(items, key=lambda item: item.context):
@@ -104,6 +104,17 @@ def measure(
                 for entry in _measured(explainers[setting.name], asked, setting, task, with_curves):
                     results.add(entry)
                     advance()
+
+
+def _in_full(explainer: Explainer) -> dict[str, Any]:
+    """How it suppresses, defaults written out: another version of the package may have others."""
+    how = explainer.runner.perturbation
+    return {
+        "mode": how.mode,
+        "factor": explainer.factor,
+        "similarity_threshold": explainer.similarity_threshold,
+        "layers": None if how.layers is None else list(how.layers),
+    }
 
 
 def _measured(

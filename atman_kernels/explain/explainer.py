@@ -386,7 +386,7 @@ class Explainer:
         """The answer's log-probabilities with any sets of units suppressed: as many sets as wanted, in one go.
 
         Units are suppressed as in `explain`, by this explainer's mode, factor, similarity threshold and layers; with
-        `factor=0` and mode "log_additive" they are gone. Equal masks run once.
+        the default ones they are gone. Equal masks run once.
 
         Args:
             masks: bool (n_variants, n_units), True = suppressed: a tensor, an array or nested lists; or a function
@@ -401,9 +401,9 @@ class Explainer:
             UnsupportedModelError: the model cannot be explained, with the reason.
 
         Example:
-            >>> removing = Explainer(model, tokenizer, factor=0.0)                          # doctest: +SKIP
+            >>> explainer = Explainer(model, tokenizer)                                     # doctest: +SKIP
             >>> halves = lambda units: torch.rand(1000, len(units)) < 0.5                   # doctest: +SKIP
-            >>> removing.ablate("The capital of France is", " Paris", masks=halves).logprobs.shape  # doctest: +SKIP
+            >>> explainer.ablate("The capital of France is", " Paris", masks=halves).logprobs.shape  # doctest: +SKIP
             torch.Size([1000, 1])
         """
         check_without_images(self.model, self.processor, prompt)

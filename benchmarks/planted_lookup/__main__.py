@@ -24,7 +24,7 @@ from benchmarks.machine import RESULTS, environment
 from benchmarks.planted_lookup.task import LookUp, look_ups, tokenizer, train
 
 SEED = 20_000
-FACTOR = 0.1
+FACTOR = 0.0
 STEPS = 6  # of the faithfulness curves
 MODES = ("log_additive", "multiplicative", "shifted")
 PEERS = tuple(name for name in names() if name not in ("atman", "shapley", "lasso"))
