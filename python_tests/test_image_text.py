@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 import atman_kernels as ak
 from atman_kernels.explain import execution, image_places, methods
-from atman_kernels.hf import forward
+from atman_kernels.hf import forward, image_layouts
 
 MODES = ("log_additive", "multiplicative", "shifted")
 ANSWER = "w20 w21 w22"
@@ -417,6 +417,17 @@ def test_pictures_of_other_sizes_are_refused(family):
         explainer.explain({key: value for key, value in inputs.items() if key != "image_sizes"}, ANSWER)
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_tokens_of_two_resolutions_are_as_many_as_the_processor_makes(family):
+    model, processor = tiny.build(family), tiny.processor(family)
+    generator = torch.Generator().manual_seed(0)
+    class_token = family == "llava_next"
+    for height, width in torch.randint(5, 200, (300, 2), generator=generator).tolist():
+        inputs = {"image_sizes": torch.tensor([[height, width]])}
+        ours = sum(size.tokens for size in image_layouts._two_resolutions(model, inputs))
+        assert ours == processor._get_number_of_features(height, width, tiny.SIDE, tiny.SIDE) - class_token
+
+
 def test_onevision_cuts_no_images_that_came_together():
     family, images = "llava_onevision", [tiny.picture(40, 30, 1), tiny.picture(24, 30, 2)]
     text = "w5 <image> w6 <image> w7"
@@ -435,6 +446,10 @@ def test_rows_end_where_the_processor_says():
     turned = inputs | {"image_sizes": inputs["image_sizes"].flip(1)}
     with pytest.raises(ak.UnsupportedModelError, match="other tokens stand among those of an image"):
         explainer.explain(turned, ANSWER)
+    tokens = [5, 6, *[tiny.IMAGE] * 35, 95, 7, 8, 9]
+    unbroken = inputs | {"input_ids": torch.tensor([tokens]), "attention_mask": torch.ones(1, len(tokens))}
+    with pytest.raises(ak.UnsupportedModelError, match="other tokens stand among those of an image"):
+        explainer.explain(unbroken, ANSWER)
 
 
 def test_text_units_leave_the_placeholder_out():

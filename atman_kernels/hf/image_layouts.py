@@ -126,8 +126,9 @@ class _Size:
         step = 0 if self.grid is None else self.grid[1] + self.separated
         count = positions[-1] + 1 - positions[0]
         block = ImageTokens(positions[0], count, self.grid, step, self.pixels, self.place)
-        in_one_run = count == len(positions)
-        return block if in_one_run or (self.separated and positions == block.positions().flatten().tolist()) else None
+        if self.grid is None or self.tokens > self.grid[0] * self.grid[1]:  # separators are image tokens themselves
+            return block if count == self.tokens else None
+        return block if positions == block.positions().flatten().tolist() else None
 
 
 def image_family_of(model: PreTrainedModel) -> ImageFamily:
