@@ -143,7 +143,7 @@ def _summary(explanation: Explanation) -> str:
     settings = explanation.settings
     parts = [str(settings[key]) for key in ("model", "method", "mode") if settings.get(key)]
     if settings.get("factor") is not None:
-        parts.append(f"factor {settings['factor']}")
+        parts.append(f"factor {settings['factor']:g}")
     kind = settings.get("units")
     parts.append(f"{len(explanation.units)} {f'{kind} ' if isinstance(kind, str) else ''}units")
     return " · ".join(parts)
