@@ -141,7 +141,7 @@ def image_family_of(model: PreTrainedModel) -> ImageFamily:
     if kind not in IMAGE_FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be explained with images: where its image tokens lie in a picture is not "
-            f"known; it is for {', '.join(IMAGE_FAMILIES)}"
+            "known; docs/images.md has the models of which it is"
         )
     if kind == "llava" and model.config.vision_config.model_type == "pixtral":
         return ImageFamily("rows")
