@@ -89,7 +89,8 @@ def measure(
     explainers = {}
     for setting in settings:
         explainer = explainers[setting.name] = Explainer(model, tokenizer, progress=False, **setting.explainer)
-        definition = {"method": setting.method, "options": setting.options, "explainer": _in_full(explainer)}
+        # In full, since another version of the package may have other defaults.
+        definition = {"method": setting.method, "options": setting.options, "explainer": explainer.suppression}
         results.define(setting.name, definition)
     done = {(entry["item"], entry["setting"]) for entry in results.entries}
     with_curves = {item.id for item in items[: task.faithfulness_items]}
@@ -104,17 +105,6 @@ def measure(
                 for entry in _measured(explainers[setting.name], asked, setting, task, with_curves):
                     results.add(entry)
                     advance()
-
-
-def _in_full(explainer: Explainer) -> dict[str, Any]:
-    """How it suppresses, defaults written out: another version of the package may have others."""
-    how = explainer.runner.perturbation
-    return {
-        "mode": how.mode,
-        "factor": explainer.factor,
-        "similarity_threshold": explainer.similarity_threshold,
-        "layers": None if how.layers is None else list(how.layers),
-    }
 
 
 def _measured(

@@ -449,6 +449,11 @@ class Explainer:
         settings = self._settings(method, outcome, name) | task.facts
         return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
 
+    @property
+    def suppression(self) -> dict[str, Any]:
+        """Mode, factor, similarity threshold and layers, defaults written out, as JSON types."""
+        return self._context().suppression
+
     def _context(self) -> methods.MethodContext:
         return methods.MethodContext(self.model, self.runner, self.factors_of, self.factor, self.similarity_threshold)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.execution import Perturbation, Work, shrink_or_raise
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
+from atman_kernels.explain.methods.perturbation import cost
 from atman_kernels.explain.runner import NOISE_CEILING, VariantRunner
 from atman_kernels.hf.interface import activate
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
@@ -92,7 +93,7 @@ def run_task(context: MethodContext, task: Task) -> MethodOutcome:
         UnsupportedModelError: our attention does not reproduce the model's own.
         MemoryError: a single row does not fit.
     """
-    perturbation, threshold = context.runner.perturbation, context.similarity_threshold
+    threshold = context.similarity_threshold
     embeddings = None
     if threshold is not None:
         if task.embeddings is None:
@@ -106,19 +107,8 @@ def run_task(context: MethodContext, task: Task) -> MethodOutcome:
     return MethodOutcome(
         scores=[(base - values).float()],
         logprobs=[base],
-        stats={
-            "tokens_through_model": work.tokens,
-            "forwards": work.forwards,
-            "variants": work.variants,
-            "token_budget": work.token_budget,
-        },
-        settings={
-            "mode": perturbation.mode,
-            "factor": context.factor,
-            "similarity_threshold": threshold,
-            "layers": None if perturbation.layers is None else list(perturbation.layers),
-            "path": "batched",
-        },
+        stats=cost(work),
+        settings=context.suppression | {"path": "batched"},
     )
 
 

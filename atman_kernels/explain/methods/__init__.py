@@ -56,6 +56,17 @@ class MethodContext:
     factor: float
     similarity_threshold: float | None
 
+    @property
+    def suppression(self) -> dict[str, Any]:
+        """How units are suppressed, defaults written out: JSON types, for records of what was measured."""
+        how = self.runner.perturbation
+        return {
+            "mode": how.mode,
+            "factor": self.factor,
+            "similarity_threshold": self.similarity_threshold,
+            "layers": None if how.layers is None else list(how.layers),
+        }
+
 
 @dataclass(frozen=True, eq=False)
 class MethodOutcome:

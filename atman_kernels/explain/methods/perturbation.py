@@ -34,11 +34,4 @@ def cost(work: Work) -> dict[str, Any]:
 
 def suppression(context: MethodContext) -> dict[str, Any]:
     """How units were suppressed, for `settings`; asked for after the run, which finds out the path."""
-    perturbation = context.runner.perturbation
-    return {
-        "mode": perturbation.mode,
-        "factor": context.factor,
-        "similarity_threshold": context.similarity_threshold,
-        "layers": None if perturbation.layers is None else list(perturbation.layers),
-        "path": "packed" if context.runner.unpackable is None else "batched",
-    }
+    return context.suppression | {"path": "packed" if context.runner.unpackable is None else "batched"}
