@@ -1,6 +1,7 @@
 """Which families of transformers this package serves, and how exactly: a table written by running them all.
 
-    python python_tests/model_coverage.py                            runs all, writes docs/coverage.json and coverage.md
+    python python_tests/model_coverage.py                            runs all, writes docs/coverage.json, coverage.md
+                                                                     and the README's table
     python python_tests/model_coverage.py --kind image-classifiers   runs one kind, writes its part of them
     python python_tests/model_coverage.py llama mpt                  runs some families and prints what came out
     python python_tests/model_coverage.py --update llama mpt         … and replaces their rows
@@ -32,7 +33,7 @@ from coverage_trials import STATES, Result, Trial
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- written by python_tests/model_coverage.py: begin -->", "<!-- end -->"
 SECONDS = 180  # for one family
 
@@ -223,6 +224,18 @@ def markdown(record: dict[str, dict]) -> str:
     return "\n".join([*lines, END])
 
 
+def summary(record: dict[str, dict]) -> str:
+    """A line for each kind of models."""
+    states = [state for state in STATES if state not in ("failed", "wrong")]
+    lines = [BEGIN, "", f"| | {' | '.join(states)} | largest difference |", "|---" * (len(states) + 2) + "|"]
+    for kind in [kind for kind in KINDS if kind in record]:
+        results = [Result(**row) for row in record[kind]["results"]]
+        numbers = [sum(r.state == state for r in results) for state in states]
+        largest = max((r.difference for r in results if r.difference is not None), default=0)
+        lines.append(f"| {kind} | {' | '.join(str(n or '') for n in numbers)} | {largest:.0e} |")
+    return "\n".join([*lines, "", END])
+
+
 def counts(results: list[Result]) -> str:
     of_state = {state: sum(r.state == state for r in results) for state in STATES}
     return ", ".join(f"{count} {state}" for state, count in of_state.items() if count)
@@ -234,22 +247,21 @@ def _row(r: Result) -> str:
     return f"| {r.family} | {r.model} | {r.state} | {numbers[0]} | {numbers[1]} | {remark} |"
 
 
-def write(found: dict[str, list[Result]], docs: Path = DOCS) -> None:
-    """Replace the parts of these kinds in both files; the other kinds keep theirs."""
-    table = docs / "coverage.json"
+def write(found: dict[str, list[Result]], root: Path = ROOT) -> None:
+    """Replace the parts of these kinds in the record and on both pages; the other kinds keep theirs."""
+    table = root / "docs" / "coverage.json"
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     record = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
     record |= {kind: {**versions, "results": [asdict(r) for r in results]} for kind, results in found.items()}
     table.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    page = docs / "coverage.md"
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN, 1)
-    page.write_text(before + markdown(record) + rest.split(END, 1)[1], encoding="utf-8")
+    for page, part in ((root / "docs" / "coverage.md", markdown(record)), (root / "README.md", summary(record))):
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
+        page.write_text(before + part + rest.split(END, 1)[1], encoding="utf-8")
 
 
-def update(found: dict[str, list[Result]], docs: Path = DOCS) -> None:
+def update(found: dict[str, list[Result]], root: Path = ROOT) -> None:
     """Replace the rows of some classes; the other rows of their kinds must be of the same versions."""
-    record = json.loads((docs / "coverage.json").read_text(encoding="utf-8"))
+    record = json.loads((root / "docs" / "coverage.json").read_text(encoding="utf-8"))
     whole = {}
     for kind, results in found.items():
         if results and record[kind]["transformers"] != transformers.__version__:
@@ -257,7 +269,7 @@ def update(found: dict[str, list[Result]], docs: Path = DOCS) -> None:
         new = {(r.family, r.model): r for r in results}
         kept = [Result(**row) for row in record[kind]["results"]]
         whole[kind] = [new.pop((r.family, r.model), r) for r in kept] + list(new.values())
-    write(whole, docs)
+    write(whole, root)
 
 
 def main() -> int:

@@ -327,21 +327,18 @@ def processor(family: str, side: int = SIDE):
     if family in ("internvl", "aya_vision", "cohere2_vision"):
         images = GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, max_patches=6)
         if family == "aya_vision":
-            made = hf.AyaVisionProcessor(
+            return hf.AyaVisionProcessor(
                 images, words, patch_size=PATCH, img_size=side, downsample_factor=2, image_token="<image>",
                 img_patch_token="<image>", start_of_img_token="<start>", end_of_img_token="<end>",
-                tile_token="<row_1_col", tile_global_token="<global-img>",
+                tile_token="<tile>", tile_global_token="<global-img>",
             )  # fmt: skip
-            made.tile_token = "<tile>"
-            return made
-        made = _assembled(
+        return _assembled(
             hf.InternVLProcessor if family == "internvl" else hf.Cohere2VisionProcessor, images, words,
             image_seq_length=4, patch_size=2, start_image_token="<start>", end_image_token="<end>",
             start_image_token_id=96, end_image_token_id=95, boi_token="<start>", eoi_token="<end>",
             img_line_break_token="<break>", video_token="<video>",
             multimodal_pattern=re.compile("(?P<image><image>)|(?P<video><video>)"),
         )  # fmt: skip
-        return made
     if family == "paligemma":
         images = SiglipImageProcessorPil(size=square)
         images.image_seq_length = (side // PATCH) ** 2
