@@ -360,6 +360,7 @@ def test_machine_code(dtype: str, head_dim: int, objects: Callable[[str], tuple[
     products = re.findall(r"HGMMA\.(64x\d+x16)", code)
     assert set(products) == {f"64x{keys}x16", f"64x{head_dim}x16"}
     assert "UTMALDG.4D" in code
+    assert "UTMASTG.4D" in code
     assert len(re.findall(r"USETMAXREG", code)) == 2
     assert not re.findall(r"\b(?:LDL|STL)\b", code)
     assert not re.findall(r"\bHMMA\b", code)

@@ -13,10 +13,13 @@ float shared[kWarps * 2 * kPlainDims];
 namespace atman::cuda {
 namespace {
 
-CUtensorMap make_map(const void* data, const Strides& s, std::int64_t batch, std::int64_t heads, std::int64_t keys,
-                     std::int64_t features, int box_keys) {
-    const model::Map map{static_cast<const std::uint16_t*>(data), {features, keys, heads, batch},
-                         {1, s.row, s.head, s.batch}, box_keys};
+CUtensorMap make_map(const hopper::Boxes& boxes) {
+    model::Map map{static_cast<const std::uint16_t*>(boxes.data), {boxes.features}, {1}, {hopper::kSlab}};
+    for (int i = 0; i < 3; ++i) {
+        map.sizes[i + 1] = boxes.sides[i].size;
+        map.strides[i + 1] = boxes.sides[i].stride;
+        map.box[i + 1] = boxes.sides[i].box;
+    }
     CUtensorMap bytes{};
     std::memcpy(static_cast<void*>(&bytes), &map, sizeof map);
     return bytes;
@@ -70,15 +73,7 @@ void attend_with(const AttentionParams& p, std::byte* workspace, int multiproces
     auto* order = static_cast<std::int32_t*>(at(space.order));
     auto* flags = static_cast<std::uint64_t*>(at(space.flags));
     make_plan(p, tiles, order, flags);
-    hopper::Maps maps;
-    for (int range = 0; range < 2; ++range) {
-        const bool own = p.keys == 0 || (range == 1 && p.variants > 0);
-        const std::int64_t batch = own ? 1 : p.key_batch, keys = own ? p.rows : p.keys;
-        maps.key[range] = make_map(own ? p.own_key : p.key, own ? p.own_key_strides : p.key_strides, batch, p.key_heads,
-                                   keys, p.head_dim, C::kKeys);
-        maps.value[range] = make_map(own ? p.own_value : p.value, own ? p.own_value_strides : p.value_strides, batch,
-                                     p.key_heads, keys, p.value_dim, C::kKeys);
-    }
+    const hopper::Maps maps = hopper::make_maps<C>(p, make_map);
     const auto items = static_cast<std::int32_t>(count_tiles(p) * p.key_heads * splits);
     const hopper::KernelParams params{p, tiles, order, flags, static_cast<float*>(at(space.partial)),
                                       static_cast<float*>(at(space.partial_lse)), splits, items};

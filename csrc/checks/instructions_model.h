@@ -2,8 +2,8 @@
 // layouts of wgmma's operands and of TMA's boxes, mbarriers, named barriers, warps. A thread of the GPU is a fiber; one
 // that waits lets the others go on; when none can, the kernel hangs, and that is an error.
 //
-// Products happen as late as they may, when they are waited for: a stage that is freed too early, or a register
-// that is overwritten too early, shows in the result. Timing and memory ordering between proxies are not modelled.
+// Products and stores happen as late as they may, when they are waited for: a stage that is freed too early, or a
+// register or an output that is overwritten too early, shows in the result; a store that nobody waits for is none. Timing and memory ordering between proxies are not modelled.
 
 #pragma once
 
@@ -40,6 +40,7 @@ struct Fiber {
     std::vector<std::vector<Product>> groups;  // committed, the oldest first
     std::vector<Product> open;
     const std::uint32_t* published = nullptr;  // of the product being issued: a's registers
+    std::vector<std::function<void()>> stores;  // to the tensor, not yet done
 };
 
 struct Warp {
@@ -145,8 +146,8 @@ inline void run_block(int threads, Index block, Index grid, std::function<void()
 
 struct Map {  // in a CUtensorMap's bytes
     const std::uint16_t* data;
-    std::int64_t shape[4], strides[4];  // features, keys, heads, batch; in elements
-    int box_keys;
+    std::int64_t sizes[4], strides[4];  // in elements; features first
+    int box[4];
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
@@ -234,21 +235,49 @@ inline void fence_async_proxy() {}
 
 inline std::uint32_t swizzled(std::uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
+// Every element of a box: visit(its place in shared memory, its place in the tensor, or null beyond the tensor's end).
+template <class Visit>
+void walk_box(const model::Map& m, std::uint32_t start, const int (&from)[4], Visit visit) {
+    std::uint32_t offset = start;
+    for (int i3 = 0; i3 < m.box[3]; ++i3)
+        for (int i2 = 0; i2 < m.box[2]; ++i2)
+            for (int i1 = 0; i1 < m.box[1]; ++i1)
+                for (int i0 = 0; i0 < m.box[0]; ++i0, offset += 2) {
+                    const std::int64_t at[4] = {from[0] + i0, from[1] + i1, from[2] + i2, from[3] + i3};
+                    std::int64_t element = 0;
+                    bool inside = true;
+                    for (int side = 0; side < 4; ++side) {
+                        inside = inside && at[side] >= 0 && at[side] < m.sizes[side];
+                        element += at[side] * m.strides[side];
+                    }
+                    visit(memory + swizzled(offset), inside ? m.data + element : nullptr);
+                }
+}
+
 inline void load_box(void* to, const CUtensorMap& map, std::uint64_t* barrier, int feature, int key, int head, int batch) {
     model::Map m;
     std::memcpy(&m, &map, sizeof m);
-    for (int r = 0; r < m.box_keys; ++r) {
-        for (int f = 0; f < 64; ++f) {
-            const bool inside = key + r < m.shape[1] && feature + f < m.shape[0];
-            const std::uint16_t element = inside ? m.data[feature + f + (key + r) * m.strides[1] + head * m.strides[2] +
-                                                          batch * m.strides[3]]
-                                                 : 0;
-            const std::uint32_t at = swizzled(shared_address(to) + static_cast<std::uint32_t>(r * 128 + f * 2));
-            std::memcpy(memory + at, &element, 2);
-        }
-    }
-    mbarrier(barrier).bytes -= m.box_keys * 128;
+    walk_box(m, shared_address(to), {feature, key, head, batch}, [](unsigned char* shared, const std::uint16_t* element) {
+        const std::uint16_t zero = 0;
+        std::memcpy(shared, element ? element : &zero, 2);
+    });
+    mbarrier(barrier).bytes -= m.box[1] * 128;
     model::settle(mbarrier(barrier));
+}
+
+inline void store_box(const CUtensorMap& map, const void* from, int feature, int head, int row, int batch) {
+    model::Map m;
+    std::memcpy(&m, &map, sizeof m);
+    model::fiber().stores.push_back([=, start = shared_address(from)] {
+        walk_box(m, start, {feature, head, row, batch}, [](const unsigned char* shared, const std::uint16_t* element) {
+            if (element) std::memcpy(const_cast<std::uint16_t*>(element), shared, 2);
+        });
+    });
+}
+inline void stores_commit() {}
+inline void stores_wait() {
+    for (const auto& store : model::fiber().stores) store();
+    model::fiber().stores.clear();
 }
 
 inline float exponential2(float x) { return std::exp2(x); }

@@ -58,7 +58,7 @@ __device__ __forceinline__ void shrink_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// --- TMA: a box of a (batch, heads, keys, features) tensor to shared memory; zeros beyond its end ---
+// --- TMA: a box of a tensor to shared memory, with zeros beyond its end, or from there, but for what is beyond ---
 
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, std::uint64_t* barrier, int feature, int key,
                                          int head, int batch) {
@@ -67,6 +67,15 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, std::
         ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(feature), "r"(key), "r"(head), "r"(batch)
         : "memory");
 }
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int feature, int head, int row,
+                                          int batch) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+                 "r"(shared_address(from)), "r"(feature), "r"(head), "r"(row), "r"(batch)
+                 : "memory");
+}
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until what this thread stores has been read from shared memory.
+__device__ __forceinline__ void stores_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -27,9 +27,47 @@ struct KernelParams {
     std::int32_t splits, items;
 };
 
+// What TMA reads and writes at once: 64 features of some places along the three other sides of a tensor.
+struct Boxes {
+    struct Side {
+        std::int64_t size, stride;  // the stride in elements
+        int box;
+    };
+    const void* data;
+    std::int64_t features;
+    Side sides[3];  // the first varies fastest in shared memory
+};
+
 struct Maps {
     CUtensorMap key[2], value[2];  // base, own
+    CUtensorMap output;            // where stores_boxes
 };
+
+// Whether the rows of a warpgroup are all heads of some rows of the query, which then leave as one box.
+ATMAN_INLINE bool stores_boxes(const AttentionParams& p) { return kConsumerRows % group_size(p) == 0; }
+
+template <class C, class Make>
+Maps make_maps(const AttentionParams& p, Make make) {
+    const auto keys_of = [&](const void* data, const Strides& s, std::int64_t batch, std::int64_t keys) {
+        return make(Boxes{data, C::kHeadDim, {{keys, s.row, C::kKeys}, {p.key_heads, s.head, 1}, {batch, s.batch, 1}}});
+    };
+    Maps maps{};
+    for (int range = 0; range < 2; ++range) {
+        // A map of nothing is not allowed; where there are no base keys or no own ones, no block names that map.
+        const bool own = p.keys == 0 || (range == 1 && p.variants > 0);
+        const std::int64_t batch = own ? 1 : p.key_batch, keys = own ? p.rows : p.keys;
+        maps.key[range] = keys_of(own ? p.own_key : p.key, own ? p.own_key_strides : p.key_strides, batch, keys);
+        maps.value[range] = keys_of(own ? p.own_value : p.value, own ? p.own_value_strides : p.value_strides, batch, keys);
+    }
+    if (stores_boxes(p)) {
+        const Strides& s = p.output_strides;
+        const auto heads = static_cast<int>(group_size(p));
+        maps.output = make(Boxes{p.output, C::kHeadDim,
+                                 {{p.query_heads, s.head, heads}, {p.rows, s.row, kConsumerRows / heads},
+                                  {p.batch, s.batch, 1}}});
+    }
+    return maps;
+}
 
 template <class C>
 __device__ Item item_at(const KernelParams& k, std::int32_t index) {
@@ -235,6 +273,7 @@ template <class C>
 struct Consumer {
     using T = typename C::T;
     const KernelParams& k;
+    const Maps& maps;
     typename C::Shared& shared;
     Ring<C> ring{};
     int group;   // warpgroup: 0 or 1
@@ -242,8 +281,8 @@ struct Consumer {
     const RowKeys* rows;
     const Item& item;  // in shared memory
 
-    __device__ Consumer(const KernelParams& params, typename C::Shared& memory)
-        : k(params), shared(memory), group(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
+    __device__ Consumer(const KernelParams& params, const Maps& tensors, typename C::Shared& memory)
+        : k(params), maps(tensors), shared(memory), group(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
           thread(static_cast<int>(threadIdx.x) % kWarpgroup),
           rows(memory.rows + group * kConsumerRows + thread / 32 * 16 + thread % 32 / 4), item(memory.item[group]) {}
 
@@ -406,22 +445,42 @@ struct Consumer {
 
     // From shared memory, so that a row's bytes leave together.
     __device__ void store_output() const {
-        const Strides& strides = k.attention.output_strides;
+        const AttentionParams& p = k.attention;
+        if (stores_boxes(p)) {
+            fence_async_proxy();
+            named_sync<kWarpgroup>(kRows + group);
+            if (thread == 0) {
+                const auto heads = static_cast<int>(group_size(p));
+                const int first = item.first_row + group * kConsumerRows / heads;  // rows beyond the end are not written
+#pragma unroll
+                for (int slab = 0; slab < C::kSlabs; ++slab)
+                    store_box(maps.output, shared.query[group][slab], slab * kSlab, item.key_head * heads, first, item.batch);
+                stores_commit();
+            }
+            return;
+        }
+        const Strides& strides = p.output_strides;
         named_sync<kWarpgroup>(kRows + group);
         const int self = thread_again(), chunk = self % (C::kHeadDim / 8);
 #pragma unroll 1
         for (int r = self / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
             const RowKeys& row = shared.rows[group * kConsumerRows + r];
             if (row.head < 0) continue;
-            T* to = static_cast<T*>(k.attention.output) + item.batch * strides.batch + row.head * strides.head +
+            T* to = static_cast<T*>(p.output) + item.batch * strides.batch + row.head * strides.head +
                     row.index * strides.row;
             reinterpret_cast<uint4*>(to)[chunk] = *chunk_at(r, chunk);
         }
     }
 
+    // Shared memory can be written again. Stores are thread 0's.
+    __device__ void stores_read() const {
+        if (thread == 0) stores_wait();
+    }
+
     // --- a tile ---
 
     __device__ void begin(std::int32_t index) {
+        stores_read();
         named_sync<kWarpgroup>(kRows + group);  // the last tile's item, rows and output have been read
         if (thread == 0) shared.item[group] = item_at<C>(k, index);
         named_sync<kWarpgroup>(kRows + group);
@@ -515,10 +574,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (threadIdx.x == 0) produce<C>(k, maps, shared);
     } else {
         grow_registers<kConsumerRegisters>();
-        Consumer<C> consumer(k, shared);
+        Consumer<C> consumer(k, maps, shared);
         if (consumer.group == 1) consumer.pass_turn();  // the first turn is warpgroup 0's
         for (std::int32_t index = blockIdx.x; index < k.items; index += gridDim.x)
             consumer.attend(index);
+        consumer.stores_read();
         if (consumer.group == 0) consumer.take_turn();  // the one that warpgroup 1 passed last
     }
 }

@@ -8,22 +8,11 @@
 
 namespace atman::cuda::hopper {
 
-// Of (batch, heads, keys, features), read in boxes of `box_keys` keys and 64 features.
-CUtensorMap make_map(DType dtype, const void* data, const Strides& strides, std::int64_t batch, std::int64_t heads,
-                     std::int64_t keys, std::int64_t features, int box_keys);
+CUtensorMap make_map(DType dtype, const Boxes& boxes);
 
 template <class C>
 void launch_attend(const AttentionParams& p, const Launch& launch) {
-    Maps maps;
-    for (int range = 0; range < 2; ++range) {
-        // A map of nothing is not allowed; where there are no base keys or no own ones, no block names that map.
-        const bool own = p.keys == 0 || (range == 1 && p.variants > 0);
-        const std::int64_t batch = own ? 1 : p.key_batch, keys = own ? p.rows : p.keys;
-        maps.key[range] = make_map(p.dtype, own ? p.own_key : p.key, own ? p.own_key_strides : p.key_strides, batch,
-                                   p.key_heads, keys, p.head_dim, C::kKeys);
-        maps.value[range] = make_map(p.dtype, own ? p.own_value : p.value, own ? p.own_value_strides : p.value_strides,
-                                     batch, p.key_heads, keys, p.value_dim, C::kKeys);
-    }
+    const Maps maps = make_maps<C>(p, [&](const Boxes& boxes) { return make_map(p.dtype, boxes); });
     const std::int64_t items = count_tiles(p) * p.key_heads * launch.splits;
     const KernelParams params{p,
                               launch.at<const TileKeys>(launch.space.tiles),

@@ -20,21 +20,22 @@ Encode find_encode() {
 
 }  // namespace
 
-CUtensorMap make_map(DType dtype, const void* data, const Strides& strides, std::int64_t batch, std::int64_t heads,
-                     std::int64_t keys, std::int64_t features, int box_keys) {
+CUtensorMap make_map(DType dtype, const Boxes& boxes) {
     static const Encode encode = find_encode();
-    const auto bytes = [](std::int64_t stride, std::int64_t size) {  // the stride of one element means nothing
-        return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
-    };
-    const cuuint64_t shape[] = {static_cast<cuuint64_t>(features), static_cast<cuuint64_t>(keys),
-                                static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-    const cuuint64_t steps[] = {bytes(strides.row, keys), bytes(strides.head, heads), bytes(strides.batch, batch)};
-    const cuuint32_t box[] = {kSlab, static_cast<cuuint32_t>(box_keys), 1, 1}, every[] = {1, 1, 1, 1};
+    cuuint64_t sizes[4] = {static_cast<cuuint64_t>(boxes.features)}, steps[3];
+    cuuint32_t box[4] = {kSlab};
+    const cuuint32_t every[] = {1, 1, 1, 1};
+    for (int i = 0; i < 3; ++i) {
+        const Boxes::Side& side = boxes.sides[i];
+        sizes[i + 1] = static_cast<cuuint64_t>(side.size);
+        steps[i] = static_cast<cuuint64_t>(side.size > 1 ? side.stride * 2 : 16);  // the stride of one means nothing
+        box[i + 1] = static_cast<cuuint32_t>(side.box);
+    }
     CUtensorMap map;
     const CUresult result = encode(
         &map, dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-        const_cast<void*>(data), shape, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        const_cast<void*>(boxes.data), sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
         throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));
     return map;
