@@ -81,10 +81,19 @@ def test_a_batch_is_its_prompts_one_by_one(explainer, method):
 
 def test_options_reach_the_method_and_the_settings(explainer):
     found = explainer.explain(PROMPT, ANSWER, method="integrated_gradients", steps=3, baseline=7)
-    assert found.settings["options"] == {"steps": 3, "baseline": 7, "batch": 4, "checkpointing": False}
+    defaults = {"batch": 4, "whole_answer": False, "checkpointing": False}
+    assert found.settings["options"] == {"steps": 3, "baseline": 7, **defaults}
     assert len(found.stats["completeness_gap"]) == 1
     other = explainer.explain(PROMPT, ANSWER, method="integrated_gradients", steps=4, baseline=7)
     assert not torch.equal(found.scores, other.scores)
+
+
+def test_a_whole_answer_is_one_column(explainer):
+    found = explainer.explain(PROMPT, ANSWER, method="input_x_gradient", whole_answer=True)
+    single = explainer.explain(PROMPT, ANSWER, method="input_x_gradient")
+    assert found.target_tokens == (ANSWER,)
+    torch.testing.assert_close(found.total, single.total)
+    torch.testing.assert_close(found.base_logprobs, single.base_logprobs.sum(0, keepdim=True))
 
 
 def test_random_scores_go_by_their_seed(explainer):
@@ -100,7 +109,10 @@ def test_random_scores_go_by_their_seed(explainer):
         ({"method": "lime"}, "method must be one of 'atman', 'shapley', .*, got 'lime'"),
         ({"method": ["atman"]}, "method must be one of"),
         ({"method": "rollout", "steps": 3}, "method 'rollout' has no option 'steps'; it has none"),
-        ({"method": "attnlrp", "model": 1}, "method 'attnlrp' has no option 'model'; it has checkpointing"),
+        (
+            {"method": "attnlrp", "model": 1},
+            "method 'attnlrp' has no option 'model'; it has whole_answer, checkpointing",
+        ),
         ({"steps": 3}, "method 'atman' has no option 'steps'; it has none"),
         ({"method": "raw_attention", "layer": "last"}, "layer must be an integer, got 'last'"),
         ({"method": "raw_attention", "layer": 3}, "layer must be an index into 3 layers, got 3"),

@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from atman_kernels import InputError, UnsupportedModelError, suppress
 from atman_kernels.explain.methods import unit_scores
 from atman_kernels.explain.methods.attention import chefer, gradcam, raw_attention, rollout
+from atman_kernels.explain.methods.attnlrp import attnlrp
 from atman_kernels.explain.methods.gradients import input_x_gradient, integrated_gradients
 from atman_kernels.explain.question import Question, ask
 
@@ -188,6 +189,29 @@ def test_integrated_gradients_say_when_they_have_not_converged():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         integrated_gradients(model, question, steps=40, baseline=7)
+
+
+@pytest.mark.parametrize("method", [input_x_gradient, integrated_gradients, attnlrp])
+def test_the_whole_answers_scores_are_the_sums(llama, method):
+    question = question_for(llama)
+    options = {"steps": 2} if method is integrated_gradients else {}
+    single, whole = (method(llama, question, **options, whole_answer=flag) for flag in (False, True))
+    torch.testing.assert_close(whole.scores, single.scores.sum(1, keepdim=True))
+    torch.testing.assert_close(whole.logprobs, single.logprobs)
+    assert whole.scores.shape == (12, 1)
+    with pytest.raises(InputError, match="whole_answer must be True or False, got 'yes'"):
+        method(llama, question, whole_answer="yes")
+
+
+def test_the_whole_answer_should_add_up_as_well():
+    model = tiny_models.build("gpt_neox").double()
+    question = question_for(model)
+    found = integrated_gradients(model, question, steps=40, baseline=7, whole_answer=True)
+    with torch.no_grad():
+        ids = torch.stack([question.inputs, torch.full_like(question.inputs, 7)])
+        logprobs = model(ids).logits.log_softmax(-1)[:, question.rows, question.targets].sum(1)
+    torch.testing.assert_close(found.scores.sum(), logprobs[0] - logprobs[1], atol=1e-4, rtol=0)
+    assert found.stats["completeness_gap"] < 1e-4
 
 
 # What all have in common ----------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 @click.option("--mode", type=click.Choice(MODES), help="Of AtMan.  [default: the package's]")
 @click.option("--factor", type=click.FloatRange(min=0), help="Of AtMan.  [default: the package's]")
 @click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Of AtMan.  [default: none]")
+@click.option("--ig-steps", type=click.IntRange(min=1), default=32, show_default=True, help="Of integrated gradients.")
 @click.option("--units", type=click.Choice(UNITS), default="token", show_default=True)
 @click.option("--chat/--no-chat", default=False, help="Ask through the model's chat template.")
 @click.option("--faithfulness", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
@@ -56,6 +57,7 @@ def command(
     mode: str | None,
     factor: float | None,
     threshold: float | None,
+    ig_steps: int,
     units: str,
     chat: bool,
     faithfulness: int,
@@ -85,7 +87,8 @@ def command(
     if not chosen:
         raise InputError(f"{squad} holds no usable question of the split {split!r}")
     given = {"mode": mode, "factor": factor, "similarity_threshold": threshold}
-    settings = swept() if sweep else compared(methods, {k: v for k, v in given.items() if v is not None})
+    explainer = {name: value for name, value in given.items() if value is not None}
+    settings = swept() if sweep else compared(methods, explainer, ig_steps)
     task = Task(units, chat, faithfulness)
     header = {
         "data": hashlib.sha256(Path(squad).read_bytes()).hexdigest(),
@@ -113,8 +116,8 @@ def command(
         write(json_file, header | facts, summaries, ranks)
 
 
-def compared(methods: str | None, explainer: dict[str, Any]) -> list["Setting"]:
-    """One setting per method."""
+def compared(methods: str | None, explainer: dict[str, Any], ig_steps: int) -> list["Setting"]:
+    """One setting per method. What is measured is the whole answer's; where that is cheaper, it is asked for."""
     from atman_kernels.evaluation.quality import Setting
     from atman_kernels.explain.methods import names
 
@@ -122,7 +125,11 @@ def compared(methods: str | None, explainer: dict[str, Any]) -> list["Setting"]:
     for name in wanted:
         if name not in names():
             raise InputError(f"--methods: {name!r} is none of {', '.join(names())}")
-    return [Setting(name, name, explainer=explainer) for name in wanted]
+    options: dict[str, dict[str, Any]] = {
+        name: {"whole_answer": True} for name in ("attnlrp", "input_x_gradient", "integrated_gradients")
+    }
+    options["integrated_gradients"]["steps"] = ig_steps
+    return [Setting(name, name, options.get(name, {}), explainer) for name in wanted]
 
 
 def swept() -> list["Setting"]:

@@ -110,8 +110,21 @@ def differentiable_run(
     return Differentiable(leaf, logits, logits - all_logits.logsumexp(-1), weights)
 
 
-def target_gradients(values: Tensor, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Per target token the gradients of its values (B, m), summed over B, by each of the inputs: m backward passes."""
+def target_gradients(
+    values: Tensor, inputs: Sequence[Tensor], *, whole_answer: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
+    """Per target token the gradients of its values (B, m), summed over B, by each of the inputs: m backward passes.
+
+    Args:
+        whole_answer: the gradients of the sum over the target tokens alone, in one backward pass.
+
+    Raises:
+        InputError: whole_answer is neither True nor False.
+    """
+    if not isinstance(whole_answer, bool):
+        raise InputError(f"whole_answer must be True or False, got {whole_answer!r}")
+    if whole_answer:
+        values = values.sum(dim=1, keepdim=True)
     last = values.shape[1] - 1
     for target in range(values.shape[1]):
         yield torch.autograd.grad(values[:, target].sum(), inputs, retain_graph=target < last)

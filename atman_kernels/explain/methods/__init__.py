@@ -92,7 +92,7 @@ class TokenScores(NamedTuple):
     """Scores of one question, token by token.
 
     Attributes:
-        scores: (L, m), from each token that the model reads to each target token.
+        scores: (L, m), from each token that the model reads to each target token; or (L, 1), to the whole answer.
         logprobs: (m,) of the target tokens with the model as it is.
         stats: what else is worth knowing, JSON types.
     """

@@ -52,7 +52,9 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple({c if isinstance(c, type) else
 ROUNDING = 8  # how many epsilons of its dtype a normalisation may differ from what its rule takes it for
 
 
-def attnlrp(model: PreTrainedModel, question: Question, *, checkpointing: bool = False) -> TokenScores:
+def attnlrp(
+    model: PreTrainedModel, question: Question, *, whole_answer: bool = False, checkpointing: bool = False
+) -> TokenScores:
     """Relevance of each input token for each target token's logit.
 
     A column adds up to the logit, less what the softmax of each layer and additive biases absorb (position embeddings
@@ -60,10 +62,11 @@ def attnlrp(model: PreTrainedModel, question: Question, *, checkpointing: bool =
     `checkpointing` that of one layer and the inputs of all.
 
     Args:
+        whole_answer: one column, the sum of the m, in one backward pass.
         checkpointing: compute the layers again on the way back instead of keeping their activations.
 
     Returns:
-        scores (L, m) over the model's inputs, in units of the logit; log-probs (m,) of the target.
+        scores (L, m or 1) over the model's inputs, in units of the logit; log-probs (m,) of the target.
 
     Raises:
         UnsupportedModelError: there are no rules for this model's family, or for some module of this model.
@@ -71,10 +74,8 @@ def attnlrp(model: PreTrainedModel, question: Question, *, checkpointing: bool =
     with differentiation(model, checkpointing=checkpointing), rules(model):
         run = differentiable_run(model, question.ids[:-1], question.rows, question.targets)
         embeddings = run.embeddings.detach()[0].to(run.logits.dtype)  # (L, H)
-        columns = [
-            (embeddings * gradient[0].to(embeddings.dtype)).sum(-1)
-            for (gradient,) in target_gradients(run.logits, [run.embeddings])
-        ]
+        gradients = target_gradients(run.logits, [run.embeddings], whole_answer=whole_answer)
+        columns = [(embeddings * gradient[0].to(embeddings.dtype)).sum(-1) for (gradient,) in gradients]
     return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
 
 

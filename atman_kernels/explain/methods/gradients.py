@@ -21,22 +21,24 @@ UNCONVERGED = 0.1  # of the distance that integrated gradients should add up to
 NEGLIGIBLE = 0.01  # nats
 
 
-def input_x_gradient(model: PreTrainedModel, question: Question, *, checkpointing: bool = False) -> TokenScores:
+def input_x_gradient(
+    model: PreTrainedModel, question: Question, *, whole_answer: bool = False, checkpointing: bool = False
+) -> TokenScores:
     """x · ∂ log p / ∂x, summed over the features of each token's embedding x (Shrikumar et al., arXiv 1605.01713).
 
-    Cost: one forward and m backward passes.
+    Cost: one forward and m backward passes, one for the whole answer.
 
     Args:
+        whole_answer: one column, the sum of the m, in one backward pass.
         checkpointing: compute the layers again on the way back instead of keeping their activations.
 
     Returns:
-        scores (L, m) over the model's inputs, in nats; log-probs (m,) of the target.
+        scores (L, m or 1) over the model's inputs, in nats; log-probs (m,) of the target.
     """
     with differentiation(model, checkpointing=checkpointing):
         run = differentiable_run(model, question.ids[:-1], question.rows, question.targets)
-        columns = [
-            _dot(run.embeddings, gradient)[0] for (gradient,) in target_gradients(run.logprobs, [run.embeddings])
-        ]
+        gradients = target_gradients(run.logprobs, [run.embeddings], whole_answer=whole_answer)
+        columns = [_dot(run.embeddings, gradient)[0] for (gradient,) in gradients]
     return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
 
 
@@ -47,6 +49,7 @@ def integrated_gradients(
     steps: int = 32,
     baseline: int | None = None,
     batch: int = 4,
+    whole_answer: bool = False,
     checkpointing: bool = False,
 ) -> TokenScores:
     """The gradient of log p averaged over the way from a baseline to the input (Sundararajan et al., arXiv 1703.01365).
@@ -54,16 +57,17 @@ def integrated_gradients(
     (x − x₀) · ∫ ∂ log p(x₀ + α (x − x₀)) / ∂x dα, summed over features, by Gauss-Legendre quadrature. A column adds up
     to log p(x) − log p(x₀) as far as `steps` suffice; `stats["completeness_gap"]` is what is missing, in nats, and a
     warning says when that is much. In deep models it often is: log p jumps on the way.
-    Cost: `steps` forwards and m · `steps` backward passes.
+    Cost: `steps` forwards and m · `steps` backward passes, `steps` for the whole answer.
 
     Args:
         steps: points of the quadrature, all of them inside the way.
         baseline: a token id whose embedding stands at every position of x₀; None: zeros.
         batch: points per forward; memory grows with it.
+        whole_answer: one column, the sum of the m, in one backward pass per point.
         checkpointing: compute the layers again on the way back instead of keeping their activations.
 
     Returns:
-        scores (L, m) over the model's inputs, in nats; log-probs (m,) of the target.
+        scores (L, m or 1) over the model's inputs, in nats; log-probs (m,) of the target.
 
     Raises:
         InputError: steps or batch below 1, or a baseline outside the vocabulary.
@@ -76,20 +80,23 @@ def integrated_gradients(
         end = input_embeddings(model, ids)  # (L, H)
         start = _baseline_embeddings(model, question, baseline)
         nodes, weights = np.polynomial.legendre.leggauss(steps)  # of [-1, 1]
-        total = torch.zeros(len(targets), *end.shape, dtype=_wide(end), device=end.device)  # (m, L, H)
+        columns = 1 if whole_answer else len(targets)
+        total = torch.zeros(columns, *end.shape, dtype=_wide(end), device=end.device)  # (m or 1, L, H)
         for alphas, shares in _batches((nodes + 1) / 2, weights / 2, batch):
             way = start + alphas.to(end)[:, None, None] * (end - start)
             run = differentiable_run(model, ids, rows, targets, embeddings=way)
-            for target, (gradient,) in enumerate(target_gradients(run.logprobs, [run.embeddings])):
-                total[target] += torch.einsum("s,slh->lh", shares.to(total), gradient.to(total.dtype))
+            gradients = target_gradients(run.logprobs, [run.embeddings], whole_answer=whole_answer)
+            for column, (gradient,) in enumerate(gradients):
+                total[column] += torch.einsum("s,slh->lh", shares.to(total), gradient.to(total.dtype))
         with torch.no_grad():
             ends = differentiable_run(model, ids, rows, targets, embeddings=torch.stack([start, end])).logprobs
-    scores = _dot(end - start, total).T
-    return TokenScores(scores, ends[1], {"completeness_gap": _completeness_gap(scores, ends[1] - ends[0], steps)})
+    scores, distances = _dot(end - start, total).T, ends[1] - ends[0]
+    distances = distances.sum(dim=0, keepdim=True) if whole_answer else distances
+    return TokenScores(scores, ends[1], {"completeness_gap": _completeness_gap(scores, distances, steps)})
 
 
 def _completeness_gap(scores: Tensor, distances: Tensor, steps: int) -> float:
-    """What the (L, m) scores miss of the distances (m,) that they should add up to; a warning where it is much."""
+    """What (L, m) scores miss of the distances (m,) that they should add up to; a warning where it is much."""
     gaps = (scores.sum(0) - distances).abs()
     gap = float(gaps.max())
     if bool((gaps > UNCONVERGED * distances.abs() + NEGLIGIBLE).any()):
