@@ -7,6 +7,8 @@ python -m benchmarks.adapters --quick            # a few features, one round: wh
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,22 @@ from torch import Tensor
 from benchmarks.explain import spread, write
 from benchmarks.machine import RESULTS, cpu_slug, environment
 from benchmarks.peers import CaptumAblation, DenseEager, _attention, _no_cache
-from benchmarks.prompts import OWN_PARAGRAPH, Case, find_squad, long_case, questions, sample_positions
+from benchmarks.prompts import (
+    OWN_ANSWER,
+    OWN_PARAGRAPH,
+    OWN_QUESTION,
+    Case,
+    find_squad,
+    long_case,
+    questions,
+    sample_positions,
+)
 
 FACTOR = 0.1
 TOLERANCE = 1e-4  # float32
 TARGET_WORDS = 3  # of a sentence: what comes before them is the prompt
 OCCLUSION_BATCHES = (1, 8, 32)  # perturbations per forward that are tried for inseq's occlusion
+WORKS = ("ablation", "shapley-tokens", "shapley-sentences", "inseq")
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -97,54 +109,85 @@ def ablation_record(model: Any, tokenizer: Any, case: Case, sample: int, rounds:
 # captum: ShapleyValueSampling ---------------------------------------------------------------------------------------
 
 
-def sentences(squad: Path | None, count: int) -> Iterator[tuple[str, str]]:
-    """(prompt, target): sentences of 8 to 30 words, cut before their last words."""
-    texts = [OWN_PARAGRAPH] if squad is None else dict.fromkeys(question.context for question in questions(squad))
-    found = (s.strip() for text in texts for s in text.replace("\n", " ").split(". ") if 8 <= len(s.split()) <= 30)
-    kept = [sentence.split() for sentence, _ in zip(found, range(count), strict=False)]
-    for words in (kept * count)[:count]:
-        yield " ".join(words[:-TARGET_WORDS]), " " + " ".join(words[-TARGET_WORDS:])
+@dataclass(frozen=True)
+class Asked:
+    """A captum input that its own library can take as well as ours, and an answer."""
+
+    inp: Any
+    target: str
+
+
+def sentences(squad: Path | None, words: range) -> Iterator[str]:
+    """Those of so many words, without their full stop; the own paragraph's again and again where there is no file."""
+    texts = [OWN_PARAGRAPH] if squad is None else dict.fromkeys(q.context for q in questions(squad))
+    parts = (part.strip() for text in texts for part in text.replace("\n", " ").split(". "))
+    found = (part for part in parts if len(part.split()) in words)
+    return cycle(found) if squad is None else found
+
+
+def cut_sentences(tokenizer: Any, squad: Path | None, count: int) -> list[Asked]:
+    """Sentences that the model goes on with, each token a feature."""
+    from captum.attr import TextTokenInput
+
+    found = []
+    for sentence in islice(sentences(squad, range(8, 31)), count):
+        words = sentence.split()
+        prompt, target = " ".join(words[:-TARGET_WORDS]), " " + " ".join(words[-TARGET_WORDS:])
+        found.append(Asked(TextTokenInput(prompt, tokenizer), target))
+    return found
+
+
+def text_of_sentences(squad: Path | None, count: int) -> Asked:
+    """A question about a text of short sentences, each a feature."""
+    from captum.attr import TextTemplateInput
+
+    first = next(questions(squad)) if squad is not None else None
+    tail, target = (first.tail, first.target) if first else (f"\n\nQuestion: {OWN_QUESTION}\nAnswer:", OWN_ANSWER)
+    short = range(6, 31) if squad is None else range(6, 15)  # of words; the own paragraph has no shorter ones
+    values = [sentence + "." for sentence in islice(sentences(squad, short), count)]
+    template = " ".join(["{}"] * len(values)) + tail.replace("{", "{{").replace("}", "}}")
+    return Asked(TextTemplateInput(template, values), target)
 
 
 def shapley_record(
-    model: Any, tokenizer: Any, cases: Sequence[tuple[str, str]], permutations: int, sample: int, rounds: int
+    model: Any, tokenizer: Any, asked: Sequence[Asked], permutations: int, sample: int, rounds: int
 ) -> dict[str, Any]:
-    """Shapley values of every token of some sentences: captum replaces tokens, ours removes them in packs."""
-    from captum.attr import LLMAttribution, ShapleyValueSampling, TextTokenInput
+    """Shapley values of every feature: captum puts something else in its place, ours removes it in packs."""
+    from captum.attr import LLMAttribution, ShapleyValueSampling
 
     from atman_kernels.adapters.captum import AtManAttribution, SuppressedLLMAttribution, SuppressedTextInput
 
-    # absent is absent, as the replaced token is for captum
+    # absent is absent, as what was replaced is for captum
     explainer = AtManAttribution(model, tokenizer, factor=0.0, progress=False).explainer
     ours = SuppressedLLMAttribution(ShapleyValueSampling(model), tokenizer)
     stock = LLMAttribution(ShapleyValueSampling(model), tokenizer)
 
-    def of_ours(prompt: str, target: str, samples: int) -> Tensor:
+    def of_ours(one: Asked, samples: int) -> Tensor:
         torch.manual_seed(0)
-        return ours.attribute(SuppressedTextInput(prompt, explainer), target, n_samples=samples).token_attr
+        return ours.attribute(SuppressedTextInput(one.inp, explainer), one.target, n_samples=samples).token_attr
 
     def of_stock(inp: Any, target: str, samples: int) -> Tensor:
         torch.manual_seed(0)
         with _attention(model, "sdpa"), _no_cache(model):
             return stock.attribute(inp, target, n_samples=samples, forward_in_tokens=False).token_attr
 
-    prompt, target = cases[0]
-    slow = of_stock(SuppressedTextInput(prompt, explainer), target, 1)
-    error = checked(of_ours(prompt, target, 1), slow, "SuppressedLLMAttribution")
-    features = [len(tokenizer(prompt)["input_ids"]) for prompt, _ in cases]
+    slow = of_stock(SuppressedTextInput(asked[0].inp, explainer), asked[0].target, 1)
+    error = checked(of_ours(asked[0], 1), slow, "SuppressedLLMAttribution")
+    features = [one.inp.n_itp_features for one in asked]
     measured = min(sample, permutations)
     # captum's forwards: one of the whole, one of the empty input, one per feature and permutation
     scale = sum(permutations * n + 2 for n in features) / sum(measured * n + 2 for n in features)
     times = rounds_of(
         rounds,
-        lambda: [of_stock(TextTokenInput(prompt, tokenizer), target, measured) for prompt, target in cases],
-        lambda: [of_ours(prompt, target, permutations) for prompt, target in cases],
+        lambda: [of_stock(one.inp, one.target, measured) for one in asked],
+        lambda: [of_ours(one, permutations) for one in asked],
         scale,
     )
+    kind = type(asked[0].inp).__name__
     return {
-        "what": "captum ShapleyValueSampling → SuppressedLLMAttribution(ShapleyValueSampling)",
-        "peer": "LLMAttribution(ShapleyValueSampling), forward_in_tokens=False, SDPA, no cache; it replaces the tokens",
-        "sentences": len(cases),
+        "what": f"captum ShapleyValueSampling of a {kind} → SuppressedLLMAttribution",
+        "peer": "LLMAttribution(ShapleyValueSampling), forward_in_tokens=False, SDPA, no cache, captum's baselines",
+        "texts": len(asked),
         "features": features,
         "permutations": permutations,
         "peer_measured_permutations": measured,
@@ -223,18 +266,21 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
 @click.option("--model", default="smollm2", help="Hub id, local folder, GGUF file, or smollm2.")
 @click.option("--units", type=click.IntRange(min=32), default=256, help="Tokens of captum's prompt, each a feature.")
 @click.option("--inseq-units", type=click.IntRange(min=32), default=64, help="Tokens of inseq's prompt.")
-@click.option("--sentences", "count", type=click.IntRange(min=1), default=20, help="For Shapley values.")
-@click.option("--permutations", type=click.IntRange(min=1), default=25, help="Per sentence, for Shapley values.")
+@click.option("--sentences", "count", type=click.IntRange(min=2), default=20, help="For Shapley values.")
+@click.option("--permutations", type=click.IntRange(min=1), default=25, help="Of the tokens of every sentence.")
+@click.option("--sentence-permutations", type=click.IntRange(min=1), default=1000, help="Of the sentences of a text.")
+@click.option("--only", type=click.Choice(WORKS), multiple=True, help="[default: all]")
 @click.option("--sample", type=click.IntRange(min=1), default=31, help="Features of captum's ablation that are timed.")
 @click.option("--rounds", type=click.IntRange(min=1), default=3)
 @click.option("--quick", is_flag=True, help="128 features, 2 sentences, 2 permutations, one round.")
 @click.option("--squad", type=click.Path(), help="SQuAD-format file to take text from.  [default: $ATMAN_SQUAD]")
 @click.option("--output", type=click.Path(path_type=Path), help="Result file.  [default: results/adapters-<cpu>.json]")
-def main(model: str, quick: bool, squad: str | None, output: Path | None, **plan: Any) -> None:
+def main(model: str, quick: bool, only: tuple[str, ...], squad: str | None, output: Path | None, **plan: Any) -> None:
     from atman_kernels.hf.loading import load_model
 
     if quick:
-        plan |= {"units": 128, "inseq_units": 128, "count": 2, "permutations": 2, "sample": 7, "rounds": 1}
+        plan |= {"units": 128, "inseq_units": 128, "count": 2, "permutations": 2, "sentence_permutations": 2}
+        plan |= {"sample": 7, "rounds": 1}
     console, path, file = Console(), output or RESULTS / f"adapters-{cpu_slug()}.json", find_squad(squad)
     loaded, tokenizer = load_model(model, dtype="float32")
     records: list[dict[str, Any]] = []
@@ -242,23 +288,25 @@ def main(model: str, quick: bool, squad: str | None, output: Path | None, **plan
         "environment": environment(),
         "model": model,
         "dtype": "float32",
-        "plan": plan | {"quick": quick},
+        "plan": plan | {"quick": quick, "only": list(only or WORKS)},
     }
     result["records"] = records
-    cases = list(sentences(file, plan["count"]))
-    for name, work in {
-        "captum, ablation": lambda: ablation_record(
-            loaded, tokenizer, long_case(tokenizer, plan["units"], file), plan["sample"], plan["rounds"]
+    rounds = plan["rounds"]
+    works: dict[str, Callable[[], dict[str, Any]]] = {
+        "ablation": lambda: ablation_record(
+            loaded, tokenizer, long_case(tokenizer, plan["units"], file), plan["sample"], rounds
         ),
-        "captum, Shapley values": lambda: shapley_record(
-            loaded, tokenizer, cases, plan["permutations"], 1, plan["rounds"]
+        "shapley-tokens": lambda: shapley_record(
+            loaded, tokenizer, cut_sentences(tokenizer, file, plan["count"]), plan["permutations"], 1, rounds
         ),
-        "inseq": lambda: inseq_record(
-            loaded, tokenizer, long_case(tokenizer, plan["inseq_units"], file), plan["rounds"]
+        "shapley-sentences": lambda: shapley_record(
+            loaded, tokenizer, [text_of_sentences(file, plan["count"])], plan["sentence_permutations"], 3, rounds
         ),
-    }.items():
+        "inseq": lambda: inseq_record(loaded, tokenizer, long_case(tokenizer, plan["inseq_units"], file), rounds),
+    }
+    for name in only or WORKS:
         with console.status(name):
-            records.append(work())
+            records.append(works[name]())
         write(path, result)
     result["environment"]["load_average_at_end"] = os.getloadavg()[0]
     write(path, result)
