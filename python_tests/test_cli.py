@@ -487,6 +487,22 @@ def test_steer_json_holds_the_librarys_answers(tiny_llama, tmp_path):
     assert json.loads(file.read_text(encoding="utf-8")) == found
 
 
+def test_steer_draws_and_searches_as_asked(tiny_llama):
+    from atman_kernels.hf.loading import load_model
+
+    def answered(*options):
+        return json.loads(steer(tiny_llama, "--suppress", "dog", "--factor", 0, *options, "--json", "-", PROMPT).stdout)
+
+    drawn = [answered("--temperature", 2, "--seed", seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0]["plain"] != drawn[2]["plain"]
+    assert drawn[0]["settings"]["temperature"] == 2
+    model, tokenizer = load_model(tiny_llama, dtype="float32", device="cpu")
+    with atman_kernels.steer(model, tokenizer, PROMPT, {"dog": 0.0}) as steered:
+        expected = steered.generate(max_new_tokens=6, do_sample=False, num_beams=3)[0]
+    assert answered("--beams", 3)["steered"] == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -48,6 +48,11 @@ def _which(_ctx: click.Context, _option: click.Parameter, text: str | None) -> i
 @click.option("--layers", callback=layer_numbers, metavar="0-5,8", help="Steer in these layers only.")
 @click.option("--chat/--no-chat", default=False, help="Put the prompt into the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each answer.")
+@click.option("--beams", type=click.IntRange(min=1), default=1, show_default=True, help="Search with so many beams.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Draw the answers; 0 does not."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws, of both answers.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the result as JSON; - instead of the table.")
 @device_options
 @click.option("--quiet", "-q", is_flag=True, help="No messages.")
@@ -67,6 +72,9 @@ def command(
     layers: list[int] | None,
     chat: bool,
     max_new_tokens: int,
+    beams: int,
+    temperature: float,
+    seed: int,
     json_file: str | None,
     device: str | None,
     dtype: str,
@@ -91,6 +99,7 @@ def command(
             model, device=device, dtype=dtype, quiet=quiet, gguf_file=gguf, trust_remote_code=trust_remote_code
         )
         settings: dict[str, Any] = {"mode": mode, "layers": layers, "chat": chat, "max_new_tokens": max_new_tokens}
+        settings |= {"beams": beams, "temperature": temperature, "seed": seed}
         found = answers(loaded, tokenizer, text, spans, **settings)
     report(found | {"settings": settings}, json_file, quiet)
 
@@ -138,14 +147,23 @@ def answers(
     layers: list[int] | None,
     chat: bool,
     max_new_tokens: int,
+    beams: int,
+    temperature: float,
+    seed: int,
 ) -> dict[str, Any]:
-    """Both greedy answers, the text that was tokenized, and its spans."""
+    """Both answers, the text that was tokenized, and its spans."""
+    import torch
+
     from atman_kernels.steering.steer import steer
 
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "num_beams": beams}
+    if temperature > 0:
+        options["temperature"] = temperature
     with steer(model, tokenizer, prompt, {}, chat=chat) as plain:
+        torch.manual_seed(seed)
         plain_answer = plain.generate(**options)[0]
     with steer(model, tokenizer, prompt, spans, mode=mode, layers=layers, chat=chat) as steered:
+        torch.manual_seed(seed)
         steered_answer = steered.generate(**options)[0]
     return {
         "prompt": steered.texts[0],
