@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from atman_kernels import Explainer
 from atman_kernels.explain import execution
+from atman_kernels.hf.forward import Base
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant
 from atman_kernels.planning.sharing import Content, Stage, Trunk, chunks, share, standing_on
@@ -247,3 +248,19 @@ def test_little_memory_takes_trunks_a_few_at_a_time(monkeypatch):
     rows = torch.cat([torch.where(masks, 0.0, 1.0), torch.ones(60, 1)], dim=1)
     expected = eager_oracle.leave_one_out(model, torch.tensor(ids + answer), 12, rows, "log_additive")
     torch.testing.assert_close(found.rises.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [60, 600])
+def test_trunks_take_no_more_room_than_a_pack(monkeypatch, rows):
+    model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
+    emptied, held = Base.emptied, []
+
+    def noted(base, lengths):
+        held.append(sum(lengths))
+        return emptied(base, lengths)
+
+    monkeypatch.setattr(Base, "emptied", noted)
+    explainer = Explainer(model, tiny_models.tokenizer(), factor=0.0, token_budget=64, progress=False)
+    masks = torch.rand(rows, 12, generator=torch.Generator().manual_seed(1)) < 0.5
+    explainer.ablate(tiny_models.text_of(ids), tiny_models.text_of(answer), masks=masks)
+    assert 40 < max(held) <= 64
