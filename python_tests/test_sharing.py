@@ -242,17 +242,18 @@ def test_running_out_of_memory_halves_packs_of_trunks_too(monkeypatch):
 def test_little_memory_takes_trunks_a_few_at_a_time(monkeypatch):
     model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
     monkeypatch.setattr(execution, "FREE_SHARE", 10**12)  # each chunk is a single trunk
+    held = noted_rooms(monkeypatch)
     explainer = Explainer(model, tiny_models.tokenizer(), factor=0.0, token_budget=64, progress=False)
-    masks = torch.rand(60, 12, generator=torch.Generator().manual_seed(1)) < 0.5
+    masks = torch.rand(200, 12, generator=torch.Generator().manual_seed(1)) < 0.5
     found = explainer.ablate(tiny_models.text_of(ids), tiny_models.text_of(answer), masks=masks)
-    rows = torch.cat([torch.where(masks, 0.0, 1.0), torch.ones(60, 1)], dim=1)
+    assert 0 < max(held) <= 12
+    rows = torch.cat([torch.where(masks, 0.0, 1.0), torch.ones(200, 1)], dim=1)
     expected = eager_oracle.leave_one_out(model, torch.tensor(ids + answer), 12, rows, "log_additive")
     torch.testing.assert_close(found.rises.double(), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [60, 600])
-def test_trunks_take_no_more_room_than_a_pack(monkeypatch, rows):
-    model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
+def noted_rooms(monkeypatch) -> list[int]:
+    """How many tokens each new set of bases has room for, as they are made."""
     emptied, held = Base.emptied, []
 
     def noted(base, lengths):
@@ -260,6 +261,13 @@ def test_trunks_take_no_more_room_than_a_pack(monkeypatch, rows):
         return emptied(base, lengths)
 
     monkeypatch.setattr(Base, "emptied", noted)
+    return held
+
+
+@pytest.mark.parametrize("rows", [200, 1000])
+def test_trunks_take_no_more_room_than_a_pack(monkeypatch, rows):
+    model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
+    held = noted_rooms(monkeypatch)
     explainer = Explainer(model, tiny_models.tokenizer(), factor=0.0, token_budget=64, progress=False)
     masks = torch.rand(rows, 12, generator=torch.Generator().manual_seed(1)) < 0.5
     explainer.ablate(tiny_models.text_of(ids), tiny_models.text_of(answer), masks=masks)

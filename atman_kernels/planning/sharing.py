@@ -16,7 +16,7 @@ from atman_kernels.planning.packing import Variant
 
 MOST_CANDIDATES = 64  # positions where trunks may end
 COPY_COST = 0.02  # of a token's K/V into a new base, in tokens of a forward
-LEAST_SAVING = 0.05  # of all tokens; for less, stretches are not worth packs of their own
+LEAST_SAVING = 0.2  # of all tokens; for less, stretches are not worth the room of their K/V, as large as a pack
 
 
 @dataclass(frozen=True, eq=False)
