@@ -22,9 +22,8 @@ from benchmarks.explain import spread, write
 from benchmarks.machine import RESULTS, cpu_slug, environment
 from benchmarks.peers import CaptumAblation, DenseEager, _attention, _no_cache
 from benchmarks.prompts import (
-    OWN_ANSWER,
+    OWN,
     OWN_PARAGRAPH,
-    OWN_QUESTION,
     Case,
     find_squad,
     long_case,
@@ -141,12 +140,11 @@ def text_of_sentences(squad: Path | None, count: int) -> Asked:
     """A question about a text of short sentences, each a feature."""
     from captum.attr import TextTemplateInput
 
-    first = next(questions(squad)) if squad is not None else None
-    tail, target = (first.tail, first.target) if first else (f"\n\nQuestion: {OWN_QUESTION}\nAnswer:", OWN_ANSWER)
+    question = OWN if squad is None else next(questions(squad))
     short = range(6, 31) if squad is None else range(6, 15)  # of words; the own paragraph has no shorter ones
     values = [sentence + "." for sentence in islice(sentences(squad, short), count)]
-    template = " ".join(["{}"] * len(values)) + tail.replace("{", "{{").replace("}", "}}")
-    return Asked(TextTemplateInput(template, values), target)
+    template = " ".join(["{}"] * len(values)) + question.tail.replace("{", "{{").replace("}", "}}")
+    return Asked(TextTemplateInput(template, values), question.target)
 
 
 def shapley_record(

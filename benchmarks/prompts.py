@@ -25,8 +25,6 @@ OWN_PARAGRAPH = (
     "from Bergen have copied them page by page. A small museum in the old customs house shows the original books, "
     "together with her brass thermometer and a model of the first locomotive."
 )
-OWN_QUESTION = "When did the railway come to Lindvik?"
-OWN_ANSWER = "in 1894"
 TARGET_TOKENS = 4  # what a gold answer of SQuAD typically takes
 
 
@@ -50,6 +48,9 @@ class Question:
     @property
     def target(self) -> str:
         return " " + self.answer
+
+
+OWN = Question("own", OWN_PARAGRAPH, "When did the railway come to Lindvik?", "in 1894")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ def long_case(tokenizer: Any, tokens: int, squad: Path | None) -> Case:
         ValueError: no cut gives that length, as `tokens` is smaller than the question or than the text is long.
     """
     if squad is None:
-        first = Question("own", OWN_PARAGRAPH, OWN_QUESTION, OWN_ANSWER)
+        first = OWN
         paragraphs = [OWN_PARAGRAPH] * (1 + tokens // 64)
     else:
         first = next(q for q in questions(squad) if _length(tokenizer, q.target) >= TARGET_TOKENS)

@@ -280,3 +280,16 @@ def test_other_result_files_are_refused(tmp_path, content, says):
     with pytest.raises(InputError, match=says):
         ResultFile(path, {"run": 1})
     assert path.read_text(encoding="utf-8") == content
+
+
+def test_methods_are_asked_for_the_whole_answer_where_that_is_cheaper():
+    from atman_kernels.cli.bench_quality import compared
+
+    found = compared("atman,rollout,attnlrp,integrated_gradients", {"factor": 0.1}, ig_steps=5)
+    assert [setting.options for setting in found] == [
+        {},
+        {},
+        {"whole_answer": True},
+        {"whole_answer": True, "steps": 5},
+    ]
+    assert all(setting.explainer == {"factor": 0.1} for setting in found)

@@ -113,6 +113,17 @@ def test_a_forward_that_saves_less_than_it_costs_is_not_run():
     assert not share(variants_of(asked), asked, forward_cost=4).trunks
 
 
+@pytest.mark.parametrize(("apart", "shared"), [(20, True), (60, False)])
+def test_what_saves_less_than_a_fifth_is_not_shared(apart, shared):
+    """Two variants suppressed at 0 that agree up to 30, and go on for so many tokens more."""
+    factors = torch.ones(2, 30 + apart)
+    factors[:, 0] = 0.5
+    factors[1, 30] = 0.5
+    tokens = torch.arange(30 + apart)
+    asked = [Content(tokens, factors, 29 + apart)]
+    assert bool(share(variants_of(asked), asked).trunks) == shared
+
+
 def test_many_subsets_of_few_units_share_their_beginnings():
     factors = subsets(2000, 16, seed=0).unique(dim=0)
     asked = [Content(torch.arange(16), factors, 15)]

@@ -119,17 +119,15 @@ def command(
 def compared(methods: str | None, explainer: dict[str, Any], ig_steps: int) -> list["Setting"]:
     """One setting per method. What is measured is the whole answer's; where that is cheaper, it is asked for."""
     from atman_kernels.evaluation.quality import Setting
-    from atman_kernels.explain.methods import names
+    from atman_kernels.explain.methods import method, names
 
     wanted = methods.split(",") if methods else [name for name in names() if name not in UNASKED]
     for name in wanted:
         if name not in names():
             raise InputError(f"--methods: {name!r} is none of {', '.join(names())}")
-    options: dict[str, dict[str, Any]] = {
-        name: {"whole_answer": True} for name in ("attnlrp", "input_x_gradient", "integrated_gradients")
-    }
-    options["integrated_gradients"]["steps"] = ig_steps
-    return [Setting(name, name, options.get(name, {}), explainer) for name in wanted]
+    asked = {"whole_answer": True, "steps": ig_steps}
+    known = {name: method(name, {}).options for name in wanted}
+    return [Setting(name, name, {o: asked[o] for o in asked if o in known[name]}, explainer) for name in wanted]
 
 
 def swept() -> list["Setting"]:
