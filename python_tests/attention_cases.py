@@ -4,6 +4,7 @@
 the dtype of the inputs it says how much rounding a straightforward implementation would show.
 """
 
+import ctypes
 import math
 import zlib
 from collections.abc import Iterator
@@ -42,13 +43,18 @@ EMPTY = torch.zeros(0)
 
 
 def _pinned() -> list[str]:
-    """Variants of the CPU backend that "cpu" itself would not take in every dtype."""
+    """Variants of the CPU backend that "cpu" does not take in all of their dtypes, or not where it is compared."""
 
     def fastest(dtype: torch.dtype) -> str:
-        return (*compiled.instruction_sets(dtype), "torch")[0]
+        return f"cpu:{(*compiled.instruction_sets(dtype), 'torch')[0]}"
 
     names = [f"cpu:{name}" for name in cpu.variants() if f"cpu:{name}" in BACKEND_DTYPES]
-    return [name for name in names if any(name != f"cpu:{fastest(dtype)}" for dtype in BACKEND_DTYPES[name])]
+    compared = BACKEND_DTYPES["cpu"][0]
+    return [
+        name
+        for name, dtypes in ((name, BACKEND_DTYPES[name]) for name in names)
+        if compared not in dtypes or any(name != fastest(dtype) for dtype in dtypes)
+    ]
 
 
 BACKENDS = (*FAMILIES, *_pinned())
@@ -78,6 +84,20 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Memory that C++ allocates begins as large numbers, where the C library can do that."""
+    perturb, mallopt = -6, getattr(ctypes.CDLL(None), "mallopt", None)  # M_PERTURB of glibc's malloc.h
+    if mallopt is None:
+        yield
+        return
+    mallopt(perturb, 0x5A ^ 0xFF)  # memory is filled with the complement: 0x5a5a5a5a is a float of 1.5e16
+    try:
+        yield
+    finally:
+        mallopt(perturb, 0)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """The tensors of these tests are so small that sharing the work takes longer than doing it."""
     threads = torch.get_num_threads()
@@ -94,7 +114,11 @@ def generator_for(*labels: Any) -> torch.Generator:
 
 
 def random_factor(shape: tuple[int, ...], generator: torch.Generator, values: str = "mixed") -> Tensor:
-    """Factors: "mixed" (removed, damped, untouched, amplified), "sparse" (mostly 1), or one number everywhere."""
+    """Factors: "mixed" (removed, damped, untouched, amplified), "sparse" (mostly 1), "lone" (one per row is not 1), or
+    one number everywhere."""
+    if values == "lone":
+        places = torch.randint(shape[-1], (*shape[:-1], 1), generator=generator)
+        return torch.ones(shape, dtype=torch.float64).scatter_(-1, places, 0.1)
     if values not in ("mixed", "sparse"):
         return torch.full(shape, float(values), dtype=torch.float64)
     menu = torch.tensor([0.0, 0.1, 0.5, 1.0, 1.0, 2.5] if values == "mixed" else [0.0, 0.1] + [1.0] * 14)

@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DENSE_CASES, MODES, PACK_CASES, DenseCase, PackCase, one_thread, poisoned_memory
+from attention_cases import (
+    DENSE_CASES,
+    MODES,
+    PACK_CASES,
+    DenseCase,
+    PackCase,
+    one_thread,
+    poisoned_allocations,
+    poisoned_memory,
+)
 from comparison import absolute_error, assert_same_bits, assert_same_pattern, assert_within
 from test_backends import check as check_dense
 from test_pack import check as check_packed
@@ -43,7 +52,7 @@ every_kernel = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    with poisoned_memory(), one_thread():
+    with poisoned_memory(), poisoned_allocations(), one_thread():
         yield
 
 
@@ -218,11 +227,11 @@ def test_any_number_of_query_heads_per_key_head(group: int, backend: str, dtype:
 
 
 @every_kernel
-@pytest.mark.parametrize("keys", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257])
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513])
 @pytest.mark.parametrize("mode", MODES)
 def test_borders_of_key_blocks(mode: str, keys: int, backend: str, dtype: torch.dtype) -> None:
-    """Blocks have 128 keys, panels of a product 8 to 32; windows lie inside of them, across, and beyond."""
-    for window in (None, 1, 32, 100, 129):
+    """Blocks have 128 or 256 keys, panels of a product 8 to 32; windows lie inside of them, across, and beyond."""
+    for window in (None, 1, 32, 100, 129, 257):
         case = DenseCase(batch=1, key_batch=1, query_length=min(keys, 23), key_length=keys, is_causal=True, head_dim=8,
                          value_dim=8, sliding_window=window)  # fmt: skip
         check_dense(backend, case, mode, "keys", dtype)
@@ -237,6 +246,16 @@ def test_bases_that_begin_inside_a_block(is_causal: bool, window: int | None, ba
     suffixes = (2, 1, 3, 1, 5, 1, 129, 2, 1, 4, 3, 130)
     case = PackCase(suffixes, prefixes, starts, spare_base=0, sliding_window=window, is_causal=is_causal)
     check_packed(backend, case, "log_additive", "keys", dtype)
+
+
+@every_kernel
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lone_factor_per_variant(mode: str, backend: str, dtype: torch.dtype) -> None:
+    """Of factors that are 1 the kernel keeps nothing, except beside others: not where a vector could read it."""
+    prefixes = tuple(130 + v for v in range(130))
+    suffixes = tuple(1 + v % 40 for v in range(130))
+    case = PackCase(suffixes, prefixes, query_heads=2, kv_heads=1, factor_values="lone")
+    check_packed(backend, case, mode, "keys", dtype)
 
 
 @every_kernel

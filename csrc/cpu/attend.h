@@ -105,7 +105,7 @@ ATMAN_INLINE Columns visible_columns(const Task& t, const Block& b, int m) {
             static_cast<int>(last < 0 ? 0 : last > kBlockKeys ? kBlockKeys : last)};
 }
 
-// What a group of rows has to compute: whole panels.
+// What some row of a group sees.
 static Columns group_columns(const Task& t, const Block& b, int group, int rows) {
     Columns all{kBlockKeys, 0};
     for (int i = 0; i < rows; ++i) {
@@ -114,8 +114,12 @@ static Columns group_columns(const Task& t, const Block& b, int group, int rows)
         all.first = c.first < all.first ? c.first : all.first;
         all.last = c.last > all.last ? c.last : all.last;
     }
-    if (all.empty()) return all;
-    return {all.first / kColumns * kColumns, (all.last + kColumns - 1) / kColumns * kColumns};
+    return all;
+}
+
+// What has to be computed for it: whole panels.
+ATMAN_INLINE Columns whole_panels(Columns seen) {
+    return {seen.first / kColumns * kColumns, (seen.last + kColumns - 1) / kColumns * kColumns};
 }
 
 static void multiply_scores(const Task& t, const Block& b, int group, int rows, Columns columns) {
@@ -126,12 +130,14 @@ static void multiply_scores(const Task& t, const Block& b, int group, int rows, 
                         t.scratch.scores + c, kBlockKeys, 0, units, true);
 }
 
-static void multiply_values(const Task& t, const Block& b, int group, int rows, Columns columns) {
-    const int width = value_columns(t.p);
+static void multiply_values(const Task& t, const Block& b, int group, int rows, Columns seen) {
+    constexpr int kStep = kElements * kUnitStep;
+    const int width = value_columns(t.p), first = seen.first / kStep * kUnitStep;
+    const int last = (seen.last + kStep - 1) / kStep * kUnitStep;
     float* output = t.scratch.output + static_cast<std::int64_t>(group) * kRows * width;
     for (int c = 0; c < width; c += kColumns)
         multiply<kRows>(rows, t.scratch.weights, b.value + static_cast<std::int64_t>(c / kColumns) * kBlockUnits * kColumns,
-                        output + c, width, columns.first / kElements, columns.last / kElements, false);
+                        output + c, width, first, last, false);
 }
 
 // --- scores of one row in one block ---
@@ -198,10 +204,10 @@ static void finish_row(const RowScores& s) {
 // Suppression, where factors are not 1.
 template <Mode kMode>
 static void suppress_row(const RowScores& s) {
-    const std::int64_t end = s.factor_at + s.computed.last < s.factor_size ? s.factor_at + s.computed.last : s.factor_size;
+    const std::int64_t end = smaller(s.factor_at + s.computed.last, s.factor_size);
     int next = s.computed.first;  // columns before it are done
     // columns of other variants, which the row does not see, may stand before position 0
-    const std::int64_t begin = s.factor_at + next > 0 ? s.factor_at + next : 0;
+    const std::int64_t begin = larger(0, s.factor_at + next);
     for (std::int64_t i = begin / kFlagKeys; i * kFlagKeys < end; ++i) {
         if (!s.touched[i]) continue;
         const std::int64_t first = i * kFlagKeys - s.factor_at, last = first + kFlagKeys;
@@ -270,16 +276,30 @@ static void shrink_output(const Task& t, int m, Vec by) {
     store(sum, load(sum) * by);
 }
 
-static float row_maximum(const RowScores& s) {
+// The largest scores of a row, lane by lane.
+ATMAN_INLINE Vec row_maxima(const float* scores, Columns columns) {
     Vec top[kVectors] = {splat(kNegativeInfinity), splat(kNegativeInfinity)};
-    for (int c = s.computed.first; c < s.computed.last; c += kColumns)
+    for (int c = columns.first; c < columns.last; c += kColumns)
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) top[j] = maximum(top[j], load(s.scores + c + j * kLanes));
-    return largest(maximum(top[0], top[1]));
+        for (int j = 0; j < kVectors; ++j) top[j] = maximum(top[j], load(scores + c + j * kLanes));
+    return maximum(top[0], top[1]);
 }
 
-// A row's scores as the softmax sees them; returns the largest.
-static float suppress_and_hide(const Task& t, const RowScores& s) {
+// Whether anything is to be done to a row's scores in a block: for most rows and blocks, nothing is.
+ATMAN_INLINE bool changes_scores(const Task& t, const Block& b, int m, Columns computed) {
+    const Columns visible = t.scratch.visible[m % kRows];
+    if (t.finishes() || t.p.key_mask || visible.first > computed.first || visible.last < computed.last) return true;
+    const Line& line = t.line(m);
+    if (!line.touched) return false;
+    const std::int64_t position = b.first + (line.row->*b.keys).to_position, size = t.job.factors.keys;
+    const std::int64_t end = smaller(position + computed.last, size);
+    for (std::int64_t i = larger(0, position + computed.first) / kFlagKeys; i * kFlagKeys < end; ++i)
+        if (line.touched[i]) return true;
+    return false;
+}
+
+// A row's scores as the softmax sees them.
+static void suppress_and_hide(const Task& t, const RowScores& s) {
     if (t.finishes()) finish_row(s);
     if (s.factor) {
         if (t.p.mode == Mode::log_additive) suppress_row<Mode::log_additive>(s);
@@ -287,25 +307,25 @@ static float suppress_and_hide(const Task& t, const RowScores& s) {
         if (t.p.mode == Mode::shifted) suppress_row<Mode::shifted>(s);
     }
     hide_row(s, kNegativeInfinity);
-    return row_maximum(s);
 }
 
-// The online softmax of a group of rows, from scores to weights. Two passes, so that no row waits for its own maximum.
+// The online softmax of a group of rows, from scores to weights.
 static void weigh_group(const Task& t, const Block& b, int group, int rows, Columns computed) {
     const int first = group * kRows;
-    for (int m = first; m < first + rows; ++m) {
-        const RowScores s = describe_scores(t, b, m, computed);
+    for (int i = 0; i < rows; ++i) {
+        const int m = first + i;
         float& top = t.scratch.maximum[m];
-        const float candidate = suppress_and_hide(t, s);
-        if (!(candidate <= top)) {  // NaN gets through, so that it shows in the result
-            const Vec fall = splat((top - candidate) * s.unit * kPerLn2);
+        if (changes_scores(t, b, m, computed)) suppress_and_hide(t, describe_scores(t, b, m, computed));
+        const Vec tops = row_maxima(t.scratch.scores + i * kBlockKeys, computed);
+        if (exceeds(tops, top)) {  // NaN gets through, so that it shows in the result
+            const float candidate = largest(tops);
+            const Vec fall = splat((top - candidate) * t.unit * kPerLn2);
             if (top != kNegativeInfinity) shrink_output(t, m, exponential2(fall));  // else there is nothing yet
             top = candidate;
         }
         // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN that the maximum may have missed stays one.
         const float from = top == kNegativeInfinity ? 0.0f : top;
         float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
-        const int i = m - first;
         store(sum, load(sum) + exponentiate(t.scratch.scores + i * kBlockKeys, t.scratch.weights + i * kChunk, computed,
                                             from, t.unit * kPerLn2));
     }
@@ -328,10 +348,10 @@ template <class Visit>
 static void visit_groups(const Task& t, const Block& b, Visit visit) {
     for (int group = 0; group * kRows < t.count; ++group) {
         const int rows = t.count - group * kRows < kRows ? t.count - group * kRows : kRows;
-        const Columns columns = group_columns(t, b, group, rows);
-        if (columns.empty()) continue;
-        multiply_scores(t, b, group, rows, columns);
-        visit(group, rows, columns);
+        const Columns seen = group_columns(t, b, group, rows);
+        if (seen.empty()) continue;
+        multiply_scores(t, b, group, rows, whole_panels(seen));
+        visit(group, rows, seen);
     }
 }
 
@@ -385,16 +405,19 @@ static void describe_lines(const Task& t) {
 }
 
 static void load_queries(const Task& t) {
+    constexpr std::int64_t kSpan = kChunk * kElements;  // elements of a chunk
     const std::int64_t group_size = static_cast<std::int64_t>(query_chunks(t.p)) * kRows * kChunk;
-    std::memset(t.scratch.query, 0, static_cast<std::size_t>((t.count + kRows - 1) / kRows * group_size) * sizeof(Unit));
+    const std::int64_t units = head_units(t.p);
     with_storage(t.p.dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
         for (int m = 0; m < t.count; ++m) {
             const auto* row = row_of<Storage>(t.p.query, t.p.query_strides, t.tile.batch, t.line(m).head, t.line(m).row->index);
             Unit* to = t.scratch.query + m / kRows * group_size + m % kRows * kChunk;
-            for (std::int64_t d = 0; d < t.p.head_dim; d += kChunk * kElements, to += kRows * kChunk) {
-                const std::int64_t rest = t.p.head_dim - d;
-                spread_row<Storage, 1>(row + d, rest < kChunk * kElements ? rest : kChunk * kElements, to);
+            for (std::int64_t d = 0; d < t.p.head_dim; d += kSpan, to += kRows * kChunk) {
+                const std::int64_t elements = smaller(kSpan, t.p.head_dim - d), whole = elements / kElements;
+                const std::int64_t padded = smaller(kChunk, units - d / kElements);
+                std::memset(to + whole, 0, static_cast<std::size_t>(padded - whole) * sizeof(Unit));
+                spread_row<Storage, 1>(row + d, elements, to);
             }
         }
     });
@@ -436,15 +459,15 @@ static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int
     start_rows(t);
     if (p.mode == Mode::shifted && job.factors.values) {
         visit_keys(t, [&](const Block& b) {
-            visit_groups(t, b, [&](int group, int in_group, Columns columns) {
-                for (int i = 0; i < in_group; ++i) lower_minimum(t, b, group * kRows + i, columns);
+            visit_groups(t, b, [&](int group, int in_group, Columns seen) {
+                for (int i = 0; i < in_group; ++i) lower_minimum(t, b, group * kRows + i, whole_panels(seen));
             });
         });
     }
     visit_keys(t, [&](const Block& b) {
-        visit_groups(t, b, [&](int group, int in_group, Columns columns) {
-            weigh_group(t, b, group, in_group, columns);
-            multiply_values(t, b, group, in_group, columns);
+        visit_groups(t, b, [&](int group, int in_group, Columns seen) {
+            weigh_group(t, b, group, in_group, whole_panels(seen));
+            multiply_values(t, b, group, in_group, seen);
         });
     });
     for (int m = 0; m < t.count; ++m) write_row(t, m);

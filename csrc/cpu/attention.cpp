@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -30,12 +31,18 @@ struct Factors {
     FactorTable table;
 };
 
-// One line of the table: factors, their logarithms if they are added, and which of them do anything.
+// One line of the table: factors, or their logarithms if they are added, and which of them do anything. Nearly all are
+// 1: those are left out, except for the neighbours that a vector may reach.
 void fill_line(const AttentionParams& p, const float* from, float* values, std::uint8_t* touched) {
-    for (std::int64_t i = 0; i < p.factor_keys; ++i) {
-        const float c = from[i];
-        if (c != 1.0f) touched[i / kFlagKeys] = 1;
-        values[i] = p.mode != Mode::log_additive ? c : c == 1.0f ? 0.0f : std::log(c);
+    for (std::int64_t at = 0; at < p.factor_keys; at += kFlagKeys) {
+        const std::int64_t end = std::min(at + kFlagKeys, p.factor_keys);
+        int others = 0;  // counted, not looked for: compilers vectorize that
+        for (std::int64_t i = at; i < end; ++i) others += from[i] != 1.0f;
+        if (others == 0) continue;
+        touched[at / kFlagKeys] = 1;
+        const std::int64_t last = std::min(end + kMostLanes, p.factor_keys);
+        for (std::int64_t i = std::max<std::int64_t>(0, at - kMostLanes); i < last; ++i)
+            values[i] = p.mode != Mode::log_additive ? from[i] : from[i] == 1.0f ? 0.0f : std::log(from[i]);
     }
 }
 

@@ -24,10 +24,12 @@ struct KeyRange {
 // Factors as the kernel reads them, one row per (variant or batch entry, head or all heads).
 struct FactorTable {
     const float* values = nullptr;          // ln c for log-additive suppression, else c; null: no factors
-    const std::uint8_t* touched = nullptr;  // for every `kFlagKeys` positions: whether some factor is not 1
+    const std::uint8_t* touched = nullptr;  // for every `kFlagKeys` positions: whether some factor is not 1; elsewhere
+                                            // values are only there within `kMostLanes` of such positions
     std::int64_t keys = 0, flags = 0, heads = 1;
 };
 constexpr int kFlagKeys = 64;
+constexpr int kMostLanes = 16;  // of any instruction set's vectors
 
 struct Job {
     const AttentionParams* params = nullptr;

@@ -45,7 +45,8 @@ static void end_thread() {}
 #define ATMAN_TILE_STORE _tile_stored
 #define ATMAN_TILE_MULTIPLY _tile_dpbf16ps
 
-// All eight registers at their full size: rows and columns that are not needed hold zeros or are never read.
+// All eight registers at their full size: rows that are not needed hold anything, and spoil only rows of C
+// that nobody reads.
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
