@@ -1,4 +1,4 @@
-"""Token explanations of real prompts: ours against three ways to do the same without it.
+"""Token explanations of real prompts: ours against the other ways to get them.
 
 python -m benchmarks.explain                     # the whole table, SmolLM2, sampled units
 python -m benchmarks.explain --sample 0          # every unit of every prompt: hours

@@ -1,4 +1,4 @@
-"""The contenders: ours, and three ways to get token scores out of a language model without it.
+"""The contenders: ours, and the other ways to get token scores out of a language model.
 
 Each gives (K, m) scores in float32, positive = important: how much the log-prob of every target token falls when the
 token at one of K positions is suppressed. Captum's ablation replaces the token instead, so its scores are its own.
