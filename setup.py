@@ -24,7 +24,7 @@ PARTS = ("cpu", "cuda")
 REQUESTED = os.environ.get("ATMAN_KERNELS_BUILD")
 EXTRA = shlex.split(os.environ.get("ATMAN_KERNELS_FLAGS", ""))
 QUIET = ["-Wno-unused-function", "-Wno-maybe-uninitialized"]  # the latter: of GCC 12's own intrinsics
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET, *EXTRA]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET, *EXTRA]
 
 # The same kernel is compiled once for each of these, and which copy runs is decided at run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -57,7 +57,7 @@ ATMAN_INLINE SoftmaxEnd finish_softmax(float maximum, float sum) {
 // The same with a sink: one more score that takes part in the denominator and carries no value.
 ATMAN_INLINE SoftmaxEnd finish_softmax(float maximum, float sum, float sink) {
     const float top = maximum > sink ? maximum : sink;
-    if (top == kNegativeInfinity) return {0.0f, kNegativeInfinity};
+    if (top == kNegativeInfinity) return finish_softmax(maximum, sum);
     const float shrink = maximum == kNegativeInfinity ? 0.0f : std::exp(maximum - top);
     const float total = sum * shrink + std::exp(sink - top);
     return {shrink / total, top + std::log(total)};

@@ -48,12 +48,12 @@ def _pinned() -> list[str]:
     def fastest(dtype: torch.dtype) -> str:
         return f"cpu:{(*compiled.instruction_sets(dtype), 'torch')[0]}"
 
-    names = [f"cpu:{name}" for name in cpu.variants() if f"cpu:{name}" in BACKEND_DTYPES]
     compared = BACKEND_DTYPES["cpu"][0]
+    here = {name: BACKEND_DTYPES.get(name, ()) for name in (f"cpu:{variant}" for variant in cpu.variants())}
     return [
         name
-        for name, dtypes in ((name, BACKEND_DTYPES[name]) for name in names)
-        if compared not in dtypes or any(name != fastest(dtype) for dtype in dtypes)
+        for name, dtypes in here.items()
+        if dtypes and (compared not in dtypes or any(name != fastest(dtype) for dtype in dtypes))
     ]
 
 

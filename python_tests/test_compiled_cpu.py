@@ -251,7 +251,7 @@ def test_bases_that_begin_inside_a_block(is_causal: bool, window: int | None, ba
 @every_kernel
 @pytest.mark.parametrize("mode", MODES)
 def test_a_lone_factor_per_variant(mode: str, backend: str, dtype: torch.dtype) -> None:
-    """Of factors that are 1 the kernel keeps nothing, except beside others: not where a vector could read it."""
+    """Of factors that are 1 the kernel keeps only those that a vector may read beside others."""
     prefixes = tuple(130 + v for v in range(130))
     suffixes = tuple(1 + v % 40 for v in range(130))
     case = PackCase(suffixes, prefixes, query_heads=2, kv_heads=1, factor_values="lone")
@@ -374,6 +374,20 @@ def test_numbers_that_are_none_show_where_the_reference_shows_them(
         assert torch.equal(lse.isneginf(), expected_lse.isneginf())
         assert same((output[~sees], lse[~sees]), (clean[0][~sees], clean[1][~sees]))
         assert not (output[sees].isfinite().all() and where == "query"), "it left no trace"
+
+
+@every_kernel
+def test_a_nan_shows_beside_a_sink_of_no_weight(backend: str, dtype: torch.dtype) -> None:
+    """The NaN is all that the row sees of its last block, in the lane that a maximum forgets first."""
+    call = DenseCase(batch=1, key_batch=1, query_length=3, key_length=256, sinks=True).build(dtype, "none")
+    call["sinks"].fill_(-math.inf)
+    call["key"][:, :, 255] = math.nan
+    call["key_mask"] = torch.ones(1, 256, dtype=torch.bool)
+    for hidden in (slice(128, 255), slice(0, 255)):  # what came before is seen, or nothing is
+        call["key_mask"][:, hidden] = False
+        output, lse = attend(call, backend)
+        assert output.isnan().all()
+        assert lse.isnan().all()
 
 
 @every_kernel

@@ -12,6 +12,8 @@
 namespace atman::cpu::ATMAN_ISA {
 
 static_assert(kChunk * kElements == kBlockKeys, "a row of weights is one chunk of the second product");
+static_assert(kColumns % (kElements * kUnitStep) == 0, "the second product reads no weights beyond a panel");
+static_assert(kLanes <= kMostLanes, "a vector of factors reaches no further than their logarithms do");
 
 struct Columns {
     int first, last;
@@ -22,7 +24,7 @@ struct Columns {
 struct Line {
     const Row* row;
     std::int64_t head;
-    const float* factor;  // at its row of the table
+    const float* factor;  // its row: ln c for log-additive suppression, else c
     const std::uint8_t* touched;
     const float* bias;
 };
@@ -105,7 +107,7 @@ ATMAN_INLINE Columns visible_columns(const Task& t, const Block& b, int m) {
             static_cast<int>(last < 0 ? 0 : last > kBlockKeys ? kBlockKeys : last)};
 }
 
-// What some row of a group sees.
+// From the first to the last column that some row of a group sees.
 static Columns group_columns(const Task& t, const Block& b, int group, int rows) {
     Columns all{kBlockKeys, 0};
     for (int i = 0; i < rows; ++i) {
@@ -167,11 +169,24 @@ struct RowScores {
     float minimum = 0.0f;
 };
 
+// The absolute position of a block's first key, as a row counts.
+ATMAN_INLINE std::int64_t position_of(const Line& line, const Block& b) {
+    return b.first + (line.row->*b.keys).to_position;
+}
+
+// Which flags stand for a row's columns. Those of other variants, which the row does not see, may be before position 0.
+struct Flags {
+    std::int64_t first, last;
+    Flags(std::int64_t position, Columns columns, std::int64_t keys)
+        : first(larger(0, position + columns.first) / kFlagKeys),
+          last((smaller(position + columns.last, keys) + kFlagKeys - 1) / kFlagKeys) {}
+};
+
 ATMAN_INLINE RowScores describe_scores(const Task& t, const Block& b, int m, Columns computed) {
     const AttentionParams& p = t.p;
     const Line& line = t.line(m);
     RowScores s{p, t.scratch.scores + m % kRows * kBlockKeys, computed, t.scratch.visible[m % kRows], t.unit, t.units};
-    const std::int64_t position = b.first + (line.row->*b.keys).to_position;  // of column 0
+    const std::int64_t position = position_of(line, b);
     s.factor = line.factor;
     s.touched = line.touched;
     s.factor_at = position;
@@ -204,11 +219,9 @@ static void finish_row(const RowScores& s) {
 // Suppression, where factors are not 1.
 template <Mode kMode>
 static void suppress_row(const RowScores& s) {
-    const std::int64_t end = smaller(s.factor_at + s.computed.last, s.factor_size);
+    const Flags flags(s.factor_at, s.computed, s.factor_size);
     int next = s.computed.first;  // columns before it are done
-    // columns of other variants, which the row does not see, may stand before position 0
-    const std::int64_t begin = larger(0, s.factor_at + next);
-    for (std::int64_t i = begin / kFlagKeys; i * kFlagKeys < end; ++i) {
+    for (std::int64_t i = flags.first; i < flags.last; ++i) {
         if (!s.touched[i]) continue;
         const std::int64_t first = i * kFlagKeys - s.factor_at, last = first + kFlagKeys;
         if (first > next) next = static_cast<int>(first) / kLanes * kLanes;
@@ -291,9 +304,8 @@ ATMAN_INLINE bool changes_scores(const Task& t, const Block& b, int m, Columns c
     if (t.finishes() || t.p.key_mask || visible.first > computed.first || visible.last < computed.last) return true;
     const Line& line = t.line(m);
     if (!line.touched) return false;
-    const std::int64_t position = b.first + (line.row->*b.keys).to_position, size = t.job.factors.keys;
-    const std::int64_t end = smaller(position + computed.last, size);
-    for (std::int64_t i = larger(0, position + computed.first) / kFlagKeys; i * kFlagKeys < end; ++i)
+    const Flags flags(position_of(line, b), computed, t.job.factors.keys);
+    for (std::int64_t i = flags.first; i < flags.last; ++i)
         if (line.touched[i]) return true;
     return false;
 }
@@ -317,13 +329,13 @@ static void weigh_group(const Task& t, const Block& b, int group, int rows, Colu
         float& top = t.scratch.maximum[m];
         if (changes_scores(t, b, m, computed)) suppress_and_hide(t, describe_scores(t, b, m, computed));
         const Vec tops = row_maxima(t.scratch.scores + i * kBlockKeys, computed);
-        if (exceeds(tops, top)) {  // NaN gets through, so that it shows in the result
-            const float candidate = largest(tops);
+        const float candidate = exceeds(tops, top) ? largest(tops) : top;
+        if (candidate > top) {  // beside a NaN it need not be
             const Vec fall = splat((top - candidate) * t.unit * kPerLn2);
             if (top != kNegativeInfinity) shrink_output(t, m, exponential2(fall));  // else there is nothing yet
             top = candidate;
         }
-        // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN that the maximum may have missed stays one.
+        // Nothing seen yet: exp(-inf + inf) would be NaN. A NaN, which the maximum passes over, makes its row one.
         const float from = top == kNegativeInfinity ? 0.0f : top;
         float* sum = t.scratch.sum + static_cast<std::int64_t>(m) * kLanes;
         store(sum, load(sum) + exponentiate(t.scratch.scores + i * kBlockKeys, t.scratch.weights + i * kChunk, computed,
@@ -350,8 +362,9 @@ static void visit_groups(const Task& t, const Block& b, Visit visit) {
         const int rows = t.count - group * kRows < kRows ? t.count - group * kRows : kRows;
         const Columns seen = group_columns(t, b, group, rows);
         if (seen.empty()) continue;
-        multiply_scores(t, b, group, rows, whole_panels(seen));
-        visit(group, rows, seen);
+        const Columns computed = whole_panels(seen);
+        multiply_scores(t, b, group, rows, computed);
+        visit(group, rows, seen, computed);
     }
 }
 
@@ -393,10 +406,12 @@ static void describe_lines(const Task& t) {
     for (int m = 0; m < t.count; ++m, ++line) {
         const Row* row = t.rows + m / t.heads;
         *line = {row, t.key_head * t.heads + m % t.heads, nullptr, nullptr, nullptr};
-        if (table.values) {
-            const std::int64_t at = row->variant * table.heads + (table.heads > 1 ? line->head : 0);
-            line->factor = table.values + at * table.keys;
+        if (table.touched) {
+            const std::int64_t head = table.heads > 1 ? line->head : 0, at = row->variant * table.heads + head;
             line->touched = table.touched + at * table.flags;
+            line->factor = table.logs
+                               ? table.logs + at * table.keys
+                               : p.factor + row->variant * p.factor_strides.batch + head * p.factor_strides.head;
         }
         if (p.position_bias)
             line->bias = p.position_bias + t.tile.batch * p.bias_strides.batch + line->head * p.bias_strides.head +
@@ -457,16 +472,16 @@ static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int
     describe_lines(t);
     load_queries(t);
     start_rows(t);
-    if (p.mode == Mode::shifted && job.factors.values) {
+    if (p.mode == Mode::shifted && job.factors.touched) {
         visit_keys(t, [&](const Block& b) {
-            visit_groups(t, b, [&](int group, int in_group, Columns seen) {
-                for (int i = 0; i < in_group; ++i) lower_minimum(t, b, group * kRows + i, whole_panels(seen));
+            visit_groups(t, b, [&](int group, int in_group, Columns, Columns computed) {
+                for (int i = 0; i < in_group; ++i) lower_minimum(t, b, group * kRows + i, computed);
             });
         });
     }
     visit_keys(t, [&](const Block& b) {
-        visit_groups(t, b, [&](int group, int in_group, Columns seen) {
-            weigh_group(t, b, group, in_group, whole_panels(seen));
+        visit_groups(t, b, [&](int group, int in_group, Columns seen, Columns computed) {
+            weigh_group(t, b, group, in_group, computed);
             multiply_values(t, b, group, in_group, seen);
         });
     });

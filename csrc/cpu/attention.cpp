@@ -31,18 +31,20 @@ struct Factors {
     FactorTable table;
 };
 
-// One line of the table: factors, or their logarithms if they are added, and which of them do anything. Nearly all are
-// 1: those are left out, except for the neighbours that a vector may reach.
-void fill_line(const AttentionParams& p, const float* from, float* values, std::uint8_t* touched) {
-    for (std::int64_t at = 0; at < p.factor_keys; at += kFlagKeys) {
-        const std::int64_t end = std::min(at + kFlagKeys, p.factor_keys);
+// One line of the table: which factors do anything, and their logarithms, if `logs` is not null. Nearly all are 1: those
+// are left out, except for the neighbours that a vector may reach.
+void fill_line(const float* factor, std::int64_t keys, std::uint8_t* touched, float* logs) {
+    std::int64_t done = 0;  // logarithms before it are there, or not wanted
+    for (std::int64_t at = 0; at < keys; at += kFlagKeys) {
+        const std::int64_t end = std::min(at + kFlagKeys, keys);
         int others = 0;  // counted, not looked for: compilers vectorize that
-        for (std::int64_t i = at; i < end; ++i) others += from[i] != 1.0f;
-        if (others == 0) continue;
-        touched[at / kFlagKeys] = 1;
-        const std::int64_t last = std::min(end + kMostLanes, p.factor_keys);
-        for (std::int64_t i = std::max<std::int64_t>(0, at - kMostLanes); i < last; ++i)
-            values[i] = p.mode != Mode::log_additive ? from[i] : from[i] == 1.0f ? 0.0f : std::log(from[i]);
+        for (std::int64_t i = at; i < end; ++i) others += factor[i] != 1.0f;
+        touched[at / kFlagKeys] = others > 0;
+        if (others == 0 || !logs) continue;
+        const std::int64_t last = std::min(end + kMostLanes, keys);
+        for (std::int64_t i = std::max(done, at - kMostLanes); i < last; ++i)
+            logs[i] = factor[i] == 1.0f ? 0.0f : std::log(factor[i]);
+        done = last;
     }
 }
 
@@ -54,22 +56,21 @@ Factors prepare_factors(const AttentionParams& p, int threads) {
     table.heads = p.factor_heads;
     table.keys = p.factor_keys;
     table.flags = (p.factor_keys + kFlagKeys - 1) / kFlagKeys;
-    const std::int64_t lines = rows * table.heads;
-    const std::size_t line_size = sizeof(float) * static_cast<std::size_t>(table.keys);
+    const std::int64_t lines = rows * table.heads, log_keys = p.mode == Mode::log_additive ? table.keys : 0;
+    const std::size_t line_size = sizeof(float) * static_cast<std::size_t>(log_keys);
     result.memory = allocate(lines, line_size + static_cast<std::size_t>(table.flags));
-    auto* values = reinterpret_cast<float*>(result.memory.get());
-    auto* touched = reinterpret_cast<std::uint8_t*>(values + lines * table.keys);
-    std::memset(touched, 0, static_cast<std::size_t>(lines * table.flags));
+    auto* logs = reinterpret_cast<float*>(result.memory.get());
+    auto* touched = reinterpret_cast<std::uint8_t*>(logs + lines * log_keys);
     share(rows, threads, [&](auto next) {
         for (std::int64_t v; (v = next()) >= 0;)
             for (std::int64_t h = 0; h < table.heads; ++h) {
                 const std::int64_t line = v * table.heads + h;
-                fill_line(p, p.factor + v * p.factor_strides.batch + h * p.factor_strides.head,
-                          values + line * table.keys, touched + line * table.flags);
+                fill_line(p.factor + v * p.factor_strides.batch + h * p.factor_strides.head, table.keys,
+                          touched + line * table.flags, log_keys > 0 ? logs + line * log_keys : nullptr);
             }
     });
-    table.values = values;
     table.touched = touched;
+    if (log_keys > 0) table.logs = logs;
     return result;
 }
 

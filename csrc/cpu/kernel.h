@@ -21,11 +21,10 @@ struct KeyRange {
     std::int64_t num_blocks() const { return (keys + block_keys - 1) / block_keys; }
 };
 
-// Factors as the kernel reads them, one row per (variant or batch entry, head or all heads).
+// What is worked out about the factors, one line per (variant or batch entry, head or all heads).
 struct FactorTable {
-    const float* values = nullptr;          // ln c for log-additive suppression, else c; null: no factors
-    const std::uint8_t* touched = nullptr;  // for every `kFlagKeys` positions: whether some factor is not 1; elsewhere
-                                            // values are only there within `kMostLanes` of such positions
+    const std::uint8_t* touched = nullptr;  // for every `kFlagKeys` positions: whether some factor is not 1; null: none
+    const float* logs = nullptr;  // ln c, for log-additive suppression: in touched stretches and `kMostLanes` around them
     std::int64_t keys = 0, flags = 0, heads = 1;
 };
 constexpr int kFlagKeys = 64;

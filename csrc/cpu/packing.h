@@ -117,13 +117,23 @@ static void pack_values(const AttentionParams& p, const KeyRange& range, std::in
     }
 }
 
+// Zeros wherever a product with `count` keys reads.
+static void clear_block(const AttentionParams& p, int count, std::byte* block) {
+    const std::size_t line = kColumns * sizeof(Unit), value_panel = kBlockUnits * line;
+    const auto key_lines = static_cast<std::size_t>(round_up(count, kColumns) / kColumns * head_units(p));
+    const auto value_lines = static_cast<std::size_t>(round_up(count, kElements * kUnitStep) / kElements);
+    std::memset(block, 0, key_lines * line);
+    std::byte* values = block + packed_sizes(p).key;
+    for (int c = 0; c < value_columns(p); c += kColumns, values += value_panel) std::memset(values, 0, value_lines * line);
+}
+
 static void pack_block(const AttentionParams& p, const KeyRange& range, std::int64_t batch, std::int64_t head,
                        std::int64_t block, std::byte* to) {
     const std::int64_t first = block * kBlockKeys;
     const int count = static_cast<int>(range.keys - first < kBlockKeys ? range.keys - first : kBlockKeys);
     const PackedSizes sizes = packed_sizes(p);
     const bool full = count == kBlockKeys && p.head_dim == head_units(p) * kElements && p.value_dim % kColumns == 0;
-    if (!full) std::memset(to, 0, sizes.block);
+    if (!full) clear_block(p, count, to);
     with_storage(p.dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
         pack_keys<Storage>(p, range, batch, head, first, count, reinterpret_cast<Unit*>(to));

@@ -68,12 +68,12 @@ ATMAN_INLINE float largest(Vec x) {
     return fold<kLanes>(x, [](auto a, auto b) { return a > b ? a : b; });
 #endif
 }
-// Whether some lane is not at most `limit`: larger, or a NaN.
+// Whether some lane is larger; a NaN is not.
 ATMAN_INLINE bool exceeds(Vec x, float limit) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_NLE_UQ) != 0;
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
 #else
-    return !(largest(x) <= limit);
+    return largest(x) > limit;
 #endif
 }
 ATMAN_INLINE float smallest(Vec x) {
