@@ -126,8 +126,8 @@ class PackedRuns:
     def run_stage(self, base: Base, stage: Stage) -> Iterator[tuple[Variant, Tensor]]:
         """As `run`, for the variants of a stage and of all that stand on its trunks.
 
-        The trunks that are there at once have as many tokens as a pack, so that memory does not grow with the number
-        of variants: with four times as many, 800 subsets of 20 sentences ran a tenth faster.
+        The trunks of one level that are there at once have as many tokens as a pack, so that memory grows with the
+        levels alone: with four times as many, 800 subsets of 20 sentences ran a tenth faster.
         """
         yield from self.run(base, stage.variants)
         capacity = max(1, min(self.budget, free_bytes(self.model.device) // FREE_SHARE // base.bytes_per_key))
