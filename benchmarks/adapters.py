@@ -1,6 +1,6 @@
 """captum and inseq as they come, against the same calls on our adapters.
 
-python -m benchmarks.adapters                    # SmolLM2, 256 features; some 20 minutes on two cores
+python -m benchmarks.adapters                    # SmolLM2, 256 features; some 45 minutes on two cores
 python -m benchmarks.adapters --quick            # a few features, one round: whether it runs
 """
 
