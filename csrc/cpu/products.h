@@ -29,7 +29,7 @@ ATMAN_INLINE Vec multiply_add(Vec sum, Unit a, const Unit* b) { return sum + a *
 #endif
 
 // Keys are laid out and visited in blocks of this many. With fast products, what is done once per row and block counts.
-#if defined(ATMAN_TILES) || defined(ATMAN_PAIRS)
+#if defined(ATMAN_PAIRS)
 constexpr int kBlockKeys = 256;
 #else
 constexpr int kBlockKeys = 128;
