@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PINS := constraints.txt
-NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'))
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
@@ -31,7 +31,7 @@ help:
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
 	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff (check, format) and mypy"
 	@echo "make clean     remove the environment and all caches"
 
 demo: $(STAMPS)/demo
@@ -65,6 +65,7 @@ gpu-check:
 
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

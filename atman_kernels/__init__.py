@@ -6,16 +6,18 @@ Importing the package pulls in torch only; transformers and the rest come with t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "suppressed_attention": "ops",
     "packed_suppressed_attention": "ops",
     "VariantPack": "pack",
+    "load_model": "hf.loading",
     "suppress": "hf.suppression",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explanation",
     "Ablation": "explain.subsets",
+    "Unit": "planning.units",
     "steer": "steering.steer",
     "Steered": "steering.steer",
     "Occurrence": "steering.spans",
@@ -31,9 +33,11 @@ __all__ = [
     "InputError",
     "Occurrence",
     "Steered",
+    "Unit",
     "UnsupportedModelError",
     "VariantPack",
     "__version__",
+    "load_model",
     "packed_suppressed_attention",
     "steer",
     "suppress",
@@ -45,9 +49,11 @@ if TYPE_CHECKING:
     from atman_kernels.explain.explainer import Explainer
     from atman_kernels.explain.explanation import Explanation
     from atman_kernels.explain.subsets import Ablation
+    from atman_kernels.hf.loading import load_model
     from atman_kernels.hf.suppression import suppress
     from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
     from atman_kernels.pack import VariantPack
+    from atman_kernels.planning.units import Unit
     from atman_kernels.steering.spans import Occurrence
     from atman_kernels.steering.steer import Steered, steer
 
