@@ -6,15 +6,12 @@ pass through ``torch.compile(fullgraph=True)``.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atman_kernels import backends
-from atman_kernels.backends import reference
+from atman_kernels import autograd, backends
 from atman_kernels.errors import InputError
 from atman_kernels.formula import MODES, ScoreOptions
 from atman_kernels.pack import VariantPack
@@ -100,9 +97,8 @@ def suppressed_attention(
         position_bias = _checked_bias(position_bias, query, (batch, q_heads, query.shape[2], length))
     options = _checked_options(query, mode, is_causal, scale, sliding_window, softcap, sinks, return_lse)
     _check_backend(backend, query)
-    output, lse = torch.ops.atman_kernels.suppressed_attention(
-        query, key, value, factor, key_mask, sinks, position_bias, *_unpacked(options), backend
-    )
+    tensors = (query, key, value, factor, key_mask, sinks, position_bias)
+    output, lse = torch.ops.atman_kernels.suppressed_attention(*tensors, *_unpacked(options, *tensors), backend)
     return (output, lse) if return_lse else output
 
 
@@ -188,9 +184,8 @@ def packed_suppressed_attention(
     options = _checked_options(query, mode, is_causal, scale, sliding_window, softcap, sinks, return_lse)
     _check_backend(backend, query)
     layout = (pack.suffix_starts, pack.prefix_lengths, pack.base_starts, pack.row_variant, pack.row_position)
-    output, lse = torch.ops.atman_kernels.packed_suppressed_attention(
-        query, key, value, base_key, base_value, *layout, factor, sinks, position_bias, *_unpacked(options), backend
-    )
+    tensors = (query, key, value, base_key, base_value, *layout, factor, sinks, position_bias)
+    output, lse = torch.ops.atman_kernels.packed_suppressed_attention(*tensors, *_unpacked(options, *tensors), backend)
     return (output, lse) if return_lse else output
 
 
@@ -307,7 +302,7 @@ def _check_factor_values(factor: Tensor | None) -> None:
         raise InputError(f"factor must be finite and >= 0 everywhere, got {bad}")
 
 
-# --- torch ops: schema, implementation, fake, backward ---
+# --- torch ops: schema, implementation, fake; their backward is in `autograd` ---
 
 _OPTIONS = "str mode, bool is_causal, float scale, SymInt? sliding_window, float? softcap, bool return_lse"
 _library = torch.library.Library("atman_kernels", "DEF")
@@ -321,23 +316,17 @@ _TENSORS = {
         "Tensor? sinks, Tensor? position_bias"
     ),
 }
-for _name, _tensors in _TENSORS.items():
-    _library.define(f"{_name}({_tensors}, {_OPTIONS}, str? backend) -> (Tensor, Tensor)")
-    _library.define(
-        f"{_name}_backward({_tensors}, {_OPTIONS}, bool[] wanted, Tensor grad_output, Tensor grad_lse) -> Tensor[]"
-    )
-_DENSE_TENSORS = 7  # tensors before the options in the schemas above
-_PACKED_TENSORS = 13
 
 
-def _unpacked(options: ScoreOptions) -> tuple[Any, ...]:
+def _unpacked(options: ScoreOptions, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The options of an op call, which keeps its lse for a backward."""
     return (
         options.mode,
         options.is_causal,
         options.scale,
         options.sliding_window,
         options.softcap,
-        options.return_lse,
+        options.return_lse or autograd.requires_gradient(*tensors),
     )
 
 
@@ -363,59 +352,16 @@ def _fake(query: Tensor, value: Tensor, return_lse: bool) -> tuple[Tensor, Tenso
     return output, query.new_empty(query.shape[:-1] if return_lse else (0,), dtype=lse_dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.arguments = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-
-
-def _backward(gradients: Any, num_tensors: int, ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.arguments, strict=True)]
-    wanted = list(ctx.needs_input_grad[:num_tensors])
-    found = iter(gradients(*inputs[:-1], wanted, grad_output, grad_lse))
-    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
-
-
-def _run_backward(definition: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> list[Tensor]:
-    """Gradients by recomputing with the definition: exact, but it holds all scores of the call.
-
-    An op of its own, since the packed definition reads the pack's integers, which no compiler can trace.
-    """
-    *inputs, wanted, grad_output, grad_lse = arguments
-    tensors, options = inputs[: len(wanted)], ScoreOptions(*inputs[len(wanted) :])
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() if need else x for x, need in zip(tensors, wanted, strict=True)]
-        output, lse = definition(*leaves, options)
-        results, grads = ([output, lse], [grad_output, grad_lse]) if lse.numel() else ([output], [grad_output])
-        asked = [x for x, need in zip(leaves, wanted, strict=True) if need]
-        found = torch.autograd.grad(results, asked, grads, allow_unused=True, materialize_grads=True)
-    return [x.contiguous() for x in found]
-
-
 def _register() -> None:
-    for name, run, definition, num_tensors in (
-        ("suppressed_attention", _run_dense, reference.suppressed_attention, _DENSE_TENSORS),
-        ("packed_suppressed_attention", _run_packed, reference.packed_suppressed_attention, _PACKED_TENSORS),
-    ):
+    for name, run in (("suppressed_attention", _run_dense), ("packed_suppressed_attention", _run_packed)):
+        _library.define(f"{name}({_TENSORS[name]}, {_OPTIONS}, str? backend) -> (Tensor, Tensor)")
         _library.impl(name, run, "CompositeExplicitAutograd")
-        _library.impl(f"{name}_backward", partial(_run_backward, definition), "CompositeExplicitAutograd")
 
         def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
             return _fake(arguments[0], arguments[2], arguments[-2])
 
-        def fake_backward(*arguments: Any) -> list[Tensor]:
-            return [x.new_empty(x.shape) for x, need in zip(arguments, arguments[-3], strict=False) if need]
-
         torch.library.register_fake(f"atman_kernels::{name}", fake, lib=_library)
-        torch.library.register_fake(f"atman_kernels::{name}_backward", fake_backward, lib=_library)
-        torch.library.register_autograd(
-            f"atman_kernels::{name}",
-            partial(_backward, getattr(torch.ops.atman_kernels, f"{name}_backward"), num_tensors),
-            setup_context=_setup_context,
-            lib=_library,
-        )
+        autograd.register(_library, name, _TENSORS[name], _OPTIONS)
 
 
 _register()

@@ -19,6 +19,7 @@ LAYERS = (
     ("errors", "assets"),
     ("formula", "pack", "native"),
     ("backends",),
+    ("autograd",),
     ("ops",),
     ("planning",),
     ("hf",),
@@ -27,7 +28,7 @@ LAYERS = (
     ("cli", "plots", "evaluation", "adapters"),
 )
 # A layer that must do without one below it, although it may import it by its place.
-FORBIDDEN = {"planning": ("backends", "ops"), "render": ("backends", "ops", "hf")}
+FORBIDDEN = {"planning": ("backends", "autograd", "ops"), "render": ("backends", "autograd", "ops", "hf")}
 # An explanation knows how to draw itself; the drawing is imported when asked for, inside the method.
 UPWARD_WHEN_CALLED = {("explain", "plots")}
 

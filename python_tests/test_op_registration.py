@@ -1,12 +1,11 @@
 """The ops as torch sees them: schemas, fakes, tracing, compilation, gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import (
-    BACKEND_DTYPES,
     DENSE_CASES,
     FAMILIES,
     MODES,
@@ -16,9 +15,6 @@ from attention_cases import (
     device_for,
     first_dtype,
     one_thread,
-    plain_attention,
-    to_float64,
-    variant_by_variant,
 )
 from comparison import assert_same_bits, assert_within, few_roundings
 from torch import Tensor
@@ -179,60 +175,3 @@ def test_bad_factors_are_found_in_compiled_code(kind: str) -> None:
     compiled(**call)
     with pytest.raises(InputError, match="factor must be finite"):
         compiled(**call | {"factor": call["factor"] - 1})
-
-
-# --- gradients ---
-
-GRADIENT_CASES = [("dense", name) for name in ("grouped", "causal_more_queries", "key_mask_dead_rows", "left_padding",
-                  "window_causal", "softcap", "sinks_dead_rows", "bias_hides_keys", "bias_hides_rows", "bias_two_axes",
-                  "shared_keys", "everything")] + [("packed", name) for name in ("few_tokens_each", "empty_suffixes",
-                  "several_bases", "window", "sinks", "encoder", "everything")]  # fmt: skip
-
-
-def gradients_of(loss_of: Callable[[], tuple[Tensor, Tensor]], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    output, lse = loss_of()
-    loss = output.sin().sum() + (0.3 * lse.masked_fill(lse == -torch.inf, 0.0)).cos().sum()
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return tuple(torch.zeros_like(leaf) if x is None else x for leaf, x in zip(leaves, found, strict=True))
-
-
-@pytest.mark.parametrize("backend", FAMILIES)
-@pytest.mark.parametrize("removed", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "name"), GRADIENT_CASES)
-def test_gradients(kind: str, name: str, mode: str, removed: bool, backend: str) -> None:
-    """Those of autograd through the plain formula, and finite for keys that are removed and rows that see nothing.
-
-    ln c has no derivative at 0, so with removed keys the factors are constants.
-    """
-    dtype = torch.float64 if torch.float64 in BACKEND_DTYPES[backend] else first_dtype(backend)
-    call = build(kind, name, dtype, "keys", device_for(backend, dtype))
-    if not removed:
-        call["factor"] = call["factor"].clamp_min(0.05)
-    differentiable = {n: x for n, x in call.items() if isinstance(x, Tensor) and x.is_floating_point()}
-    if removed:
-        del differentiable["factor"]
-    leaves = {n: x.detach().clone().requires_grad_() for n, x in differentiable.items()}
-    case = PACK_CASES.get(name) if kind == "packed" else None
-
-    exact_leaves = {n: x.detach().double().cpu().requires_grad_() for n, x in leaves.items()}
-
-    def plainly() -> tuple[Tensor, Tensor]:
-        inputs = to_float64(call) | exact_leaves
-        return variant_by_variant(case, inputs, mode) if case else plain_attention(**inputs, mode=mode)
-
-    expected = gradients_of(plainly, list(exact_leaves.values()))
-    found = gradients_of(lambda: run_op(kind, call | leaves, mode, backend), list(leaves.values()))
-    for argument, got, wanted in zip(leaves, found, expected, strict=True):
-        assert wanted.isfinite().all(), f"the plain formula has no gradient for {argument}"
-        largest = max([1.0, *wanted.abs().flatten().tolist()])
-        assert_within(got, wanted, few_roundings(dtype) * largest, argument)
-
-
-def test_no_gradient_is_asked_for_nothing() -> None:
-    call = build("dense", "grouped", torch.float32)
-    assert not suppressed_attention(**call).requires_grad
-    with torch.no_grad():
-        assert not suppressed_attention(**call | {"query": call["query"].requires_grad_()}).requires_grad
-    with torch.inference_mode():
-        assert suppressed_attention(**call).is_inference()

@@ -1,14 +1,17 @@
 """The definition of suppressed attention, in plain PyTorch. Every other backend is compared with it.
 
-It holds all scores at once. float64 stays float64; everything narrower is computed in float32.
+It holds all scores at once. float64 stays float64; everything narrower is computed in float32. Its gradients are
+those of torch.autograd through it.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from atman_kernels.formula import ScoreOptions, suppress_scores, window_visible
+from atman_kernels.formula import Saved, ScoreOptions, suppress_scores, window_visible
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -42,9 +45,10 @@ def suppressed_attention(
     if position_bias is not None:
         visible = visible & (position_bias > -math.inf)
         scores = scores + position_bias.to(q.dtype).masked_fill(position_bias == -math.inf, 0.0)
+    unsuppressed, per_head = scores, None
     if factor is not None:
-        per_head = factor if factor.ndim == 3 else factor[:, None]
-        scores = suppress_scores(scores, per_head[:, :, None].to(q.dtype), options.mode, visible)
+        per_head = (factor if factor.ndim == 3 else factor[:, None])[:, :, None].to(q.dtype)  # [B, 1|Hq, 1, Lk]
+        scores = suppress_scores(scores, per_head, options.mode, visible)
     scores = scores.masked_fill(~visible, -math.inf)
 
     if sinks is not None:
@@ -53,8 +57,23 @@ def suppressed_attention(
     scores = scores.masked_fill(~live, 0.0)  # a row of -inf has NaN gradients
     weights = scores.softmax(dim=-1).masked_fill(~live, 0.0)[..., :keys]
     lse = scores.logsumexp(dim=-1).masked_fill(~live.squeeze(-1), -math.inf)
-    output = (weights @ v).to(query.dtype)
-    return output, lse if options.return_lse else lse.new_empty(0)
+    output = weights @ v
+    if per_head is not None and per_head.requires_grad and options.mode == "log_additive":
+        growth = _growth_from_zero(unsuppressed, lse, per_head, visible)
+        output, lse = output + growth @ v - growth.sum(-1, keepdim=True) * output, lse + growth.sum(-1)
+    return output.to(query.dtype), lse if options.return_lse else lse.new_empty(0)
+
+
+def _growth_from_zero(scores: Tensor, lse: Tensor, factor: Tensor, visible: Tensor) -> Tensor:
+    """(B, Hq, Lq, Lk) zeros that grow with the factors that are 0, as the keys' weights do: by exp(s - lse).
+
+    They give a removed key the slope that ln c does not have at 0, the limit from the right. A row whose keys are all
+    removed has none: the smallest factor would give it that key's whole value.
+    """
+    lse = lse.detach()[..., None]
+    most = math.log(torch.finfo(lse.dtype).max)
+    slope = (scores.detach() - lse).clamp(max=most).exp().masked_fill(~visible | (lse == -math.inf), 0.0)
+    return slope * (factor - factor.detach()).masked_fill(factor != 0, 0.0)
 
 
 def packed_suppressed_attention(
@@ -92,3 +111,41 @@ def packed_suppressed_attention(
         outputs.append(output[0])
         lses.append(lse[0] if options.return_lse else lse)
     return torch.cat(outputs, dim=1), torch.cat(lses, dim=-1)
+
+
+def suppressed_attention_backward(
+    *tensors: Tensor | None, options: ScoreOptions, saved: Saved, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    return _gradients(suppressed_attention, tensors, options, saved, wanted)
+
+
+def packed_suppressed_attention_backward(
+    *tensors: Tensor | None, options: ScoreOptions, saved: Saved, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    return _gradients(packed_suppressed_attention, tensors, options, saved, wanted)
+
+
+def _gradients(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    tensors: tuple[Tensor | None, ...],
+    options: ScoreOptions,
+    saved: Saved,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The definition, computed again and differentiated."""
+    options = replace(options, return_lse=saved.grad_lse is not None)
+    with torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_() if x is not None and need else x
+            for x, need in zip(tensors, wanted, strict=True)
+        ]
+        results = forward(*leaves, options)
+        asked = [x for x, need in zip(leaves, wanted, strict=True) if x is not None and need]
+        pairs = [(saved.grad_output, results[0])]
+        pairs += [] if saved.grad_lse is None else [(saved.grad_lse, results[1])]
+        found = torch.autograd.grad(
+            [result for _, result in pairs], asked, [gradient for gradient, _ in pairs],
+            allow_unused=True, materialize_grads=True,
+        )  # fmt: skip
+    gradients = iter(found)
+    return [next(gradients).contiguous() if need else None for need in wanted]

@@ -1,0 +1,308 @@
+"""Gradients of both ops: every backend against autograd through the plain formula in float64."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import (
+    BACKENDS,
+    DENSE_CASES,
+    MODES,
+    PACK_CASES,
+    DenseCase,
+    PackCase,
+    device_for,
+    first_dtype,
+    largest_score,
+    one_thread,
+    plain_attention,
+    poisoned_allocations,
+    poisoned_memory,
+    to_float64,
+    variant_by_variant,
+)
+from comparison import assert_same_bits, assert_within, assert_within_rounding, few_roundings
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
+
+Case = DenseCase | PackCase
+DENSE = ("grouped", "grouped_by_three", "wide_value", "narrow_value", "causal_more_queries", "decoding",
+         "key_mask_dead_rows", "window_causal", "window_both_ways", "softcap", "scale", "sinks_dead_rows",
+         "bias_hides_rows", "bias_two_axes", "shared_keys_masked", "one_by_one", "odd_799_3", "every_second",
+         "everything")  # fmt: skip
+PACKED = ("few_tokens_each", "empty_suffixes", "no_base", "several_bases", "multi_query", "window",
+          "window_both_ways", "bias_per_head", "bias_hides_keys", "encoder", "all_removed_sinks",
+          "everything")  # fmt: skip
+CASES: dict[str, Case] = {f"dense-{name}": DENSE_CASES[name] for name in DENSE} | {
+    f"packed-{name}": PACK_CASES[name] for name in PACKED
+}
+NEARLY_REMOVED = 1e-12  # where ln c still has a slope, which in float64 is that at 0 from the right
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_memory(), one_thread():
+        yield
+
+
+def op_of(case: Case) -> Callable[..., Any]:
+    return suppressed_attention if isinstance(case, DenseCase) else packed_suppressed_attention
+
+
+def leaves_of(call: dict[str, Any]) -> dict[str, Tensor]:
+    return {n: x for n, x in call.items() if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def loss(output: Tensor, lse: Tensor, live: Tensor) -> Tensor:
+    """Of rows that are alive; it looks at outputs and lse."""
+    wide = output.to(lse.dtype)
+    wide, lse = wide.masked_fill(~live[..., None], 0.0), lse.masked_fill(~live, 0.0)
+    return wide.sin().sum() + (0.3 * lse).cos().sum()
+
+
+def gradients(run: Callable[..., tuple[Tensor, Tensor]], call: dict[str, Any], live: Tensor) -> dict[str, Tensor]:
+    """Of the loss by every floating-point tensor of a call."""
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves_of(call).items()}
+    found = torch.autograd.grad(loss(*run(**call | leaves), live), list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+
+
+def plainly(case: Case, mode: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if isinstance(case, DenseCase):
+        return lambda **call: plain_attention(**call, mode=mode)
+    return lambda **call: variant_by_variant(case, call, mode)
+
+
+def with_slope(call: dict[str, Any], mode: str) -> dict[str, Any]:
+    if "factor" not in call or mode != "log_additive":
+        return call
+    return call | {"factor": call["factor"].clamp_min(NEARLY_REMOVED)}
+
+
+def check(case: Case, call: dict[str, Any], mode: str, backend: str) -> None:
+    def run(**arguments: Any) -> tuple[Tensor, Tensor]:
+        return op_of(case)(**arguments, mode=mode, return_lse=True, backend=backend)  # type: ignore[no-any-return]
+
+    live = run(**call)[1] > -math.inf
+    found = gradients(run, call, torch.ones_like(live) if bool(live.all()) else live)
+    exact = gradients(plainly(case, mode), with_slope(to_float64(call), mode), live.cpu())
+    plain = gradients(plainly(case, mode), with_slope(call, mode), live)
+    for name, got in found.items():
+        assert got.dtype == call[name].dtype
+        bound = largest_score(call)
+        assert_within_rounding(got, exact[name], plain[name].nan_to_num(), f"gradient by {name}", largest_score=bound)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_formula(name: str, mode: str, backend: str) -> None:
+    """Removed keys too: the formula's gradient at 0 is the limit from the right."""
+    case, dtype = CASES[name], first_dtype(backend)
+    call = case.build(dtype, "keys", device_for(backend, dtype))
+    if torch.finfo(dtype).bits == 16:  # the plain formula's own factors have no digits for less
+        call["factor"] = call["factor"].clamp_min(0.05)
+    check(case, call, mode, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", ["none", "heads"])
+@pytest.mark.parametrize(
+    "name", ["dense-grouped", "dense-causal_more_queries", "packed-several_bases", "packed-everything"]
+)
+def test_factors_per_head_and_none(name: str, factor: str, backend: str) -> None:
+    case, dtype = CASES[name], first_dtype(backend)
+    call = case.build(dtype, factor, device_for(backend, dtype))
+    if "factor" in call and torch.finfo(dtype).bits == 16:
+        call["factor"] = call["factor"].clamp_min(0.05)
+    check(case, call, MODES[0] if factor == "none" else MODES[2], backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["dense-everything", "dense-odd_799_3", "packed-few_tokens_each"])
+def test_every_dtype_on_the_cpu(name: str, mode: str, dtype: torch.dtype) -> None:
+    call = CASES[name].build(dtype, "keys")
+    call["factor"] = call["factor"].clamp_min(0.05)
+    check(CASES[name], call, mode, "cpu")
+
+
+# --- the definition ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+def test_gradcheck_of_the_definition(kind: str, mode: str) -> None:
+    case: Case = DenseCase(batch=1, key_batch=1, query_length=3, key_length=5, head_dim=3, value_dim=2, sinks=True,
+                           softcap=2.0, position_bias="heads", is_causal=True)  # fmt: skip
+    if kind == "packed":
+        case = PackCase((2, 1), (3, 2), head_dim=3, value_dim=2, sinks=True, position_bias="heads")
+    call = case.build(torch.float64, "heads")
+    call["factor"] = call["factor"].clamp_min(0.3)
+    leaves = leaves_of(call)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(leaves, tensors, strict=True))
+        return op_of(case)(**call | named, mode=mode, return_lse=True, backend="reference")  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(run, [x.clone().requires_grad_() for x in leaves.values()])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_removed_key_has_the_slope_of_its_return(sinks: bool, backend: str) -> None:
+    """Against finite differences to the right of 0; the first row sees removed keys only."""
+    case = DenseCase(batch=1, key_batch=1, query_length=6, key_length=6, is_causal=True, sinks=sinks)
+    call = case.build(torch.float64, "keys")
+    call["factor"] = torch.tensor([[0.0, 0.7, 0.0, 1.0, 0.0, 2.0]], dtype=torch.float64)
+    rows = slice(0 if sinks else 1, None)  # where nothing is left, the function jumps
+
+    def outputs(factor: Tensor) -> Tensor:
+        return suppressed_attention(**call | {"factor": factor}, backend=backend)[:, :, rows].sin().sum()  # type: ignore[no-any-return, union-attr]
+
+    leaf = call["factor"].clone().requires_grad_()
+    (found,) = torch.autograd.grad(outputs(leaf), [leaf])
+    step = 1e-7
+    for key in (0, 2, 4):
+        more = call["factor"].clone()
+        more[0, key] = step
+        slope = (outputs(more) - outputs(call["factor"])) / step
+        assert abs(slope - found[0, key]) < 1e-4 * max(1.0, abs(slope))
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_see_nothing_have_no_gradient(mode: str, backend: str) -> None:
+    dtype = first_dtype(backend)
+    call = DenseCase(key_mask="dead").build(dtype, "keys", device_for(backend, dtype))
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves_of(call).items()}
+    output = suppressed_attention(**call | leaves, mode=mode, backend=backend)
+    found = torch.autograd.grad(output[-1].sum(), list(leaves.values()))  # type: ignore[index]
+    for name, gradient in zip(leaves, found, strict=True):
+        assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_that_tie_for_the_minimum_share_its_gradient(backend: str) -> None:
+    dtype = first_dtype(backend)
+    case = DenseCase(batch=1, key_batch=1, query_length=4, key_length=6)
+    call = case.build(dtype, "keys", device_for(backend, dtype))
+    call["key"] = call["key"][:, :, [0, 1, 2, 0, 1, 2]].contiguous()
+    check(case, call, "shifted", backend)
+
+
+# --- what is asked for ---
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cpu:torch"])
+@pytest.mark.parametrize("name", ["dense-everything", "packed-everything"])
+def test_each_gradient_alone_is_what_it_is_among_all(name: str, backend: str) -> None:
+    call, op = CASES[name].build(torch.float32, "heads"), op_of(CASES[name])
+
+    def found(*wanted: str) -> list[Tensor]:
+        leaves = {n: call[n].detach().requires_grad_() for n in wanted}
+        output = op(**call | leaves, backend=backend)
+        return list(torch.autograd.grad(output.sin().sum(), list(leaves.values())))
+
+    names = list(leaves_of(call))
+    for wanted, among_all in zip(names, found(*names), strict=True):
+        (alone,) = found(wanted)
+        assert_within(alone, among_all, few_roundings(torch.float32) * max(1.0, among_all.abs().max().item()), wanted)
+
+
+def test_only_what_is_wanted_is_returned() -> None:
+    call = DENSE_CASES["grouped"].build(torch.float32, "keys")
+    tensors = (call["query"], call["key"], call["value"], call["factor"], None, None, None)
+    options = ("log_additive", False, 0.25, None, None)
+    ops = torch.ops.atman_kernels
+    output, lse = ops.suppressed_attention(*tensors, *options, True, "cpu")
+    wanted = [False, False, False, True, False, False, False]
+    found = ops.suppressed_attention_backward(*tensors, *options, True, "cpu", wanted, output, lse, output, None)
+    assert [x.shape for x in found] == [call["factor"].shape]
+
+
+def test_a_backward_finds_the_lse_that_nobody_kept() -> None:
+    call = DENSE_CASES["grouped"].build(torch.float32, "keys")
+    query = call["query"].detach().requires_grad_()
+    options = ("log_additive", False, 0.25, None, None)
+    tensors = (query, call["key"], call["value"], call["factor"], None, None, None)
+    results = []
+    for return_lse in (False, True):
+        output, lse = torch.ops.atman_kernels.suppressed_attention(*tensors, *options, return_lse, "cpu")
+        assert lse.numel() == (output.numel() // output.shape[-1] if return_lse else 0)
+        results += torch.autograd.grad(output.sin().sum(), [query])
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_of_the_lse_alone(backend: str) -> None:
+    call = DENSE_CASES["sinks"].build(torch.float64, "keys")
+    call["factor"] = call["factor"].clamp_min(0.1)
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves_of(call).items() if n != "value"}
+
+    def found(lse: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(lse.sin().sum(), list(leaves.values()))
+
+    expected = found(plain_attention(**call | leaves)[1])
+    for got, exact in zip(
+        found(suppressed_attention(**call | leaves, return_lse=True, backend=backend)[1]), expected, strict=True
+    ):
+        assert_within(got, exact, 1e-12)
+
+
+def test_no_gradient_is_asked_for_nothing() -> None:
+    call = DENSE_CASES["grouped"].build(torch.float32)
+    assert not suppressed_attention(**call).requires_grad  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert not suppressed_attention(**call | {"query": call["query"].requires_grad_()}).requires_grad  # type: ignore[union-attr]
+    with torch.inference_mode():
+        assert suppressed_attention(**call).is_inference()  # type: ignore[union-attr]
+
+
+def test_second_derivatives_are_refused() -> None:
+    call = DENSE_CASES["grouped"].build(torch.float32)
+    query = call["query"].detach().requires_grad_()
+    output = suppressed_attention(**call | {"query": query})
+    (first,) = torch.autograd.grad(output.sum(), [query], create_graph=True)  # type: ignore[union-attr]
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_gradients_are_the_same(reentrant: bool) -> None:
+    call = DENSE_CASES["causal"].build(torch.float32, "keys")
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves_of(call).items()}
+
+    def run(*tensors: Tensor) -> Tensor:
+        return suppressed_attention(*tensors, is_causal=True)  # type: ignore[return-value]
+
+    tensors = list(leaves.values())
+    expected = torch.autograd.grad(run(*tensors).sin().sum(), tensors)
+    found = checkpoint(run, *tensors, use_reentrant=reentrant).sin().sum()
+    found.backward()
+    for leaf, exact in zip(tensors, expected, strict=True):
+        assert leaf.grad is not None
+        assert_same_bits(leaf.grad, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dense-shared_keys", "packed-several_bases", "packed-everything"])
+def test_sums_have_one_order(name: str, dtype: torch.dtype) -> None:
+    """Whatever the number of threads, and whatever memory held before."""
+    call, op = CASES[name].build(dtype, "heads"), op_of(CASES[name])
+
+    def found(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        leaves = {n: x.detach().requires_grad_() for n, x in leaves_of(call).items()}
+        return list(torch.autograd.grad(op(**call | leaves, backend="cpu").sin().sum(), list(leaves.values())))
+
+    expected = found(1)
+    with poisoned_allocations():
+        for threads in (1, 2, 3):
+            for got, exact in zip(found(threads), expected, strict=True):
+                assert_same_bits(got, exact)
