@@ -12,6 +12,7 @@ tensor's shape and dtype. What a backend has no such function for, or gives a re
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _run(name: str, count: int, *arguments: Any) -> list[Tensor]:
     options, wanted = ScoreOptions(*settings), tuple(wanted)
     module = backends.load_for(backend, tensors[0], tensors[2])
     if lse.shape != output.shape[:-1]:  # nobody had asked for it
-        output, lse = getattr(module, name)(*tensors, ScoreOptions(*settings[:-1], return_lse=True))
+        output, lse = getattr(module, name)(*tensors, replace(options, return_lse=True))
         grad_lse = None
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
     if not _has_backward(module, f"{name}_backward", tensors, wanted):

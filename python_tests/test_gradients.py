@@ -27,6 +27,7 @@ from comparison import assert_same_bits, assert_within, assert_within_rounding, 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from atman_kernels.backends.cpu import blocked
 from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
 
 Case = DenseCase | PackCase
@@ -40,7 +41,7 @@ PACKED = ("few_tokens_each", "empty_suffixes", "no_base", "several_bases", "mult
 CASES: dict[str, Case] = {f"dense-{name}": DENSE_CASES[name] for name in DENSE} | {
     f"packed-{name}": PACK_CASES[name] for name in PACKED
 }
-NEARLY_REMOVED = 1e-12  # where ln c still has a slope, which in float64 is that at 0 from the right
+NEARLY_REMOVED = 1e-30  # where ln c still has a slope, which is that at 0 from the right
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +92,10 @@ def check(case: Case, call: dict[str, Any], mode: str, backend: str) -> None:
     found = gradients(run, call, torch.ones_like(live) if bool(live.all()) else live)
     exact = gradients(plainly(case, mode), with_slope(to_float64(call), mode), live.cpu())
     plain = gradients(plainly(case, mode), with_slope(call, mode), live)
+    values = torch.cat([call[n].double().norm(dim=-1).flatten() for n in ("value", "base_value") if n in call])
+    bound = largest_score(call) * max(1.0, values.max().item())  # dO · v of one key cancels with that of the others
     for name, got in found.items():
         assert got.dtype == call[name].dtype
-        bound = largest_score(call)
         assert_within_rounding(got, exact[name], plain[name].nan_to_num(), f"gradient by {name}", largest_score=bound)
 
 
@@ -129,6 +131,15 @@ def test_every_dtype_on_the_cpu(name: str, mode: str, dtype: torch.dtype) -> Non
     call = CASES[name].build(dtype, "keys")
     call["factor"] = call["factor"].clamp_min(0.05)
     check(CASES[name], call, mode, "cpu")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_blocked_at_borders_of_its_tiles(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a few rows: some see no key at all, some have one row, the last is shorter."""
+    monkeypatch.setattr(blocked, "TILE_SCORES", 100)
+    monkeypatch.setattr(blocked, "MINIMUM_ROWS", 37 if "odd" in name else 3)
+    check(CASES[name], CASES[name].build(torch.float64, "keys"), mode, "cpu:torch")
 
 
 # --- the definition ---
@@ -291,7 +302,7 @@ def test_checkpointed_gradients_are_the_same(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["dense-shared_keys", "packed-several_bases", "packed-everything"])
+@pytest.mark.parametrize("name", ["dense-shared_keys_masked", "packed-several_bases", "packed-everything"])
 def test_sums_have_one_order(name: str, dtype: torch.dtype) -> None:
     """Whatever the number of threads, and whatever memory held before."""
     call, op = CASES[name].build(dtype, "heads"), op_of(CASES[name])

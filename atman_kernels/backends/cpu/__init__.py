@@ -4,12 +4,12 @@
 latter, ``"cpu:avx2"`` and so on for an instruction set of the former.
 """
 
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from atman_kernels.backends.cpu import blocked, compiled
+from atman_kernels.backends.cpu import blocked, blocked_gradients, compiled
 from atman_kernels.errors import BackendUnavailableError
 
 
@@ -22,14 +22,23 @@ def variants() -> tuple[str, ...]:
     return (*compiled.instruction_sets(torch.bfloat16), "torch")
 
 
-def variant(name: str) -> "ModuleType | compiled.Pinned":
-    """The two ops with one implementation pinned.
+# the ops and their backward, made of torch's products
+_TORCH = SimpleNamespace(
+    suppressed_attention=blocked.suppressed_attention,
+    packed_suppressed_attention=blocked.packed_suppressed_attention,
+    suppressed_attention_backward=blocked_gradients.suppressed_attention_backward,
+    packed_suppressed_attention_backward=blocked_gradients.packed_suppressed_attention_backward,
+)
+
+
+def variant(name: str) -> Any:
+    """The two ops and their backward with one implementation pinned.
 
     Raises:
         BackendUnavailableError: it was not built, or this processor cannot run it.
     """
     if name == "torch":
-        return blocked
+        return _TORCH
     if name not in variants():
         reason = compiled.unavailable_reason() or f"can run {', '.join(variants()[:-1])}"
         raise BackendUnavailableError(f"backend 'cpu:{name}' cannot run here; the compiled module: {reason}")
@@ -37,7 +46,7 @@ def variant(name: str) -> "ModuleType | compiled.Pinned":
 
 
 def _implementation(dtype: torch.dtype) -> Any:
-    return compiled if compiled.instruction_sets(dtype) else blocked
+    return compiled if compiled.instruction_sets(dtype) else _TORCH
 
 
 def suppressed_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,3 +55,11 @@ def suppressed_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def packed_suppressed_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _implementation(arguments[0].dtype).packed_suppressed_attention(*arguments)
+
+
+def suppressed_attention_backward(*arguments: Any, **saved: Any) -> list[torch.Tensor | None]:
+    return blocked_gradients.suppressed_attention_backward(*arguments, **saved)
+
+
+def packed_suppressed_attention_backward(*arguments: Any, **saved: Any) -> list[torch.Tensor | None]:
+    return blocked_gradients.packed_suppressed_attention_backward(*arguments, **saved)

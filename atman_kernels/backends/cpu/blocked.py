@@ -30,6 +30,34 @@ MOST_ROWS = 128
 ROW_STEP, KEY_STEP = 64, 64  # sizes of 16-bit tiles, see `_padded`
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Query rows against one range of keys.
+
+    Attributes:
+        batch: entry of the batch; 0 in a pack.
+        rows: of the query.
+        base: the keys, of the base in a pack.
+        own: the pack's own keys after them; None in a dense call.
+        visible: (M, N) bool by position, variant and key mask.
+        factor: (1|Hq, 1|M, N); None where all are 1.
+        bias: (1|Hq, M, N).
+        variant: (M,) of each row, in a pack; None for a dense call.
+        query_position, key_position: (M,) and (N,), absolute, in a pack.
+    """
+
+    batch: int
+    rows: slice
+    base: slice
+    own: slice | None
+    visible: Tensor
+    factor: Tensor | None
+    bias: Tensor | None
+    variant: Tensor | None = None
+    query_position: Tensor | None = None
+    key_position: Tensor | None = None
+
+
 def suppressed_attention(
     query: Tensor,  # (B, Hq, Lq, D)
     key: Tensor,  # (1|B, Hkv, Lk, D)
@@ -40,39 +68,11 @@ def suppressed_attention(
     position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
     options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
     output, lse = _outputs(query, value, options)
-    for b in range(batch):
-        k, v = (x[b if x.shape[0] > 1 else 0] for x in (key, value))
-        for rows in _row_blocks(queries, heads * keys):
-            position = torch.arange(rows.start, rows.stop) + (keys - queries)
-            seen = _key_range(int(position[0]), int(position[-1]), keys, options)
-            visible = window_visible(
-                position, torch.arange(seen.start, seen.stop), options.is_causal, options.sliding_window
-            )
-            bias = None
-            if key_mask is not None:
-                visible = visible & key_mask[b, seen]
-            if position_bias is not None:
-                bias = position_bias[b if position_bias.shape[0] > 1 else 0]  # [1|Hq, 1|Lq, 1|Lk]
-                bias = bias.expand(-1, queries, keys)[:, rows, seen]
-            row_factor = None
-            if factor is not None:
-                row_factor = factor[b, ..., seen].unsqueeze(-2)  # [1, N] or [Hq, 1, N]
-                row_factor = row_factor if factor.ndim == 3 else row_factor[None]
-            _attend(
-                query[b, :, rows],
-                k[:, seen],
-                v[:, seen],
-                visible,
-                row_factor,
-                bias,
-                sinks,
-                options,
-                output[b, :, rows],
-                lse[b, :, rows] if options.return_lse else None,
-            )
+    for tile in dense_tiles(query, key, factor, key_mask, position_bias, options):
+        b = tile.batch
+        k, v = (x[b if x.shape[0] > 1 else 0, :, tile.base] for x in (key, value))
+        _attend(query[b], k, v, tile, sinks, options, output[b], lse[b] if options.return_lse else None)
     return output, lse
 
 
@@ -93,14 +93,63 @@ def packed_suppressed_attention(
     options: ScoreOptions,
 ) -> tuple[Tensor, Tensor]:
     output, lse = _outputs(query, value, options)
+    layout = (suffix_starts, prefix_lengths, base_starts, row_variant, row_position)
+    for tile in packed_tiles(query, *layout, factor, position_bias, options):
+        k, v = (
+            torch.cat([base[:, tile.base], own[:, tile.own]], dim=1)
+            for base, own in ((base_key, key), (base_value, value))
+        )
+        _attend(query, k, v, tile, sinks, options, output, lse if options.return_lse else None)
+    return output, lse
+
+
+def dense_tiles(
+    query: Tensor,
+    key: Tensor,
+    factor: Tensor | None,
+    key_mask: Tensor | None,
+    position_bias: Tensor | None,
+    options: ScoreOptions,
+) -> Iterator[Tile]:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    for b in range(batch):
+        for rows in _row_blocks(queries, heads * keys):
+            position = torch.arange(rows.start, rows.stop) + (keys - queries)
+            seen = _key_range(int(position[0]), int(position[-1]), keys, options)
+            visible = window_visible(
+                position, torch.arange(seen.start, seen.stop), options.is_causal, options.sliding_window
+            )
+            bias = None
+            if key_mask is not None:
+                visible = visible & key_mask[b, seen]
+            if position_bias is not None:
+                bias = position_bias[b if position_bias.shape[0] > 1 else 0]  # [1|Hq, 1|Lq, 1|Lk]
+                bias = bias.expand(-1, queries, keys)[:, rows, seen]
+            row_factor = None
+            if factor is not None:
+                row_factor = factor[b, ..., seen].unsqueeze(-2)  # [1, N] or [Hq, 1, N]
+                row_factor = row_factor if factor.ndim == 3 else row_factor[None]
+            yield Tile(b, rows, seen, None, visible, row_factor, bias)
+
+
+def packed_tiles(
+    query: Tensor,
+    suffix_starts: Tensor,
+    prefix_lengths: Tensor,
+    base_starts: Tensor,
+    row_variant: Tensor,
+    row_position: Tensor,
+    factor: Tensor | None,
+    position_bias: Tensor | None,
+    options: ScoreOptions,
+) -> Iterator[Tile]:
     starts, prefixes, bases = suffix_starts.tolist(), prefix_lengths.tolist(), base_starts.tolist()
     for group in _groups(starts, prefixes, bases):
         # the keys of the group: the part of the base that any of its rows can see, then its own rows
         low = _first_visible(group.first_position, options)
         base = slice(group.base_start + low, group.base_start + max(low, group.prefix))
         own = slice(group.first_row, group.last_row)
-        keys = torch.cat([base_key[:, base], key[:, own]], dim=1)  # [Hkv, N, D]
-        values = torch.cat([base_value[:, base], value[:, own]], dim=1)
         prefix_position = torch.arange(low, max(low, group.prefix))
         key_position = torch.cat([prefix_position, row_position[own]])
         in_prefix = len(prefix_position)
@@ -113,19 +162,18 @@ def packed_suppressed_attention(
                 own_variant = row_variant[own][: seen - in_prefix]
                 visible[:, :in_prefix] &= prefix_position < prefix_lengths[variant][:, None]
                 visible[:, in_prefix:] &= own_variant == variant[:, None]
-            _attend(
-                query[:, rows],
-                keys[:, :seen],
-                values[:, :seen],
+            yield Tile(
+                0,
+                rows,
+                base,
+                slice(own.start, own.start + seen - in_prefix),
                 visible,
                 _row_factors(factor, variant, key_position[:seen], group.variants),
                 _bias_at(position_bias, row_position[rows], key_position[:seen]),
-                sinks,
-                options,
-                output[:, rows],
-                lse[:, rows] if options.return_lse else None,
+                variant,
+                row_position[rows],
+                key_position[:seen],
             )
-    return output, lse
 
 
 def _row_factors(factor: Tensor | None, variant: Tensor, position: Tensor, variants: int) -> Tensor | None:
@@ -151,18 +199,18 @@ def _bias_at(bias: Tensor | None, query_position: Tensor, key_position: Tensor) 
 
 
 def _attend(
-    query: Tensor,  # (Hq, M, D)
-    key: Tensor,  # (Hkv, N, D)
+    query: Tensor,  # (Hq, T, D), all rows
+    key: Tensor,  # (Hkv, N, D), the tile's
     value: Tensor,  # (Hkv, N, Dv)
-    visible: Tensor,  # (M, N) bool
-    factor: Tensor | None,  # (1|Hq, 1|M, N)
-    bias: Tensor | None,  # (1|Hq, M, N)
+    tile: Tile,
     sinks: Tensor | None,
     options: ScoreOptions,
-    output: Tensor,  # (Hq, M, Dv), written
-    lse_output: Tensor | None,  # (Hq, M), written
+    outputs: Tensor,  # (Hq, T, Dv), the tile's rows are written
+    lses: Tensor | None,  # (Hq, T)
 ) -> None:
     """One tile."""
+    query, output, lse_output = query[:, tile.rows], outputs[:, tile.rows], None if lses is None else lses[:, tile.rows]
+    visible, factor, bias = tile.visible, tile.factor, tile.bias
     if key.shape[1] == 0:  # torch's fused attention divides by the number of keys: the process would die
         output.zero_()
         if lse_output is not None:
