@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from attention_cases import DENSE_CASES, PACK_CASES
 from torch import Tensor
 
 import atman_kernels as ak
-from atman_kernels import backends
+from atman_kernels import backends, ops
 from atman_kernels.pack import VariantPack
 
 # (B, Hq, Lq, D) = (2, 4, 7, 16), (B, Hkv, Lk, D) = (2, 2, 11, 16)
@@ -23,12 +24,17 @@ LONGEST = max(p + s for p, s in zip(PACKED.prefix_lengths, PACKED.suffix_lengths
 Change = Callable[[Any], Any]
 
 
-def changed(call: dict[str, Any], argument: str, change: Change) -> dict[str, Any]:
-    return call | {argument: change(call.get(argument))}
+def refused(function: Callable[..., Any], good: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    """Bad input is refused the first time, and as well after the same call without the changes was accepted."""
+    ops._accepted.clear()
+    raises(function, good | changes, words)
+    function(**good)
+    assert len(ops._accepted) == 1
+    raises(function, good | changes, words)
 
 
-def refused(function: Callable[..., Any], call: dict[str, Any], words: str) -> None:
-    """Raises InputError with all the words, in this order, in a message of one line."""
+def raises(function: Callable[..., Any], call: dict[str, Any], words: str) -> None:
+    """InputError with all the words, in this order, in a message of one line."""
     versions = {name: x._version for name, x in call.items() if isinstance(x, Tensor)}
     with pytest.raises(ak.InputError) as caught:
         function(**call)
@@ -169,18 +175,20 @@ def names(cases: list[tuple[str, Change, str]]) -> list[str]:
 
 @pytest.mark.parametrize(("argument", "change", "words"), SHARED + DENSE_ONLY, ids=names(SHARED + DENSE_ONLY))
 def test_dense_op_refuses(argument: str, change: Change, words: str) -> None:
-    refused(ak.suppressed_attention, changed(DENSE.build(torch.float32), argument, change), words)
+    call = DENSE.build(torch.float32)
+    refused(ak.suppressed_attention, call, {argument: change(call.get(argument))}, words)
 
 
 @pytest.mark.parametrize(("argument", "change", "words"), SHARED + PACKED_ONLY, ids=names(SHARED + PACKED_ONLY))
 def test_packed_op_refuses(argument: str, change: Change, words: str) -> None:
-    refused(ak.packed_suppressed_attention, changed(PACKED.build(torch.float32), argument, change), words)
+    call = PACKED.build(torch.float32)
+    refused(ak.packed_suppressed_attention, call, {argument: change(call.get(argument))}, words)
 
 
 def test_packed_op_refuses_a_base_that_is_too_short() -> None:
     call = PACKED.build(torch.float32)
     short = {name: call[name][:, :5] for name in ("base_key", "base_value")}
-    refused(ak.packed_suppressed_attention, call | short, "base_key 5 pack 6")
+    refused(ak.packed_suppressed_attention, call, short, "base_key 5 pack 6")
 
 
 @pytest.mark.parametrize("backend", [name for name, reason in backends.availability().items() if reason is not None])
@@ -197,6 +205,22 @@ def test_the_cpu_backend_refuses_other_devices() -> None:
     call = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in DENSE.build(torch.float32).items()}
     with pytest.raises(ak.BackendUnavailableError, match=r"'cpu'.*'meta'"):
         ak.suppressed_attention(**call, backend="cpu")
+
+
+def test_options_are_looked_at_in_every_call() -> None:
+    """Numbers that equal an accepted one are of the right type too, or refused."""
+    call = DENSE.build(torch.float32)
+    ak.suppressed_attention(**call, sliding_window=4)
+    raises(ak.suppressed_attention, call | {"sliding_window": 4.0}, "sliding_window 4.0")
+
+
+def test_what_was_accepted_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_MOST_ACCEPTED", 3)
+    ops._accepted.clear()
+    for keys in range(1, 8):
+        call = replace(DENSE, key_length=keys).build(torch.float32)
+        ak.suppressed_attention(**call)
+        assert len(ops._accepted) <= 3
 
 
 def test_what_is_right_is_accepted() -> None:

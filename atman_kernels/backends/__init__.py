@@ -28,7 +28,7 @@ NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 def unavailable_reason(name: str, device_type: str) -> str | None:
     """Why backend `name`, with or without a variant, cannot run on tensors of a device type; None if it can."""
     family, colon, variant = name.partition(":")
-    module = import_module(f"atman_kernels.backends.{family}")
+    module = _module(family)
     reason: str | None = module.unavailable_reason(device_type)
     if reason is None and colon:
         try:
@@ -68,7 +68,7 @@ def load(name: str | None, device_type: str) -> Any:
     reason = unavailable_reason(family, device_type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {family!r} cannot run on {device_type!r} tensors: {reason}")
-    module = import_module(f"atman_kernels.backends.{family}")
+    module = _module(family)
     if not colon:
         return module
     if not hasattr(module, "variant"):
@@ -91,6 +91,11 @@ def load_for(name: str | None, query: torch.Tensor, value: torch.Tensor) -> Any:
         raise BackendUnavailableError(f"backend {name!r} cannot do this call: {reason}; {instead}")
     _say_once(f"attention on {query.device.type!r} runs without a kernel, holding all scores: {reason}")
     return load("reference", query.device.type)
+
+
+@cache
+def _module(family: str) -> Any:
+    return import_module(f"atman_kernels.backends.{family}")
 
 
 def _fastest(device_type: str) -> str:
