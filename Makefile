@@ -19,7 +19,7 @@ NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -nam
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest sanitize bench coverage-table gpu-check lint clean
+.PHONY: help docs docs-serve demo test test-all test-oldest sanitize bench coverage-table gpu-check lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
 	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
+	@echo "make docs      the documentation as a site in site/; docs-serve shows it while you write"
 	@echo "make lint      ruff (check, format) and mypy"
 	@echo "make clean     remove the environment and all caches"
 
@@ -63,13 +64,21 @@ coverage-table: $(STAMPS)/dev
 gpu-check:
 	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check $(ARGS)
 
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(STAMPS)/docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMPS)/docs
+	$(BIN)/mkdocs serve
+
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest build dist site atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is remade when the metadata, the pins or what is compiled change; otherwise the second run starts at once.
@@ -92,6 +101,11 @@ $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 $(STAMPS)/bench: $(STAMPS)/dev
 	@echo "Installing what the benchmarks compare with ..."
 	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,images,inseq,lasso,plots,triton]'
+	@touch $@
+
+$(STAMPS)/docs: $(STAMPS)/torch pyproject.toml $(PINS)
+	@echo "Installing what builds the documentation ..."
+	@ATMAN_KERNELS_BUILD=none $(PIP) install --constraint $(PINS) --editable '.[docs]'
 	@touch $@
 
 # torch goes first and alone, so that TORCH_INDEX decides which build of it everything else meets.

@@ -2,12 +2,43 @@
 
 
 class InputError(ValueError):
-    """An argument is wrong: the message names it, what came and what was expected."""
+    """An argument is wrong: the message names it, what came and what was expected.
+
+    Example:
+        >>> import torch, atman_kernels as ak
+        >>> q = torch.zeros(1, 2, 3, 8)
+        >>> try:
+        ...     ak.suppressed_attention(q, q, q, mode="off")
+        ... except ak.InputError as error:
+        ...     print(error)
+        mode must be one of 'log_additive', 'multiplicative', 'shifted', got 'off'
+    """
 
 
 class UnsupportedModelError(RuntimeError):
-    """A model cannot be suppressed or explained; the message names the model and the reason."""
+    """A model cannot be suppressed or explained; the message names the model and the reason.
+
+    Example:
+        >>> import torch, transformers, atman_kernels as ak
+        >>> config = transformers.RwkvConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2)
+        >>> try:
+        ...     with ak.suppress(transformers.RwkvForCausalLM(config), torch.ones(1, 3)):
+        ...         pass
+        ... except ak.UnsupportedModelError as error:
+        ...     print("RwkvForCausalLM" in str(error))
+        True
+    """
 
 
 class BackendUnavailableError(RuntimeError):
-    """An explicitly requested backend cannot run here; nothing falls back in silence."""
+    """An explicitly requested backend cannot run here; nothing falls back in silence.
+
+    Example:
+        >>> import torch, atman_kernels as ak
+        >>> q = torch.zeros(1, 2, 3, 8)
+        >>> try:
+        ...     ak.suppressed_attention(q, q, q, backend="cuda")
+        ... except ak.BackendUnavailableError as error:
+        ...     print("backend 'cuda' cannot run on 'cpu' tensors" in str(error))
+        True
+    """

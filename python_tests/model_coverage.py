@@ -1,7 +1,7 @@
 """Which families of transformers this package serves, and how exactly: a table written by running them all.
 
-    python python_tests/model_coverage.py                            runs all, writes docs/coverage.json, coverage.md
-                                                                     and the README's table
+    python python_tests/model_coverage.py                            runs all, writes docs/coverage.json, a page per
+                                                                     kind in docs/coverage, and coverage.md's summary
     python python_tests/model_coverage.py --kind image-classifiers   runs one kind, writes its part of them
     python python_tests/model_coverage.py llama mpt                  runs some families and prints what came out
     python python_tests/model_coverage.py --update llama mpt         … and replaces their rows
@@ -205,23 +205,26 @@ def results_of(kind: str, only: set[str]) -> Iterator[Result]:
 # --- the table ---
 
 
-def markdown(record: dict[str, dict]) -> str:
-    """A section for each kind; `record` is what `docs/coverage.json` holds."""
-    lines = [BEGIN, ""]
-    for kind in [kind for kind in KINDS if kind in record]:
-        own = sorted(
-            (Result(**r) for r in record[kind]["results"]), key=lambda r: (STATES.index(r.state), r.family, r.model)
-        )
-        lines += [f"### {kind[0].upper()}{kind[1:]}", ""]
-        lines += [f"transformers {record[kind]['transformers']}: {counts(own)}. A score is the fall of the "]
-        lines[-1] += f"{KINDS[kind].measured}."
-        lines += [
-            "",
-            "| family | class | state | largest difference | largest score | remark |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [_row(r) for r in own] + [""]
-    return "\n".join([*lines, END])
+def page(kind: str, part: dict) -> str:
+    """The page of a kind; `part` is what `docs/coverage.json` holds of it."""
+    own = sorted((Result(**r) for r in part["results"]), key=lambda r: (STATES.index(r.state), r.family, r.model))
+    lines = [
+        f"# {kind[0].upper()}{kind[1:]}",
+        "",
+        "Written by `python_tests/model_coverage.py`; [what the states mean](../coverage.md).",
+        "",
+        f"transformers {part['transformers']}: {counts(own)}. A score is the fall of the {KINDS[kind].measured}.",
+        "",
+        "| family | class | state | largest difference | largest score | remark |",
+        "|---|---|---|---|---|---|",
+        *(_row(r) for r in own),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def page_name(kind: str) -> str:
+    """Where the page of a kind lies, from docs."""
+    return f"coverage/{kind.replace(' ', '-')}.md"
 
 
 def summary(record: dict[str, dict]) -> str:
@@ -232,7 +235,7 @@ def summary(record: dict[str, dict]) -> str:
         results = [Result(**row) for row in record[kind]["results"]]
         numbers = [sum(r.state == state for r in results) for state in states]
         largest = max((r.difference for r in results if r.difference is not None), default=0)
-        lines.append(f"| {kind} | {' | '.join(str(n or '') for n in numbers)} | {largest:.0e} |")
+        lines.append(f"| [{kind}]({page_name(kind)}) | {' | '.join(str(n or '') for n in numbers)} | {largest:.0e} |")
     return "\n".join([*lines, "", END])
 
 
@@ -248,15 +251,18 @@ def _row(r: Result) -> str:
 
 
 def write(found: dict[str, list[Result]], root: Path = ROOT) -> None:
-    """Replace the parts of these kinds in the record and on both pages; the other kinds keep theirs."""
-    table = root / "docs" / "coverage.json"
+    """Replace the parts of these kinds in the record, their pages and the summary; the other kinds keep theirs."""
+    docs = root / "docs"
+    table, overview = docs / "coverage.json", docs / "coverage.md"
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     record = json.loads(table.read_text(encoding="utf-8")) if table.exists() else {}
     record |= {kind: {**versions, "results": [asdict(r) for r in results]} for kind, results in found.items()}
     table.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for page, part in ((root / "docs" / "coverage.md", markdown(record)), (root / "README.md", summary(record))):
-        before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
-        page.write_text(before + part + rest.split(END, 1)[1], encoding="utf-8")
+    (docs / "coverage").mkdir(exist_ok=True)
+    for kind, part in record.items():
+        (docs / page_name(kind)).write_text(page(kind, part), encoding="utf-8")
+    before, rest = overview.read_text(encoding="utf-8").split(BEGIN, 1)
+    overview.write_text(before + summary(record) + rest.split(END, 1)[1], encoding="utf-8")
 
 
 def update(found: dict[str, list[Result]], root: Path = ROOT) -> None:

@@ -227,23 +227,21 @@ def test_a_family_does_not_take_the_others_down():
 def test_the_table_says_what_came_out(tmp_path):
     kept = model_coverage.Result("text decoders", "gpt2", "GPT2LMHeadModel", "packed", 1e-6, 1.0)
     result = model_coverage.Result("text classifiers", "a|b", "C", "batched", 1.2e-6, 0.5, "x < y")
-    docs, readme = tmp_path / "docs", tmp_path / "README.md"
+    docs = tmp_path / "docs"
     docs.mkdir()
-    page = docs / "coverage.md"
-    for file in (page, readme):
-        file.write_text(f"Before\n{model_coverage.BEGIN}\n{model_coverage.END}\nAfter\n")
+    overview = docs / "coverage.md"
+    overview.write_text(f"Before\n{model_coverage.BEGIN}\n{model_coverage.END}\nAfter\n")
     model_coverage.write({"text decoders": [kept], "text classifiers": []}, tmp_path)
     model_coverage.write({"text classifiers": [result]}, tmp_path)
-    text = page.read_text()
+    decoders, classifiers = (docs / "coverage" / f"text-{kind}.md" for kind in ("decoders", "classifiers"))
+    assert "| gpt2 | GPT2LMHeadModel | packed | 1.0e-06 | 1 |  |" in decoders.read_text()
+    assert "| 1.2e-06 | 0.5 | x &lt; y |" in classifiers.read_text()
+    assert "1 batched." in classifiers.read_text()
+    text = overview.read_text()
     assert text.startswith("Before\n")
     assert text.endswith("\nAfter\n")
-    assert "| gpt2 | GPT2LMHeadModel | packed | 1.0e-06 | 1 |  |" in text
-    assert "| 1.2e-06 | 0.5 | x &lt; y |" in text
-    assert "1 batched." in text
-    assert readme.read_text().startswith("Before\n")
-    assert readme.read_text().endswith("\nAfter\n")
-    assert "| text decoders | 1 |  |  |  |  | 1e-06 |" in readme.read_text()
-    assert "| text classifiers |  | 1 |  |  |  | 1e-06 |" in readme.read_text()
+    assert "| [text decoders](coverage/text-decoders.md) | 1 |  |  |  |  | 1e-06 |" in text
+    assert "| [text classifiers](coverage/text-classifiers.md) |  | 1 |  |  |  | 1e-06 |" in text
     record = json.loads((docs / "coverage.json").read_text())
     assert {kind: len(part["results"]) for kind, part in record.items()} == {"text decoders": 1, "text classifiers": 1}
     assert all(part["transformers"] == hf.__version__ for part in record.values())
@@ -256,9 +254,12 @@ def test_the_table_says_what_came_out(tmp_path):
 
 
 def test_the_pages_are_what_the_record_says():
-    record = json.loads((model_coverage.ROOT / "docs" / "coverage.json").read_text(encoding="utf-8"))
-    assert model_coverage.markdown(record) in (model_coverage.ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
-    assert model_coverage.summary(record) in (model_coverage.ROOT / "README.md").read_text(encoding="utf-8")
+    docs = model_coverage.ROOT / "docs"
+    record = json.loads((docs / "coverage.json").read_text(encoding="utf-8"))
+    assert set(record) == set(model_coverage.KINDS)
+    for kind, part in record.items():
+        assert (docs / model_coverage.page_name(kind)).read_text(encoding="utf-8") == model_coverage.page(kind, part)
+    assert model_coverage.summary(record) in (docs / "coverage.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -11,8 +11,15 @@ OUTPUT = re.findall(r"```python\n[^`]*load_model.*?```\n\n```text\n(.*?)```", RE
 
 
 def test_the_readme_has_snippets():
-    assert len(SNIPPETS) >= 3
+    assert len(SNIPPETS) >= 2
     assert "@@" not in README
+
+
+def test_the_readme_shows_what_make_prints():
+    """The start of the demo's output is that of the command line, so that a change of it is noticed."""
+    console = re.search(r"```console\n(.*?)```", README, flags=re.DOTALL)[1]
+    assert re.search(r"^\$ make demo .*\nLoading smollm2 on cpu in \w+ \(.*\) …\nAnswer  log p ", console)
+    assert re.search(r"^Wrote atman-demo\.html\n\$ make test .*\n\d+ passed, ", console, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if "load_model" not in s], ids=lambda s: s.split("\n")[0])

@@ -57,6 +57,10 @@ class SuppressedTextInput(TextTokenInput):
 
     Raises:
         InputError: another kind of input, other baselines, a feature that is no piece of the text or holds no token.
+
+    Example:
+        >>> inp = SuppressedTextInput("The capital of France is", Explainer(model, tokenizer))   # doctest: +SKIP
+        >>> LLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, " Paris").seq_attr  # doctest: +SKIP
     """
 
     def __init__(
@@ -149,6 +153,12 @@ class SuppressedLLMAttribution(LLMAttribution):
             that the input's explainer has.
         tokenizer: its tokenizer.
         attr_target: "log_prob" | "prob".
+
+    Example:
+        >>> from captum.attr import ShapleyValueSampling                                    # doctest: +SKIP
+        >>> inp = SuppressedTextInput("The capital of France is", explainer, "word")        # doctest: +SKIP
+        >>> shapley = SuppressedLLMAttribution(ShapleyValueSampling(model), tokenizer)      # doctest: +SKIP
+        >>> shapley.attribute(inp, " Paris").seq_attr                                       # doctest: +SKIP
     """
 
     def attribute(
@@ -216,6 +226,10 @@ class AtManAttribution(SuppressedLLMAttribution):
     Raises:
         InputError: an argument does not fit.
         UnsupportedModelError: the model's attention cannot be reached.
+
+    Example:
+        >>> found = AtManAttribution(model, tokenizer).attribute("The capital of France is", " Paris")  # doctest: +SKIP
+        >>> found.plot_token_attr()                                                         # doctest: +SKIP
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:

@@ -37,6 +37,11 @@ class AtManAttribution(PerturbationAttributionRegistry):
     Raises:
         UnsupportedModelError: an encoder-decoder or distributed model, or one whose attention cannot be reached.
         InputError: an unknown setting or one that does not fit; another `attributed_fn` than the default; step scores.
+
+    Example:
+        >>> import inseq                                                                    # doctest: +SKIP
+        >>> model = inseq.load_model("HuggingFaceTB/SmolLM2-135M", "atman")                 # doctest: +SKIP
+        >>> model.attribute("The capital of France is").show()                              # doctest: +SKIP
     """
 
     method_name = "atman"

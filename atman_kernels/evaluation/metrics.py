@@ -21,6 +21,9 @@ class Localisation:
     Attributes:
         precision: (n_items,) share of the relevance that lies on the truth, see `precision`.
         recall: (n_items,) share of the truth that is covered, see `recall`.
+
+    >>> Localisation(precision=torch.tensor([1.0, 0.5]), recall=torch.tensor([0.0, 1.0])).summary()
+    {'mAP': 0.75, 'mAP_IQ': 0.75, 'mAR': 0.5, 'mAR_IQ': 0.5}
     """
 
     precision: Tensor
@@ -150,6 +153,9 @@ class Faithfulness:
         fractions: (points,) share of the units that are suppressed, from 0 to 1.
         most_first: (points,) log-probs, the most relevant units suppressed first.
         least_first: (points,) log-probs, the least relevant units suppressed first.
+
+    >>> Faithfulness(torch.tensor([0.0, 1.0]), torch.tensor([4.0, 0.0]), torch.tensor([4.0, 0.0])).area
+    0.0
     """
 
     fractions: Tensor

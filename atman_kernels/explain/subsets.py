@@ -35,6 +35,12 @@ class Ablation:
         base_logprobs: (n_target_tokens,) float32, with nothing suppressed.
         settings: how it was computed.
         stats: what it cost; `variants` counts what the model ran, equal masks once.
+
+    Example:
+        >>> every_pair = lambda units: torch.combinations(torch.arange(len(units)))     # doctest: +SKIP
+        >>> masks = lambda units: torch.nn.functional.one_hot(every_pair(units)).sum(1).bool()  # doctest: +SKIP
+        >>> found = explainer.ablate("Anna met Bert. Anna met", " Bert", masks=masks)   # doctest: +SKIP
+        >>> found.rises.sum(1).argmax()  # the pair of tokens that the answer rests on  # doctest: +SKIP
     """
 
     prompt: str

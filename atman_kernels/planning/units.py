@@ -21,16 +21,29 @@ Span = tuple[int, int]  # character offsets, end exclusive
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of text or of an image that is suppressed as one and gets one score per target token."""
+    """A piece of text or of an image that is suppressed as one and gets one score per target token.
 
-    text: str  # what to show
-    start: int  # character offsets into the prompt (into the target where source is "target")
-    end: int  # exclusive
-    token_indices: tuple[int, ...]  # absolute positions in the sequence prompt + target
-    source: str = "prompt"  # "prompt" | "target" | "image"
-    # left, top, right, bottom in pixels of the image; None for text, and for image tokens that are no place of it
+    Attributes:
+        text: what to show.
+        start, end: character offsets into the prompt (into the target where source is "target"), end exclusive.
+        token_indices: absolute positions in the sequence prompt + target.
+        source: "prompt" | "target" | "image".
+        box: left, top, right, bottom in pixels of the image; None for text, and for image tokens that are no place
+            of it.
+        image: which of the prompt's images.
+
+    Example:
+        >>> Unit(" sky", start=3, end=7, token_indices=(1,))
+        Unit(text=' sky', start=3, end=7, token_indices=(1,), source='prompt')
+    """
+
+    text: str
+    start: int
+    end: int
+    token_indices: tuple[int, ...]
+    source: str = "prompt"
     box: tuple[int, int, int, int] | None = field(default=None, repr=False)
-    image: int = field(default=0, repr=False)  # which of the prompt's images
+    image: int = field(default=0, repr=False)
 
 
 def split_units(

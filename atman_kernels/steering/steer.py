@@ -70,6 +70,11 @@ class Steered:
         texts: the texts that were tokenized, with the chat template's additions; none for ready inputs.
         spans: for each prompt, its spans with their tokens, which count without padding.
         factor: (B, L) what the attention to each token of the padded prompts is scaled by.
+
+    Example:
+        >>> with steer(model, tokenizer, "Anna met Bert. She saw", {"Bert": 0.0}) as steered:  # doctest: +SKIP
+        ...     steered.spans[0][0].unit.token_indices, steered.factor.tolist()
+        ((2,), [[1.0, 1.0, 0.0, 1.0, 1.0, 1.0]])
     """
 
     def __init__(

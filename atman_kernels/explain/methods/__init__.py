@@ -79,6 +79,10 @@ class MethodOutcome:
         settings: what of the explainer's it went by, JSON types.
         draws: per question, (n_draws, n_units) where the units' totals are means of random draws: those draws,
             independent of one another.
+
+    Example:
+        >>> MethodOutcome(scores=[torch.zeros(3, 2)], logprobs=[torch.zeros(2)], stats={"forwards": 1}).stats
+        {'forwards': 1}
     """
 
     scores: list[Tensor]
@@ -95,6 +99,10 @@ class TokenScores(NamedTuple):
         scores: (L, m), from each token that the model reads to each target token; or (L, 1), to the whole answer.
         logprobs: (m,) of the target tokens with the model as it is.
         stats: what else is worth knowing, JSON types.
+
+    Example:
+        >>> TokenScores(scores=torch.zeros(5, 2), logprobs=torch.zeros(2)).stats
+        {}
     """
 
     scores: Tensor
@@ -123,7 +131,12 @@ class Method:
 
 
 def names() -> tuple[str, ...]:
-    """All methods' names, AtMan first."""
+    """All methods' names, AtMan first.
+
+    Example:
+        >>> names()[0], "attnlrp" in names()
+        ('atman', True)
+    """
     return (*OF_UNITS, *OF_TOKENS)
 
 
