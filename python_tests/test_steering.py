@@ -317,20 +317,34 @@ def test_streamers_get_the_steered_answer_from_another_thread(llama, tokenizer):
     assert ids_of([streamed]) == [without_key(llama, IDS, 8)]
 
 
-def test_a_thread_that_calls_the_model_itself_is_refused(llama, tokenizer):
-    raised = []
+def test_a_thread_that_calls_the_model_itself_is_told_that_it_is_not_steered(llama, tokenizer):
+    answers = []
+    lost = pytest.warns(RuntimeWarning, match="copy_context")
+    with ak.steer(llama, tokenizer, TEXT, {"w13": 0.0}) as steered, lost:
+        thread = threading.Thread(target=lambda: answers.append(llama.generate(**steered.inputs, **GREEDY)))
+        thread.start()
+        thread.join()
+    assert torch.equal(answers[0], llama.generate(**steered.inputs, **GREEDY))
+
+
+def test_a_reader_of_a_streamer_does_not_wait_for_a_generation_that_failed(llama, tokenizer):
+    streamer, raised = hf.TextIteratorStreamer(tokenizer, timeout=20), []
 
     def body():
         try:
-            llama.generate(**steered.inputs, **GREEDY)
-        except RuntimeError as error:
-            raised.append(str(error))
+            steered.generate(streamer=streamer, no_such_option=1)
+        except ValueError as error:
+            raised.append(error)
 
     with ak.steer(llama, tokenizer, TEXT, {"w13": 0.0}) as steered:
         thread = threading.Thread(target=body)
         thread.start()
+        assert "".join(streamer) == ""
         thread.join()
-    assert "copy_context" in raised[0]
+    assert "no_such_option" in str(raised[0])
+    with pytest.raises(ak.InputError, match="has ended"):
+        steered.generate(streamer=streamer)
+    assert "".join(streamer) == ""
 
 
 class WaitsAtTheThirdToken(hf.generation.streamers.BaseStreamer):
@@ -344,7 +358,7 @@ class WaitsAtTheThirdToken(hf.generation.streamers.BaseStreamer):
         if self._puts == 4:
             self.reached.set()
             for _ in range(30_000):
-                if self.steered._owner is None:
+                if self.steered._scope is None:
                     return
                 time.sleep(1e-3)
 

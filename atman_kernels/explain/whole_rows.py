@@ -17,7 +17,7 @@ from atman_kernels.explain.methods.perturbation import cost
 from atman_kernels.explain.runner import NOISE_CEILING, VariantRunner
 from atman_kernels.hf.interface import activate
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
-from atman_kernels.hf.pooling import PooledAttention
+from atman_kernels.hf.pooling import pooling_through
 from atman_kernels.hf.suppression import SourceRun, SuppressedRun, is_encoder_decoder
 from atman_kernels.planning.factors import factor_rows
 from atman_kernels.planning.packing import Variant, VariantQueue, token_budget, whole_factors
@@ -71,11 +71,11 @@ def values_under(task: Task, factor: Tensor | None, perturbation: Perturbation) 
             run = SourceRun(task.part, factor, **options)
         else:
             run = SuppressedRun(factor, **options)
-        stack.enter_context(activate(task.part, run, task.part))
+        scope = stack.enter_context(activate(task.part, run, task.part))
         if isinstance(run, SourceRun):
-            stack.enter_context(run.watching())
+            stack.enter_context(run.watching(scope))
         else:
-            stack.enter_context(PooledAttention(task.part, run))
+            stack.enter_context(pooling_through(task.part, run, scope))
         stack.enter_context(torch.inference_mode())
         values = task.values(1 if factor is None else len(factor))
     if not run.reached:

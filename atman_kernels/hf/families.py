@@ -1,15 +1,16 @@
 """Model families whose attention modules compute attention themselves instead of calling transformers' interface.
 
 One line of `FAMILIES` per class of attention module: which of its methods is replaced while a run is active, and by
-what. The replacement makes query, key, value and mask as the method does and hands them to `attend`, which takes what
-transformers' interface takes. It lives on the module's instance and goes with the run; subclasses, such as those of
-flash attention, are not taken for their parents.
+what, for the run's own calls. The replacement makes query, key, value and mask as the method does and hands them to
+`attend`, which takes what transformers' interface takes. Subclasses, such as those of flash attention, are not taken
+for their parents.
 """
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.hf.replacement import innermost_forward, overlaid, replaced
+from atman_kernels.hf.scope import Scope
 
 
 class Attend(Protocol):
@@ -85,26 +88,32 @@ def why_refused(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def handed_over(model: nn.Module, attend: Attend) -> Iterator[None]:
-    """Inside, the attention modules of `model` call `attend`; on exit they are as before."""
-    undo: list[tuple[nn.Module, str, Any]] = []
-    try:
+def handed_over(model: nn.Module, attend: Attend, scope: Scope) -> Iterator[None]:
+    """Inside, the attention modules of `model` call `attend` for callers in the scope; on exit they are as before."""
+    with ExitStack() as stack:
         for module in model.modules():
             family = family_of(module)
             if family is None:
                 continue
-            name = family.method
-            if name == "forward" and "_old_forward" in module.__dict__:
-                name = "_old_forward"  # what accelerate's hook, which stays in charge, wraps
-            undo.append((module, name, module.__dict__.get(name)))
-            setattr(module, name, functools.partial(family.compute, module, attend))
+            name = innermost_forward(module) if family.method == "forward" else family.method
+            stack.enter_context(_config_kept(module))
+            stack.enter_context(replaced(module, scope, functools.partial(_computed, family, module, attend), name))
         yield
-    finally:
-        for module, name, own in reversed(undo):
-            if own is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, own)
+
+
+def _computed(family: Family, module: nn.Module, attend: Attend, own: Any, *args: Any, **kwargs: Any) -> Any:
+    return family.compute(module, attend, *args, **kwargs)
+
+
+@contextmanager
+def _config_kept(module: Any) -> Iterator[None]:
+    """For calls that stay the module's own: Falcon's looks at what the config names, which is changed for the masks."""
+    config = getattr(module, "config", None)
+    if config is None:
+        yield
+        return
+    with overlaid(module, "config", copy.copy(config)):
+        yield
 
 
 # --- families with a method of their own for attention: query, key and value come as (B, H, T, D) ---

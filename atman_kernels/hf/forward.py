@@ -6,13 +6,16 @@ logits for more than a few rows at once.
 
 import inspect
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as model_hooks
 from transformers import PreTrainedModel
 
 from atman_kernels import ops
@@ -20,6 +23,8 @@ from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
 from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of, text_stack
 from atman_kernels.hf.packability import why_unpackable
+from atman_kernels.hf.replacement import innermost_forward, is_replacement, replaced
+from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.sequence import Embedded, Pictured, Sequence, reader_of, suffix_inputs, whole_inputs
 from atman_kernels.hf.suppression import LayerSelection, SuppressedRun
 from atman_kernels.hf.vision import vision_suppressed
@@ -270,7 +275,7 @@ class _GrowingRun(_PackedRun):
 
 def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probs with the attention that the model came with; arguments as in `base_run`."""
-    with _later_features(model, ids):
+    with Scope() as scope, _later_features(model, ids, scope):
         return logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
 
 
@@ -291,7 +296,7 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
-    with activate(model, run), _later_features(model, ids):
+    with activate(model, run) as scope, _later_features(model, ids, scope):
         logprobs = logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
     captured = len(run.keys.tensors)
     if not captured:
@@ -337,7 +342,8 @@ def packed_logprobs(
         PackingUnsupportedError: a layer needs what a packed forward does not have.
     """
     inputs = suffix_inputs(ids, positions)
-    with activate(model, _PackedRun(base, pack, factor, mode, layers)), _later_features(model, ids):
+    run = _PackedRun(base, pack, factor, mode, layers)
+    with activate(model, run) as scope, _later_features(model, ids, scope):
         return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
 
 
@@ -365,7 +371,7 @@ def grow(
     inputs = suffix_inputs(ids, torch.cat(positions).to(pack.device))
     run = _GrowingRun(base, pack, factor, mode, layers, grown, places, positions[: len(places)])
     nothing = torch.zeros(1, dtype=torch.int64, device=pack.device)  # a model's forward ends with some logits
-    with activate(model, run), _later_features(model, ids):
+    with activate(model, run) as scope, _later_features(model, ids, scope):
         logprobs_of(reader_of(model, ids), inputs, nothing, nothing[None])
 
 
@@ -392,7 +398,10 @@ def full_row_logprobs(
     """
     variants = factor.shape[0]
     run = SuppressedRun(factor, mode=mode, layers=layers)
-    with activate(model, run), vision_suppressed(model, ids, factor, mode), _later_features(model, ids, variants):
+    with ExitStack() as stack:
+        scope = stack.enter_context(activate(model, run))
+        stack.enter_context(vision_suppressed(model, ids, factor, mode))
+        stack.enter_context(_later_features(model, ids, scope, variants))
         return logprobs_of(reader_of(model, ids), whole_inputs(ids, variants), rows, targets.expand(variants, -1))
 
 
@@ -404,10 +413,10 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
     vocabulary = int(getattr(text_stack(model).config, "vocab_size", 1 << 16))
     step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    if not keeps:
+    if not keeps or _is_watched_outside_its_layers(model):
         step = max(1, len(rows))
     pieces = []
-    with torch.inference_mode(), _layers_run_once(model), head_in_float32(model):
+    with torch.inference_mode(), Scope() as scope, _layers_run_once(model, scope), head_in_float32(model, scope):
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
             keep = {"logits_to_keep": chunk} if keeps else {}
@@ -415,6 +424,24 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
             logits = logits if keeps else logits[:, chunk]
             pieces.append(_log_softmax_at(targets[:, first : first + step], logits))
     return torch.cat(pieces, dim=1)
+
+
+def _is_watched_outside_its_layers(model: PreTrainedModel) -> bool:
+    """Whether hooks would run as often as logits are made: they are to run once."""
+    inside = {id(module) for child in model.base_model.children() for module in child.modules()}
+    return any(has_hooks(module) for module in model.modules() if id(module) not in inside)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of a module run something of the user's, by hooks or by a forward put on the instance."""
+    of_all = model_hooks._global_forward_hooks or model_hooks._global_forward_pre_hooks
+    return bool(of_all or module._forward_hooks or module._forward_pre_hooks or is_rewritten(module))
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether somebody has put a forward on the instance, other than accelerate, which only brings weights, and us."""
+    own = module.__dict__.get("forward")
+    return own is not None and "_old_forward" not in module.__dict__ and not is_replacement(own)
 
 
 def _log_softmax_at(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -426,59 +453,62 @@ def _log_softmax_at(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _layers_run_once(model: PreTrainedModel) -> Iterator[None]:
-    """Calls of `model` inside compute its layers once; later ones differ in their head's rows only."""
+def _layers_run_once(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
+    """Calls of `model` in the scope compute its layers once; later ones differ in their head's rows only."""
     body = model.base_model
     if body is model:
         yield
         return
-    forward, output = body.forward, None
+    outputs: list[Any] = []
 
-    def run_once(*args: Any, **kwargs: Any) -> Any:
-        nonlocal output
-        if output is None:
-            output = forward(*args, **kwargs)
-        return output
+    def once(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(own(*args, **kwargs))
+        return outputs[0]
 
-    with forward_replaced(body, run_once):
+    with replaced(body, scope, once):
         yield
 
 
 @contextmanager
-def _later_features(model: PreTrainedModel, sequence: Sequence | Pictured, batch: int = 1) -> Iterator[None]:
-    """Inside, the decoder is given what it adds after its first layers; see `Embedded.later`.
+def _later_features(
+    model: PreTrainedModel, sequence: Sequence | Pictured, scope: Scope, batch: int = 1
+) -> Iterator[None]:
+    """In the scope, the decoder is given what it adds after its first layers; see `Embedded.later`.
 
     The model itself makes these features from pixels, which a run over embeddings does not have.
     """
     if not isinstance(sequence, Embedded) or not sequence.later:
         yield
         return
-    decoder = decoder_of(model)
-    forward = decoder.forward
     everywhere = torch.ones(batch, len(sequence), dtype=torch.bool, device=model.device)
     features = [rows.repeat(batch, 1) for rows in sequence.later]
 
-    def with_features(*args: Any, **kwargs: Any) -> Any:
+    def with_features(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = {"visual_pos_masks": everywhere, "deepstack_visual_embeds": features}
-        return forward(*args, **kwargs | given)
+        return own(*args, **kwargs | given)
 
-    with forward_replaced(decoder, with_features):
+    with replaced(decoder_of(model), scope, with_features):
         yield
 
 
 @contextmanager
-def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """The last product of a 16-bit model with float32 logits.
+def head_in_float32(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
+    """The last product of a 16-bit model with float32 logits, in the scope.
 
     A logit of 20 is a multiple of 1/8 in bfloat16: rounding it would add more noise to a loss than all layers do.
-    The weights are widened a few rows at a time.
+    The weights are widened a few rows at a time. A head whose forward somebody else has replaced computes as it does;
+    accelerate's hooks, which bring weights that lie elsewhere, stay in charge.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+    is_16_bit = type(head) is nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16)
+    if not is_16_bit or is_rewritten(head):
         yield
         return
 
-    def wide(hidden: Tensor) -> Tensor:
+    def wide(own: Callable[..., Any], hidden: Tensor) -> Tensor:
+        if head.weight.is_meta:  # brought by something that wraps the weight's use, not this call
+            return own(hidden)
         hidden = hidden.float()
         logits = hidden.new_empty(*hidden.shape[:-1], head.out_features)
         for first in range(0, head.out_features, WIDENED_ROWS):
@@ -487,30 +517,32 @@ def head_in_float32(model: PreTrainedModel) -> Iterator[None]:
             logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
         return logits
 
-    with forward_replaced(head, wide):
+    with replaced(head, scope, wide, innermost_forward(head)):
         yield
+
+
+# those who explain a model take turns: what a forward may take of the memory, and whether dropout drops
+_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_turns_lock = threading.Lock()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and then in the mode that it had."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` computes `forward` inside; hooks of other libraries, which replace it likewise, come back."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
+    """The model in eval mode, for one thread at a time; then every module is in the mode that it had."""
+    with _turns_lock:
+        turn = _turns.setdefault(model, threading.RLock())
+    with turn:
+        training = [module for module in model.modules() if module.training]
+        if not training:
+            yield
+            return
+        resting = [module for module in model.modules() if not module.training]
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train()  # what classes do beside the flag
+            for module in training:
+                module.training = True
+            for module in resting:
+                module.training = False

@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.forward import forward_replaced, head_in_float32
+from atman_kernels.hf.forward import head_in_float32
 from atman_kernels.hf.interface import decoder_of, eager
+from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.scope import Scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +68,8 @@ def differentiation(model: PreTrainedModel, *, checkpointing: bool = False) -> I
 
 
 def input_embeddings(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """(L, H) what the model looks up for its (L,) input tokens, detached."""
-    return model.get_input_embeddings()(ids.clone()).detach()
+    """(L, H) what the model looks up for its (L,) input tokens, detached; hooks will see it in the forward."""
+    return model.get_input_embeddings().forward(ids.clone()).detach()  # type: ignore[operator, no-any-return]
 
 
 def differentiable_run(
@@ -97,8 +99,9 @@ def differentiable_run(
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": rows} if keeps else {}
     with ExitStack() as stack:
-        stack.enter_context(_embedding_replaced(model, leaf))
-        stack.enter_context(head_in_float32(model))
+        scope = stack.enter_context(Scope())
+        stack.enter_context(_embedding_replaced(model, leaf, scope))
+        stack.enter_context(head_in_float32(model, scope))
         if attentions:
             stack.enter_context(eager(model))
             options["output_attentions"] = True
@@ -141,20 +144,17 @@ def _attention_weights(model: PreTrainedModel, output: Any) -> tuple[Tensor, ...
 
 
 @contextmanager
-def _embedding_replaced(model: PreTrainedModel, embeddings: Tensor) -> Iterator[None]:
-    """The model's layers read `embeddings` (B, L, H), whatever the input ids are."""
+def _embedding_replaced(model: PreTrainedModel, embeddings: Tensor, scope: Scope) -> Iterator[None]:
+    """In the scope, the model's layers read `embeddings` (B, L, H), whatever the input ids are."""
     looked_up = False
 
-    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def instead(own: Any, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal looked_up
         looked_up = True
         return embeddings
 
-    hook = model.get_input_embeddings().register_forward_hook(replace)
-    try:
+    with replaced(model.get_input_embeddings(), scope, instead):
         yield
-    finally:
-        hook.remove()
     if not looked_up:
         raise UnsupportedModelError(f"{type(model).__name__} does not look its input tokens up in its embeddings")
 
@@ -165,12 +165,12 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no layers that can be recomputed (checkpointing)")
 
-    def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def recomputed(own: Any, *args: Any, **kwargs: Any) -> Any:
         # the backward of a GPU runs in a thread of its own, which has none of this thread's context variables
         context = contextvars.copy_context()
-        return checkpoint(partial(context.run, forward), *args, use_reentrant=False, **kwargs)
+        return checkpoint(partial(context.run, own), *args, use_reentrant=False, **kwargs)
 
-    with ExitStack() as stack:
+    with Scope() as scope, ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(forward_replaced(layer, partial(recomputed, layer.forward)))
+            stack.enter_context(replaced(layer, scope, recomputed))
         yield

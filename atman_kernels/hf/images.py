@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.forward import forward_replaced, logprobs_of
+from atman_kernels.hf.forward import has_hooks, logprobs_of
 from atman_kernels.hf.image_layouts import ImageTokens, image_family_of
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.memory import is_out_of_memory
+from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.sequence import Embedded, Pictured
 from atman_kernels.hf.vision import towers, vision_encoder_of
 
@@ -145,14 +147,8 @@ def embed(
         UnsupportedModelError: its decoder reads more than embeddings.
     """
     longer = with_answer(model, inputs, answer)
-    read: list[dict[str, Any]] = []
-    decoder = decoder_of(model)
-    hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs), with_kwargs=True)
-    try:
-        with refusals_named(model):
-            logprobs = logprobs_of(model, longer, rows, answer[None])[0]
-    finally:
-        hook.remove()
+    with _reading(model) as read, refusals_named(model):
+        logprobs = logprobs_of(model, longer, rows, answer[None])[0]
     types = {key: longer[key][0] for key in ("token_type_ids",) if key in longer}
     return _as_read(model, read, longer["input_ids"].shape[1], types), logprobs
 
@@ -163,17 +159,23 @@ def source_embeddings(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> T
     Raises:
         InputError: the model does not take the inputs.
     """
-    read: list[dict[str, Any]] = []
-    hook = decoder_of(model).register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs), with_kwargs=True
-    )
     begun = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # any token: the encoder does not see it
-    try:
-        with refusals_named(model), torch.inference_mode():
-            model(**inputs, decoder_input_ids=begun)
-    finally:
-        hook.remove()
+    with _reading(model) as read, refusals_named(model), torch.inference_mode():
+        model(**inputs, decoder_input_ids=begun)
     return read[0]["inputs_embeds"]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _reading(model: PreTrainedModel) -> Iterator[list[dict[str, Any]]]:
+    """What the decoder is called with inside, call by call."""
+    read: list[dict[str, Any]] = []
+
+    def note(own: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs)
+        return own(*args, **kwargs)
+
+    with Scope() as scope, replaced(decoder_of(model), scope, note):
+        yield read
 
 
 def _as_read(model: PreTrainedModel, read: list[dict[str, Any]], length: int, types: dict[str, Tensor]) -> Embedded:
@@ -228,24 +230,24 @@ def refusals_named(model: PreTrainedModel) -> Iterator[None]:
 def vision_runs_once(model: PreTrainedModel) -> Iterator[None]:
     """Inside, each part of the model before its decoder computes the same inputs once, however often it is asked."""
     decoder = decoder_of(model)
-    with ExitStack() as stack:
+    with Scope() as scope, ExitStack() as stack:
         for tower in towers(model, decoder):
-            stack.enter_context(forward_replaced(tower, _remembering(tower)))
+            if not any(map(has_hooks, tower.modules())):  # hooks are to run in every forward
+                stack.enter_context(replaced(tower, scope, _remembering(tower)))
         yield
 
 
 def _remembering(tower: nn.Module) -> Any:
-    forward = tower.forward
-    signature = inspect.signature(forward)
+    signature = inspect.signature(tower.forward)
     known: list[tuple[dict[str, Any], Any]] = []
 
-    def remember(*args: Any, **kwargs: Any) -> Any:
+    def remember(own: Any, *args: Any, **kwargs: Any) -> Any:
         matters = {name: value for name, value in kwargs.items() if name not in FOR_DECODER}
         asked = dict(signature.bind(*args, **matters).arguments)
         for earlier, output in known:
             if _alike(earlier, asked):
                 return copy.copy(output)  # models write into the container, not into its tensors
-        output = forward(*args, **kwargs)
+        output = own(*args, **kwargs)
         known.append((asked, copy.copy(output)))
         return output
 

@@ -2,14 +2,15 @@
 
 transformers looks attention and mask functions up by name. Both are registered here under `NAME`, and a model is
 switched to that name for as long as a `Run` is active on it. The functions themselves do nothing of their own: they
-find the run that owns the calling module, and hand the call over. Without one they are plain SDPA.
+find the run that owns the calling module and whose scope the caller is in, and hand the call over. A call without one,
+such as another thread's, goes to what the model would have called under its own name.
 """
 
-import contextvars
+import inspect
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,17 +19,22 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from atman_kernels import ops
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.families import KeyBias, chooses_keys, families_in, handed_over, why_refused
+from atman_kernels.hf.scope import Scope
 
 NAME = "atman"
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -103,20 +109,20 @@ class Run(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Active:
-    run: Run
+    run: Run | None  # None: the model's own eager attention
+    scope: Scope
     modules: frozenset[int]  # ids of the modules that the run owns
     configs: frozenset[int]  # ids of the configs, by which mask functions know their model
     model_name: str
-    mask_hides: bool  # the model takes True for hidden, and no mask for an error
-    whole_masks: bool  # the model looks into its masks, or its modules do not say that they are causal
+    mask_hides: bool = False  # the model takes True for hidden, and no mask for an error
+    whole_masks: bool = False  # the model looks into its masks, or its modules do not say that they are causal
 
 
-# runs of this thread or task; other threads have their own
-_active: contextvars.ContextVar[tuple[_Active, ...]] = contextvars.ContextVar("atman_active_runs", default=())
-# runs of all threads, only to notice a call that came without its run
-_everywhere: list[_Active] = []
+# runs of all threads, replaced as a whole whenever one comes or goes
+_everywhere: tuple[_Active, ...] = ()
+_everywhere_lock = threading.RLock()
 
 
 @torch.compiler.disable  # a compiled model would keep the run that was active when it was traced
@@ -129,10 +135,11 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls; returns ((B, T, Hq, Dv), None)."""
-    active = next((a for a in _active.get() if id(module) in a.modules), None)
+    active = next((a for a in reversed(_everywhere) if id(module) in a.modules and a.scope.holds()), None)
     if active is None:
-        _refuse_lost_run(module)
-        return _plain(module, query, key, value, attention_mask, **kwargs)
+        return _own_attention(module, query, key, value, attention_mask, **kwargs)
+    if active.run is None:
+        return _eager_of(module)(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("dropout"):
         raise InputError(f"model must be in eval mode: {type(module).__name__} asks for attention dropout")
     call = _call(module, query, key, value, attention_mask, kwargs)
@@ -172,30 +179,48 @@ def _only_chosen(mask: Tensor | None, chosen: Tensor, keys: int) -> Tensor:
     return visible & picked.scatter_(-1, chosen.long(), True)[:, None]
 
 
-def _plain(
+def _own_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """SDPA; the op without factors for the two things that SDPA cannot do."""
+    """What the module computes under the name that its config had, or has."""
+    name = own_name(getattr(module, "config", None))
+    if kwargs.get("indices") is not None and name in ("eager", "sdpa"):  # models merge these themselves for the two
+        visible = _only_chosen(mask, kwargs["indices"], key.shape[2])
+        mask = visible if name == "sdpa" else additive(visible).to(query.dtype)
+    if name in (None, "eager"):
+        return _eager_of(module)(module, query, key, value, mask, **kwargs)
+    if name != NAME:
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
+        return function(module, query, key, value, mask, **kwargs)
+    # chosen by the user: SDPA; the op without factors for the two things that SDPA cannot do
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return _without_factors(module, query, key, value, mask, **kwargs)
+
+
+def _eager_of(module: nn.Module) -> AttentionFunction:
+    """The eager attention function that the module's forward names; our op without factors if it names none."""
+    forward = inspect.unwrap(type(module).forward)
+    names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
+    return forward.__globals__[names[0]] if len(names) == 1 else _without_factors  # type: ignore[no-any-return]
+
+
+def _without_factors(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
     return _call(module, query, key, value, mask, kwargs).attend(None, "log_additive"), None
-
-
-def _refuse_lost_run(module: nn.Module) -> None:
-    lost = next((a for a in _everywhere if id(module) in a.modules), None)
-    if lost is not None:
-        raise RuntimeError(
-            f"{lost.model_name} is under a suppression that was entered in another thread. Start the thread with "
-            "target=contextvars.copy_context().run, args=(model.generate, …) to take the suppression along"
-        )
 
 
 @torch.compiler.disable
 def mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
     """The mask function that transformers calls; a bool mask (True = visible) or None."""
-    active = next((a for a in _active.get() if id(config) in a.configs), None)
+    active = next((a for a in reversed(_everywhere) if id(config) in a.configs and a.scope.holds()), None)
     if active is None:
-        return sdpa_mask(config=config, **kwargs)
+        name = own_name(config)
+        function = sdpa_mask if name in (None, NAME) else ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+        return None if function is None else function(config=config, **kwargs)
+    if active.run is None:
+        return eager_mask(config=config, **kwargs)
     visible = active.run.mask(config=config, whole=active.whole_masks, **kwargs)
     if not active.mask_hides:
         return visible
@@ -274,31 +299,36 @@ def reachable(part: PreTrainedModel, name: str) -> PreTrainedModel:
 
 
 @contextmanager
-def activate(model: nn.Module, run: Run, part: PreTrainedModel | None = None) -> Iterator[None]:
+def activate(
+    model: nn.Module, run: Run, part: PreTrainedModel | None = None, scope: Scope | None = None
+) -> Iterator[Scope]:
     """Route the attention of `model` through `run`; on exit, and after any exception, all is as before.
+
+    Calls from outside the context, such as other threads', are the model's own meanwhile.
 
     Args:
         part: whose attention; None for its decoder, see `decoder_of`.
+        scope: a new one, whose calls the run is for; None: of our own code alone.
+
+    Yields:
+        the scope.
 
     Raises:
-        InputError, UnsupportedModelError: see `decoder_of`; also if another run is active on the model.
+        InputError, UnsupportedModelError: see `decoder_of`; also if the caller is inside another run on the model.
     """
     decoder = decoder_of(model) if part is None else reachable(part, type(model).__name__)
-    name = type(model).__name__
-    modules = frozenset(id(m) for m in decoder.modules())
-    if any(a.modules & modules for a in _active.get()):
-        raise InputError(f"model {name} is already under a suppression or an explanation; leave that context first")
-    configs = frozenset(id(c) for c in _configs(decoder))
-    mask_hides = any(family.mask_hides for family in families_in(decoder))
-    active = _Active(run, modules, configs, name, mask_hides, _takes_whole_masks(decoder))
-    with _switched(decoder, NAME):
-        _everywhere.append(active)
-        token = _active.set((*_active.get(), active))
-        try:
-            yield
-        finally:
-            _active.reset(token)
-            _everywhere.remove(active)
+    active = _active_on(decoder, run, Scope() if scope is None else scope, type(model).__name__)
+    _check_free(active)
+    with _acting(decoder, active):
+        yield active.scope
+
+
+@contextmanager
+def reactivated(run: Run, part: PreTrainedModel) -> Iterator[Scope]:
+    """As `activate`, in preference to whatever is active: for what repeats an earlier call."""
+    active = _active_on(part, run, Scope(), type(part).__name__)
+    with _acting(part, active):
+        yield active.scope
 
 
 @contextmanager
@@ -306,15 +336,45 @@ def eager(model: nn.Module) -> Iterator[None]:
     """The model's own eager attention, the one that can tell its weights; on exit all is as before.
 
     Raises:
-        InputError, UnsupportedModelError: see `decoder_of`; also if a run is active on the model.
+        InputError, UnsupportedModelError: see `decoder_of`; also if the caller is inside a run on the model.
     """
     decoder = decoder_of(model)
     if families_in(decoder):
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention inside its own layers, where its weights cannot be asked for"
         )
-    with _switched(decoder, "eager"):
+    active = _active_on(decoder, None, Scope(), type(model).__name__)
+    _check_free(active)
+    with _acting(decoder, active):
         yield
+
+
+def _active_on(decoder: PreTrainedModel, run: Run | None, scope: Scope, model_name: str) -> _Active:
+    modules = frozenset(id(m) for m in decoder.modules())
+    configs = frozenset(id(c) for c in _configs(decoder))
+    hides = any(family.mask_hides for family in families_in(decoder))
+    return _Active(run, scope, modules, configs, model_name, hides, _takes_whole_masks(decoder))
+
+
+def _check_free(active: _Active) -> None:
+    """Raises InputError if the caller is inside a run on some of the same modules."""
+    if any(a.modules & active.modules and a.scope.holds() for a in _everywhere):
+        raise InputError(
+            f"model {active.model_name} is already under a suppression or an explanation; leave that context first"
+        )
+
+
+@contextmanager
+def _acting(decoder: PreTrainedModel, active: _Active) -> Iterator[None]:
+    global _everywhere
+    with handed_over(decoder, attention, active.scope), _switched(decoder), active.scope:
+        with _everywhere_lock:
+            _everywhere = (*_everywhere, active)
+        try:
+            yield
+        finally:
+            with _everywhere_lock:
+                _everywhere = tuple(a for a in _everywhere if a is not active)
 
 
 def _takes_whole_masks(decoder: PreTrainedModel) -> bool:
@@ -323,61 +383,70 @@ def _takes_whole_masks(decoder: PreTrainedModel) -> bool:
     return unsure or chooses_keys(decoder)
 
 
-def is_active(run: Run) -> bool:
-    """Whether the calling thread or task is inside the run's context."""
-    return any(a.run is run for a in _active.get())
+def is_under_a_run(decoder: PreTrainedModel) -> bool:
+    """Whether a call of the decoder by the caller goes through some run."""
+    return any(id(decoder) in a.modules and a.scope.holds() for a in _everywhere)
+
+
+class _SwitchedName(str):
+    """`NAME` in a config for the time being. What copies the config meanwhile gets the name that it had."""
+
+    own: str | None
+
+    @classmethod
+    def over(cls, own: str | None) -> "_SwitchedName":
+        name = cls(NAME)
+        name.own = own
+        return name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
+        return self.own
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _as_it_is, (self.own,)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def own_name(config: Any) -> str | None:
+    """The name of the attention that a config has chosen, whether or not runs are active on its model."""
+    name = getattr(config, "_attn_implementation", None)
+    return name.own if isinstance(name, _SwitchedName) else name
 
 
 @dataclass
 class _Switch:
-    name: str
-    holders: int
-    before: list[tuple[Any, str | None]]  # configs and the names they had
-    replaced: ExitStack  # modules that compute attention themselves
+    config: Any
+    before: str | None
+    holders: int = 0
 
 
-_switches: dict[int, _Switch] = {}  # by id of the decoder, which its holders keep alive
-_switch_lock = threading.Lock()
+_switches: dict[int, _Switch] = {}  # by id of the config
+_switch_lock = threading.RLock()
 
 
 @contextmanager
-def _switched(decoder: PreTrainedModel, name: str) -> Iterator[None]:
-    """`name` in the decoder's configs until the last of the threads that hold it has left."""
+def _switched(decoder: PreTrainedModel) -> Iterator[None]:
+    """`NAME` in the decoder's configs, in each until the last that holds it has left."""
+    configs = _configs(decoder)
     with _switch_lock:
-        switch = _switches.get(id(decoder))
-        if switch is None:
-            before = [(config, config._attn_implementation) for config in _configs(decoder)]
-            switch = _Switch(name, 0, before, ExitStack())
-            _name(decoder, switch)
-            _switches[id(decoder)] = switch
-        elif switch.name != name:
-            raise InputError(
-                f"model {type(decoder).__name__} is in use with attention {switch.name!r}, where {name!r} is needed; "
-                "leave that suppression or explanation first"
-            )
-        switch.holders += 1
+        for config in configs:
+            switch = _switches.setdefault(id(config), _Switch(config, config._attn_implementation))
+            switch.holders += 1
+            if switch.holders == 1:
+                config._attn_implementation_internal = _SwitchedName.over(switch.before)
     try:
         yield
     finally:
         with _switch_lock:
-            switch.holders -= 1
-            if switch.holders == 0:
-                del _switches[id(decoder)]
-                switch.replaced.close()
-                for config, implementation in switch.before:
-                    config._attn_implementation_internal = implementation
-
-
-def _name(decoder: PreTrainedModel, switch: _Switch) -> None:
-    """Have the decoder use an attention, by the interface or by replacing what its modules do."""
-    if not families_in(decoder):
-        decoder.set_attn_implementation(switch.name)
-        for config, _ in switch.before:  # transformers 5.17 forgets stacks whose config is of the model's class: T5
-            config._attn_implementation_internal = switch.name
-        return
-    switch.replaced.enter_context(handed_over(decoder, attention))
-    for config, _ in switch.before:  # for the masks alone; transformers refuses to name it for these models
-        config._attn_implementation_internal = NAME
+            for config in configs:
+                switch = _switches[id(config)]
+                switch.holders -= 1
+                if switch.holders == 0:
+                    del _switches[id(config)]
+                    config._attn_implementation_internal = switch.before
 
 
 def _configs(decoder: PreTrainedModel) -> list[Any]:

@@ -1,34 +1,37 @@
 """Attention that pools patches inside torch's own `nn.MultiheadAttention`, past transformers' interface (SigLIP)."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.forward import forward_replaced
 from atman_kernels.hf.interface import AttentionCall
+from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.suppression import SuppressedRun
 
 
-class PooledAttention(ExitStack):
-    """Inside, every `nn.MultiheadAttention` of a model goes through a run, as its other attention does."""
-
-    def __init__(self, model: nn.Module, run: SuppressedRun) -> None:
-        super().__init__()
-        self._model, self._run = model, run
-
-    def __enter__(self) -> "PooledAttention":
-        super().__enter__()
-        for module in self._model.modules():
+@contextmanager
+def pooling_through(model: nn.Module, run: SuppressedRun, scope: Scope) -> Iterator[None]:
+    """In the scope, every `nn.MultiheadAttention` of a model goes through a run, as its other attention does."""
+    with ExitStack() as stack:
+        for module in model.modules():
             if isinstance(module, nn.MultiheadAttention):
-                self.enter_context(forward_replaced(module, partial(_attend, module, self._run)))
-        return self
+                stack.enter_context(replaced(module, scope, partial(_attend, module, run)))
+        yield
 
 
 def _attend(
-    module: nn.MultiheadAttention, run: SuppressedRun, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    module: nn.MultiheadAttention,
+    run: SuppressedRun,
+    own: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """What the module computes for (B, T, E) and (B, S, E), scores changed by the run."""
     plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn

@@ -25,14 +25,15 @@ class Positional:
     def at(self, batch: int, first: int, count: int, device: torch.device) -> Tensor:
         """(batch, …, count) at positions `first` and after; `beyond` where the tensor has ended."""
         wanted = (batch, first, count, device)
-        if self._last is None or self._last[0] != wanted:
+        last = self._last  # of whichever thread
+        if last is None or last[0] != wanted:
             rows = self.tensor.shape[0]
             if batch % rows:
                 raise InputError(f"{self.name} has {rows} rows, which does not divide the model's batch of {batch}")
             fitted = self.tensor[..., first : first + count].to(device).repeat_interleave(batch // rows, dim=0)
             padding = (0, count - fitted.shape[-1])
-            self._last = (wanted, torch.nn.functional.pad(fitted, padding, value=self.beyond))
-        return self._last[1]
+            last = self._last = (wanted, torch.nn.functional.pad(fitted, padding, value=self.beyond))
+        return last[1]
 
 
 class LayerFactors:

@@ -2,8 +2,9 @@
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -14,12 +15,23 @@ from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
-from atman_kernels.hf.interface import AttentionCall, activate, compact_mask, decoder_of, is_active, text_stack
+from atman_kernels.hf.interface import (
+    AttentionCall,
+    activate,
+    compact_mask,
+    decoder_of,
+    is_under_a_run,
+    reactivated,
+    text_stack,
+)
 from atman_kernels.hf.positional import Factors, LayerFactors, Queries, checked_queries
+from atman_kernels.hf.replacement import observed, replaced
+from atman_kernels.hf.scope import Scope, entering_frame
 
 Attention = Literal["self", "cross", "both"]
 # under these names a module is handed the states of the encoder
 _OTHER_STATES = ("key_value_states", "encoder_hidden_states")
+_CHECKPOINT = "_gradient_checkpointing_func"  # under this name layers that checkpoint themselves know how
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -81,6 +93,24 @@ def suppress(
         >>> with suppress(model, {0: torch.tensor([[0.0]])}, queries=(2, None)):
         ...     last_token_does_not_see_token_0 = model(ids).logits[0, -1]
     """
+    options: dict[str, Any] = {"mode": mode, "layers": layers, "queries": queries, "value_factor": value_factor}
+    with suppressed(model, factor, attention=attention, backend=backend, **options):
+        yield
+
+
+@contextmanager
+def suppressed(
+    model: nn.Module,
+    factor: Factors,
+    *,
+    mode: str,
+    layers: Iterable[int] | None,
+    queries: Queries = None,
+    value_factor: Factors = None,
+    attention: Attention = "both",
+    backend: str | None = None,
+) -> Iterator[Scope]:
+    """`suppress`, which tells whose calls it acts on: those of the block around which this is entered."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     part = _part_of(model, attention, queries)
     for name, factors in (("factor", factor), ("value_factor", value_factor)):
@@ -98,20 +128,49 @@ def suppress(
     is_both = is_encoder_decoder(model)
     run = SourceRun(part, factor, attention=attention, **options) if is_both else SuppressedRun(factor, **options)
 
+    scope = Scope(entering_frame())
+
     @torch.compiler.disable
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
         run.forget_offsets()
-        if is_active(run) and not run.reached:  # not another thread's forward
+        if not scope.holds():  # another thread's forward, perhaps with a suppression of its own
+            if not is_under_a_run(part):
+                scope.warn_if_lost(type(model).__name__)
+        elif not run.reached:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be suppressed: a forward of it never called the attention function"
                 + (f" for attention={attention!r}" if is_both else "")
             )
 
     with ExitStack() as stack:
-        stack.enter_context(activate(model, run, part))
+        stack.enter_context(activate(model, run, part, scope))
         if isinstance(run, SourceRun):
-            stack.enter_context(run.watching())
-        stack.callback(part.register_forward_hook(check_reached).remove)
+            stack.enter_context(run.watching(scope))
+        stack.enter_context(observed(part, check_reached))
+        stack.enter_context(_recomputed_alike(part, run, scope))
+        yield scope
+
+
+@contextmanager
+def _recomputed_alike(part: PreTrainedModel, run: "SuppressedRun", scope: Scope) -> Iterator[None]:
+    """Layers under gradient checkpointing are recomputed as they were computed, whenever that is.
+
+    A backward pass may come when the suppression has ended, or run in a thread of its own, as it does on a GPU.
+    """
+
+    def repeat(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if scope.holds():
+            return function(*args, **kwargs)
+        with reactivated(run, part) as again, run.watching(again) if isinstance(run, SourceRun) else nullcontext():
+            return function(*args, **kwargs)
+
+    def checkpointed(own: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(partial(repeat, function), *args, **kwargs)
+
+    with ExitStack() as stack:
+        for module in part.modules():
+            if _CHECKPOINT in module.__dict__:
+                stack.enter_context(replaced(module, scope, checkpointed, _CHECKPOINT))
         yield
 
 
@@ -128,6 +187,15 @@ def _part_of(model: nn.Module, attention: Attention, queries: Queries) -> PreTra
     if queries is not None:
         raise InputError(f"queries must be None for {type(model).__name__}, which has those of two stacks")
     return model
+
+
+class _ForwardState(threading.local):
+    """What is known of the forward at hand, of which each thread has its own."""
+
+    def __init__(self) -> None:
+        # where the queries and the keys of a call begin, by their numbers; a sliding cache drops its oldest keys
+        self.offsets: dict[tuple[int, int], tuple[int, int]] = {}
+        self.cross: set[int] = set()  # ids of modules that were handed another stack's states
 
 
 class SuppressedRun:
@@ -152,22 +220,24 @@ class SuppressedRun:
         self.layers = LayerSelection(layers)
         self.backend = backend
         self.reached = False
-        # where the queries and the keys of a call begin, by their numbers; a sliding cache drops its oldest keys
-        self._offsets: dict[tuple[int, int], tuple[int, int]] = {}
+        self._forward = _ForwardState()
 
     def mask(self, **kwargs: Any) -> Tensor | None:
         # a static cache counts on the device, in a tensor that it changes: read only where it is needed, and now
         first_query = 0 if self.queries is None else int(kwargs.get("q_offset", 0))
-        self._offsets[kwargs["q_length"], kwargs["kv_length"]] = first_query, int(kwargs.get("kv_offset", 0))
+        self._forward.offsets[kwargs["q_length"], kwargs["kv_length"]] = first_query, int(kwargs.get("kv_offset", 0))
         return compact_mask(**kwargs)
 
     def forget_offsets(self) -> None:
         """A forward that brings its own mask must not be taken for the one before."""
-        self._offsets.clear()
+        self._forward.offsets.clear()
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         self.reached = True
-        changed, factor = self._changed(module, call)
+        return self._attend(module, call, self.layers)
+
+    def _attend(self, module: nn.Module, call: AttentionCall, layers: "LayerSelection") -> Tensor:
+        changed, factor = self._changed(module, call, layers)
         if changed is call and factor is None:
             return call.attend(None, self.mode, self.backend)
         rows = self._rows(call)
@@ -179,13 +249,15 @@ class SuppressedRun:
         untouched = call.attend(None, self.mode, self.backend)
         return torch.where(rows.to(output.device)[:, :, None, None], output, untouched)
 
-    def _changed(self, module: nn.Module, call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
+    def _changed(
+        self, module: nn.Module, call: AttentionCall, layers: "LayerSelection"
+    ) -> tuple[AttentionCall, Tensor | None]:
         """The call with its values scaled, and the factors of its scores."""
-        layer = self.layers.index(module)
-        if layer not in self.layers:
+        layer = layers.index(module)
+        if layer not in layers:
             return call, None
         batch, keys, device = call.query.shape[0], call.key.shape[2], call.query.device
-        first = self._offsets.get((call.query.shape[2], keys), (0, 0))[1]
+        first = self._forward.offsets.get((call.query.shape[2], keys), (0, 0))[1]
         factors, value_factors = self.factors.of(layer), self.value_factors.of(layer)
         if value_factors is not None and not value_factors.neutral:
             call = _with_scaled_values(call, value_factors.at(batch, first, keys, device))
@@ -196,12 +268,12 @@ class SuppressedRun:
         if self.queries is None:
             return None
         count, keys = call.query.shape[2], call.key.shape[2]
-        if (count, keys) not in self._offsets and count != keys:
+        if (count, keys) not in self._forward.offsets and count != keys:
             raise InputError(
                 f"queries: {count} queries over {keys} keys came with a mask of their own, which does not tell their "
                 "positions; pass a 2D attention_mask"
             )
-        first = self._offsets.get((count, keys), (0, 0))[0]
+        first = self._forward.offsets.get((count, keys), (0, 0))[0]
         return self.queries.at(call.query.shape[0], first, count, torch.device("cpu"))
 
 
@@ -241,65 +313,61 @@ class SourceRun(SuppressedRun):
         self._to_see = set(self._roles)
         self._model = model
         self._encoder = frozenset(id(module) for module in encoder_of(model).modules())
-        self._cross: set[int] = set()
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, forwards tell which of their modules attend to another stack."""
-        hooks = []
-        try:
+    def watching(self, scope: Scope) -> Iterator[None]:
+        """Inside, forwards of the scope tell which of their modules attend to another stack."""
+        with ExitStack() as stack:
             for module in self._model.modules():
                 names = list(inspect.signature(module.forward).parameters)
                 given = [(name, names.index(name)) for name in _OTHER_STATES if name in names]
                 if given:
-                    note = partial(self._note_states, given=given)
-                    hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+                    stack.enter_context(replaced(module, scope, partial(self._note_states, id(module), given)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _note_states(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[tuple[str, int]]
-    ) -> None:
-        if not is_active(self):
-            return
+        self, module: int, given: list[tuple[str, int]], own: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         handed = (kwargs.get(name, args[at] if at < len(args) else None) for name, at in given)
         if any(states is not None for states in handed):
-            self._cross.add(id(module))
+            self._forward.cross.add(module)
         else:
-            self._cross.discard(id(module))
+            self._forward.cross.discard(module)
+        return own(*args, **kwargs)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        if id(module) in self._cross:
+        if id(module) in self._forward.cross:
             role, call = "cross", replace(call, is_causal=False, sliding_window=None)
         elif id(module) in self._encoder:
             role = "self"
         else:  # the decoder among itself
             return call.attend(None, self.mode, self.backend)
         self._to_see.discard(role)
-        if role in self._roles:
-            self.layers = self._layers_by_role[role]
-            output = super().attend(module, call)
-        else:
-            output = call.attend(None, self.mode, self.backend)
         self.reached = not self._to_see
-        return output
+        if role not in self._roles:
+            return call.attend(None, self.mode, self.backend)
+        return self._attend(module, call, self._layers_by_role[role])
 
 
 class LayerSelection:
-    """Attention layers by index, in the order in which the model calls them."""
+    """Attention layers by the index that they have in the model, or else by the order in which the model calls them."""
 
     def __init__(self, layers: Iterable[int] | None) -> None:
         self._wanted = None if layers is None else frozenset(layers)
-        self._index: dict[int, int] = {}
+        self._called: dict[int, int] = {}
+        self._lock = threading.Lock()
 
     def index(self, module: nn.Module) -> int:
-        return self._index.setdefault(id(module), len(self._index))
+        own = getattr(module, "layer_idx", None)  # where layers lie on several machines, each calls only some
+        if isinstance(own, int):
+            return own
+        with self._lock:
+            return self._called.setdefault(id(module), len(self._called))
 
     def __contains__(self, layer: nn.Module | int) -> bool:
-        index = layer if isinstance(layer, int) else self.index(layer)
-        return self._wanted is None or index in self._wanted
+        if self._wanted is None:
+            return True
+        return (layer if isinstance(layer, int) else self.index(layer)) in self._wanted
 
 
 def checked_layers(model: nn.Module, layers: Iterable[int] | None, name: str = "layers") -> tuple[int, ...] | None:

@@ -1,6 +1,5 @@
 """`steer`: what a model answers when parts of its prompt count less, or more."""
 
-import contextvars
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.question import Prompt, encode, prompt_text
-from atman_kernels.hf.suppression import suppress
+from atman_kernels.hf.scope import Scope
+from atman_kernels.hf.suppression import suppressed
 from atman_kernels.steering.spans import Spans, SteeredSpan, TokenizedText, resolve, spans_by_prompt
 
 
@@ -58,7 +58,7 @@ def steer(
         ...     logits = model(**steered.inputs).logits
     """
     steered = _prepare(model, tokenizer, prompt, spans, chat)
-    with suppress(model, steered.factor, mode=mode, layers=layers, backend=backend), steered._inside():
+    with suppressed(model, steered.factor, mode=mode, layers=layers, backend=backend) as scope, steered._inside(scope):
         yield steered
 
 
@@ -93,7 +93,7 @@ class Steered:
             for span in found:
                 self.factor[row, [padding + token for token in span.unit.token_indices]] = span.factor
         self._model, self._tokenizer = model, tokenizer
-        self._owner: tuple[threading.Thread, contextvars.Context] | None = None  # while inside the context
+        self._scope: Scope | None = None  # while inside the context
         self._running, self._changed = 0, threading.Condition()
 
     def generate(self, *, skip_special_tokens: bool = True, **options: Any) -> list[str]:
@@ -109,22 +109,29 @@ class Steered:
         Raises:
             InputError: the `with ak.steer(…)` has been left.
         """
+        streamer = options.get("streamer")
+        try:
+            sequences = self._steered_sequences(options)
+        except BaseException:
+            if streamer is not None:
+                streamer.end()  # or who reads it, in another thread, would wait for ever
+            raise
+        answers = sequences[:, self.inputs["input_ids"].shape[1] :]
+        return list(self._tokenizer.batch_decode(answers, skip_special_tokens=skip_special_tokens))
+
+    def _steered_sequences(self, options: dict[str, Any]) -> Tensor:
         with self._changed:
-            if self._owner is None:
+            scope = self._scope
+            if scope is None:
                 raise InputError("Steered.generate: the steering has ended; call it inside `with ak.steer(…)`")
-            thread, context = self._owner
             self._running += 1
         try:
-            if threading.current_thread() is thread:
-                sequences = self._sequences(options)
-            else:
-                sequences = context.copy().run(self._sequences, options)
+            with scope.joined():
+                return self._sequences(options)
         finally:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
-        answers = sequences[:, self.inputs["input_ids"].shape[1] :]
-        return list(self._tokenizer.batch_decode(answers, skip_special_tokens=skip_special_tokens))
 
     def _sequences(self, options: dict[str, Any]) -> Tensor:
         if "pad_token_id" not in options and getattr(self._model.generation_config, "pad_token_id", None) is None:
@@ -134,13 +141,13 @@ class Steered:
         return output if isinstance(output, Tensor) else output.sequences
 
     @contextmanager
-    def _inside(self) -> Iterator[None]:
-        self._owner = threading.current_thread(), contextvars.copy_context()
+    def _inside(self, scope: Scope) -> Iterator[None]:
+        self._scope = scope
         try:
             yield
         finally:
             with self._changed:
-                self._owner = None
+                self._scope = None
                 self._changed.wait_for(lambda: self._running == 0)
 
 
@@ -151,7 +158,7 @@ class _WhenLeft(StoppingCriteria):
         self._steered = steered
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        left = self._steered._owner is None
+        left = self._steered._scope is None
         return torch.full((input_ids.shape[0],), left, dtype=torch.bool, device=input_ids.device)
 
 

@@ -12,11 +12,12 @@ Relevance is embedding · gradient, so every rule of the paper becomes a change 
 | the products A · V and Q · Kᵀ | half to each factor | v halved; q and k halved twice, once per product |
 
 Attention itself is touched at its inputs only, so a fused function stays usable. Nothing of the model is replaced for
-good: the rules are hooks and a run of the attention interface, gone when the scores are there.
+good: the rules stand in for forwards, and a run for attention, while the scores are computed and for no other caller.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from atman_kernels.explain.methods import TokenScores
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.hf.interface import AttentionCall, activate, decoder_of
+from atman_kernels.hf.replacement import replaced
 
 # model_type of the decoder -> name of the linear map that reads a gated product; None where nothing is gated
 FAMILIES: dict[str, str | None] = {
@@ -86,17 +88,16 @@ def rules(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         UnsupportedModelError: see `attnlrp`.
     """
-    decoder = decoder_of(model)
-    hooks = _hooks(decoder)  # refuses before anything is changed
+    found = _rules(decoder_of(model))  # refuses before anything is changed
     with ExitStack() as stack:
-        for register, hook in hooks:
-            stack.callback(register(hook).remove)
-        stack.enter_context(activate(model, _AttentionRules(type(model).__name__)))
+        scope = stack.enter_context(activate(model, _AttentionRules(type(model).__name__)))
+        for module, rule in found:
+            stack.enter_context(replaced(module, scope, partial(rule, module)))
         yield
 
 
-def _hooks(decoder: PreTrainedModel) -> list[tuple[Callable[..., Any], Callable[..., Any]]]:
-    """(what registers a hook, the hook) for every module that has a rule of its own."""
+def _rules(decoder: PreTrainedModel) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    """(module, its forward by the rule) for every module that has a rule of its own."""
     config, name = decoder.config, type(decoder).__name__
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(
@@ -105,19 +106,19 @@ def _hooks(decoder: PreTrainedModel) -> list[tuple[Callable[..., Any], Callable[
     if getattr(config, "final_logit_softcapping", None):
         raise UnsupportedModelError(f"{name} has no AttnLRP rules: its head caps the logits")
     gated = FAMILIES[config.model_type]
-    hooks: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+    found: list[tuple[nn.Module, Callable[..., Tensor]]] = []
     for path, module in decoder.named_modules():
         if isinstance(module, nn.LayerNorm):
-            hooks.append((module.register_forward_hook, _layer_norm))
+            found.append((module, _layer_norm))
         elif type(module).__name__.endswith("RMSNorm"):
-            hooks.append((module.register_forward_hook, _rms_norm))
+            found.append((module, _rms_norm))
         elif isinstance(module, _ACTIVATIONS):
-            hooks.append((module.register_forward_hook, _activation))
+            found.append((module, _activation))
         elif gated is not None and path.endswith(f".{gated}"):
-            hooks.append((module.register_forward_pre_hook, _halved))
+            found.append((module, _halved))
         elif not any(True for _ in module.children()) and not _passes_gradient(module):
             raise UnsupportedModelError(f"{name} has no AttnLRP rules: {path} is a {type(module).__name__}")
-    return hooks
+    return found
 
 
 def _passes_gradient(module: nn.Module) -> bool:
@@ -145,28 +146,30 @@ def _scaled_gradient(x: Tensor, by: float) -> Tensor:
     return _with_slope(x, x, x.new_tensor(by))
 
 
-def _halved(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (_scaled_gradient(args[0], 0.5),)
+def _halved(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
+    return own(_scaled_gradient(given, 0.5))
 
 
-def _activation(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = args[0].detach()
-    return _with_slope(args[0], output, torch.where(x == 0, 0.0, output.detach() / x))
+def _activation(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
+    x, output = given.detach(), own(given)
+    return _with_slope(given, output, torch.where(x == 0, 0.0, output.detach() / x))
 
 
-def _rms_norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = args[0].detach().to(torch.promote_types(args[0].dtype, torch.float32))
+def _rms_norm(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
+    output = own(given)
+    x = given.detach().to(torch.promote_types(given.dtype, torch.float32))
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
     # whatever a family makes of its weight (Gemma adds 1), of ones it makes that
-    scale = module.forward(torch.ones_like(args[0][..., :1, :])) * (1 + eps) ** 0.5
+    scale = own(torch.ones_like(given[..., :1, :])) * (1 + eps) ** 0.5
     slope = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
     _check_rule(module, x * slope, output)
-    return _with_slope(args[0], output, slope)
+    return _with_slope(given, output, slope)
 
 
-def _layer_norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _layer_norm(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
-    centred = args[0] - args[0].mean(-1, keepdim=True)  # linear, so the gradient goes through it
+    output = own(given)
+    centred = given - given.mean(-1, keepdim=True)  # linear, so the gradient goes through it
     wide = centred.detach().to(torch.promote_types(centred.dtype, torch.float32))
     slope = torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.eps)
     slope = slope if module.weight is None else slope * module.weight
