@@ -232,7 +232,7 @@ def vision_runs_once(model: PreTrainedModel) -> Iterator[None]:
     decoder = decoder_of(model)
     with Scope() as scope, ExitStack() as stack:
         for tower in towers(model, decoder):
-            if not any(map(has_hooks, tower.modules())):  # hooks are to run in every forward
+            if not has_hooks(tower):  # which would see what is remembered again, changed by themselves
                 stack.enter_context(replaced(tower, scope, _remembering(tower)))
         yield
 
