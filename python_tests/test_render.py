@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from rich.console import Console
 
 from atman_kernels.explain.explanation import Explanation
 from atman_kernels.planning.units import Unit
-from atman_kernels.render.labels import label, percent, printable, signed
+from atman_kernels.render.characters import isolated, printable
+from atman_kernels.render.labels import label, percent, signed
 from atman_kernels.render.segments import Segment, ranked, segments, strongest
 from atman_kernels.render.terminal import print_explanation
 
+# What Unicode calls format characters, and fonts draw: signs around numbers in Arabic, Syriac and Kaithi.
+VISIBLE_FORMATS = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
 HOSTILE = "</script><img src=x onerror=alert(1)> {{ 7*7 }} {% raw %} <!-- &amp; \"' \x1b[31mred\x07 ]]>\n\n\tend"
 
 
@@ -122,16 +126,75 @@ class TestLabels:
             ("", "∅"),
             ("\t", "⇥"),
             ("a\nb", "a↵b"),
-            ("\x1b[31m\x07\r\x7f\x9b\ud800", "␛[31m␇␍␡��"),
+            ("\x1b[31m\x07\r\x7f\x9b\ud800", "␛[31m␇␍␡⟨U+009B⟩⟨U+D800⟩"),
             ("x" * 41, "x" * 20 + "…" + "x" * 19),
+            ("\u202e001", "⟨RLO⟩001"),
+            ("\u200b", "⟨ZWSP⟩"),
+            ("\u3000", "⟨U+3000⟩"),
+            ("\u3000 東\u3000京", "⟨U+3000⟩ 東\u3000京"),
+            ("\xa0 ", "⟨NBSP⟩"),
+            ("\xa0 \xa0", "⟨NBSP⟩␣⟨NBSP⟩"),
+            ("\u2800", "⟨U+2800⟩"),
+            ("\U000e0041\U000e0042", "⟨U+E0041⟩⟨U+E0042⟩"),
+            ("\u200d", "⟨ZWJ⟩"),
+            ("\ufe0f", "⟨U+FE0F⟩"),
+            ("\u0301", "◌\u0301"),
+            ("\n  x", "↵  x"),
+            ("ab\u202e" * 8, "ab⟨RLO⟩ab⟨RLO⟩ab…⟨RLO⟩ab⟨RLO⟩ab⟨RLO⟩"),  # a name is never cut
+            ("👩‍🚀" * 20, "👩‍🚀" * 6 + "…" + "👩‍🚀" * 6),
         ],
     )
     def test_label(self, text, shown):
         assert label(text) == shown
         assert len(shown) <= 40
 
-    def test_printable_keeps_what_is_text(self):
-        assert printable("tab\tand\nline, שלום 👩‍🚀") == "tab\tand\nline, שלום 👩‍🚀"
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "tab\tand\nline, שלום 👩‍🚀",
+            "❤️ 1️⃣ ©️ 🏳️‍🌈 👨🏽‍👩🏽‍👧🏽 🏴\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+            "می‌خواهم क्‍ष ශ්‍රී",
+            "葛\U000e0100 e\u0301 � ◌ ⟨RLO⟩",
+        ],
+    )
+    def test_printable_keeps_what_is_text(self, text):
+        assert printable(text) == text
+
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("cat\u200ddog", "cat⟨ZWJ⟩dog"),
+            ("日\u200d本", "日⟨ZWJ⟩本"),
+            ("می\u200c ", "می⟨ZWNJ⟩ "),
+            ("a\ufe01", "a⟨U+FE01⟩"),
+            ("❤\ufe0f\ufe0f", "❤\ufe0f⟨U+FE0F⟩"),
+            ("👩\u200d", "👩⟨ZWJ⟩"),
+            ("🏴\U000e0068\U000e0069\U000e007f", "🏴⟨U+E0068⟩⟨U+E0069⟩⟨U+E007F⟩"),
+            ("a\u2028b\x85", "a⟨U+2028⟩b⟨U+0085⟩"),
+            ("\uf8ff\ufdd0\U0010ffff", "⟨U+F8FF⟩⟨U+FDD0⟩⟨U+10FFFF⟩"),
+        ],
+    )
+    def test_what_hides_is_named(self, text, shown):
+        assert printable(text) == shown
+
+    def test_no_character_is_obeyed_or_looks_like_nothing(self):
+        """By Unicode's own categories, for every character there is."""
+        kept = {"\n", "\t"}
+        for character in map(chr, range(0x110000)):
+            drawn = character in VISIBLE_FORMATS
+            if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and character not in kept:
+                assert drawn or character not in printable(f"a{character}b"), f"{ord(character):04X}"
+            if character.isspace() or (unicodedata.category(character) in ("Cf", "Mn") and not drawn):
+                assert label(character) not in (character, ""), f"{ord(character):04X}"
+
+    def test_time_grows_with_the_text(self):
+        for text in ("a" * 200_000, "\u200b" * 50_000, "a\u0301\u200d" * 20_000, " \u3000" * 50_000):
+            assert len(label(text)) <= 40
+
+    def test_isolated(self):
+        assert isolated("clear") == "clear"
+        assert isolated("שלום") == "\u2068שלום\u2069"
+        assert isolated("a ١") == "\u2068a ١\u2069"
 
     @pytest.mark.parametrize(
         ("value", "shown"),
@@ -208,6 +271,31 @@ class TestHtml:
         assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
         assert json.loads(page.scripts[0])["tokens"][1] == "</script>"
         assert "49" not in page.visible
+
+    def test_every_label_is_isolated(self):
+        """What is written from right to left, or turns the direction, moves nothing beside it."""
+        texts = ["שלום", "\u202e001", "\u2066x", "مرحبا"]
+        prompt = "".join(texts)
+        units = (Unit("שלום", 0, 0, (0,)), *spanning(prompt, *texts))
+        explanation = explain(
+            prompt,
+            units,
+            [[1.0, 2.0]] * 5,
+            target_tokens=("שלום", "\u202e001"),
+            settings={"model": "שלום", "שלום": "\u202e"},
+        )
+        html = explanation.to_html()
+        assert not re.search("[\u202a-\u202e\u2066\u2067]", html)
+        isolating = ("bdi", "title", "unit", "script")  # units are the text itself, in a block of their own
+        for found in re.finditer("שלום|⟨RLO⟩|مرحبا", html.partition('type="application/json"')[0]):
+            before = html[: found.start()]
+            tag = re.findall(r"<(\w+)[^<>]*>?[^<>]*$", before)[-1]
+            inside_title = before.rpartition('title="')[2].find('"') < 0
+            assert tag in isolating or 'class="unit' in before[before.rindex("<") :] or inside_title, before[-200:]
+            if inside_title and found[0] != "⟨RLO⟩":
+                assert before.endswith("\u2068")
+        assert ".chip" in html
+        assert "unicode-bidi: isolate" in html
 
     def test_units_with_no_characters_are_chips(self):
         units = (Unit("<|begin|>", 0, 0, (0,)), Unit("ab", 0, 2, (1,)), Unit("", 2, 2, (2,)))
@@ -412,6 +500,18 @@ class TestTerminal:
         text = self.printed(explanation, encoding="ascii")
         assert r"[1:na\xefve] \U0001f469" in text
         assert "-1.00  " + "-" * 24 in text
+
+    def test_labels_of_right_to_left_text_stay_in_their_places(self):
+        units = spanning("שלום ab \u0301", "שלום", "ab", "\u0301")
+        options = {"target_tokens": ("ירושלים",), "target": "ירושלים"}
+        explanation = explain("שלום ab \u0301", units, [[3.0], [2.0], [1.0]], **options)
+        text = self.printed(explanation)
+        assert "[1:\u2068שלום\u2069] [2:ab] [3:◌\u0301]" in text
+        assert "  1  \u2068שלום\u2069  " in text
+        assert "\u2068ירושלים\u2069 −0.50" in text
+        contrast = explain("שלום ab \u0301", units, [[3.0], [2.0], [1.0]], **options, settings={"versus": "\u202eתל"})
+        assert "\u2068ירושלים\u2069 rather than \u2068⟨RLO⟩תל\u2069 −0.50" in self.printed(contrast)
+        assert not re.search("[\u2068\u2069]|2068|2069", self.printed(contrast, encoding="ascii"))
 
     def test_rich_markup_in_a_prompt_is_text(self):
         text = self.printed(explain("[bold]x[/bold] [/red] :smile:", (Unit("x", 6, 7, (0,)),), [[1.0]]))

@@ -62,7 +62,7 @@
 
     // The tip: what is known about the units below the pointer or the focus.
     function describe(unit, rows) {
-      const part = make("div", "", make("strong", "", data.labels[unit]), make("div", "", inWords(scores[unit], token < 0, data.suppressed)));
+      const part = make("div", "", make("strong", "", make("bdi", "", data.labels[unit])), make("div", "", inWords(scores[unit], token < 0, data.suppressed)));
       const row = data.scores[unit];
       if (row.length < 2) return part;
       const shown = row.map((_, t) => t).sort((a, b) => Math.abs(row[b]) - Math.abs(row[a])).slice(0, rows).sort((a, b) => a - b);

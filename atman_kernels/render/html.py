@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from atman_kernels.errors import InputError
-from atman_kernels.render.labels import give_or_take, label, likelihood, printable, signed, token_label
+from atman_kernels.render.characters import isolated, printable
+from atman_kernels.render.labels import give_or_take, label, likelihood, signed, token_label
 from atman_kernels.render.places import boxes_of, explained_size, reach
 from atman_kernels.render.segments import ranked, segments, strongest
 
@@ -46,7 +47,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"give_or_take": give_or_take, "label": label, "printable": printable, "signed": signed}
+    environment.filters |= {"give_or_take": give_or_take, "isolated": isolated, "label": label}
+    environment.filters |= {"printable": printable, "signed": signed}
     return environment
 
 
@@ -139,26 +141,28 @@ def _embedded(explanation: Explanation, image: Any, index: int) -> str:
     return data_uri(image)
 
 
-def _summary(explanation: Explanation) -> str:
+def _summary(explanation: Explanation) -> list[str]:
     settings = explanation.settings
     parts = [str(settings[key]) for key in ("model", "method", "mode") if settings.get(key)]
     if settings.get("factor") is not None:
         parts.append(f"factor {settings['factor']:g}")
     kind = settings.get("units")
     parts.append(f"{len(explanation.units)} {f'{kind} ' if isinstance(kind, str) else ''}units")
-    return " · ".join(parts)
+    return parts
 
 
 def _shown(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(key, _in_words(value)) for key, value in values.items()]
 
 
-def _in_words(value: Any) -> str:
-    """A JSON value without its punctuation."""
+def _in_words(value: Any, levels: int = 8) -> str:
+    """A JSON value without its punctuation; what is nested too deep to read is left out."""
     if value is None:
         return "none"
+    if isinstance(value, dict | list) and not levels:
+        return "…"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_in_words(member)}" for key, member in value.items())
+        return ", ".join(f"{key} {_in_words(member, levels - 1)}" for key, member in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
+        return ", ".join(_in_words(member, levels - 1) for member in value)
     return str(value)

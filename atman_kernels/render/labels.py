@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING
+
+from atman_kernels.render.characters import BLANK, isolated, name, pieces, printable, supported
 
 if TYPE_CHECKING:
     from atman_kernels.explain.explanation import Explanation
 
-# Control characters but line feed and tab, and halves of surrogate pairs: shown instead of obeyed.
-_SHOWN = (
-    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-    | {0x7F: "␡"}
-    | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "�")
-)
-
-
-def printable(text: str) -> str:
-    """Text that a terminal or a page displays and never obeys; line feeds and tabs stay."""
-    return text.translate(_SHOWN)
-
 
 def label(text: str, limit: int = 40) -> str:
-    """A unit's text on one line of at most `limit` characters; shows spaces where there is nothing else."""
-    if not text.strip(" "):
-        text = "␣" * len(text) or "∅"
-    text = printable(text.strip(" ").replace("\n", "↵").replace("\t", "⇥"))
-    if len(text) <= limit:
-        return text
-    kept = limit - 1
-    return f"{text[: (kept + 1) // 2].rstrip()}…{text[len(text) - kept // 2 :].lstrip()}"
+    """A unit's text on one line of at most `limit` characters.
+
+    Nothing in it is obeyed or looks empty: blanks are shown where there is nothing else, those that are no spaces also
+    at either end; a mark without its letter stands on a circle.
+    """
+    text = text.strip(" ") or " " * len(text)
+    inner = text.strip(_BLANKS)
+    start = text.index(inner) if inner else len(text)
+    shown = [
+        *_visible(text[:start], everything=not inner),
+        *(_LINE.get(piece, piece) for piece in pieces(inner)),
+        *_visible(text[start + len(inner) :]),
+    ] or ["∅"]
+    shown[0] = supported(shown[0])
+    if sum(map(len, shown)) <= limit:
+        return "".join(shown)
+    head, tail = _fitting(shown, limit // 2), _fitting(shown[::-1], (limit - 1) // 2)[::-1]
+    return f"{''.join(head).rstrip()}…{''.join(tail).lstrip()}"
+
+
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + BLANK
+_LINE = {"\n": "↵", "\t": "⇥"}
+
+
+def _visible(blanks: str, everything: bool = False) -> list[str]:
+    space = "␣" if everything else " "
+    return [space if blank == " " else _LINE.get(blank) or name(blank) for blank in blanks]
+
+
+def _fitting(shown: list[str], limit: int) -> list[str]:
+    """As many of the first pieces as have no more than `limit` characters together."""
+    lengths = accumulate(map(len, shown))
+    return [piece for piece, length in zip(shown, lengths, strict=True) if length <= limit]
 
 
 def signed(value: float) -> str:
@@ -40,20 +57,20 @@ def signed(value: float) -> str:
 
 def likelihood(explanation: Explanation) -> tuple[str, str]:
     """How likely the model finds the answer, as a logarithm and in another way; for a contrast, its log odds."""
-    logprob = float(explanation.base_logprobs.sum())
+    logprob = float(explanation.base_logprobs.double().sum())
     if explanation.value != "log-probability":
-        return f"{explanation.value} {signed(logprob)}", "with nothing suppressed"
+        return f"{printable(explanation.value)} {signed(logprob)}", "with nothing suppressed"
     if explanation.versus is None:
         return f"log p {signed(logprob)}", percent(logprob)
     both = [f"{signed(value)}" for value in explanation.settings.get("logprobs", {}).values()]
     return f"log odds {signed(logprob)}", f"log p {' and '.join(both)}"
 
 
-def token_label(explanation: Explanation, token: int) -> str:
-    """What stands for a target token; a contrast's only one names both answers."""
+def token_label(explanation: Explanation, token: int, isolated: Callable[[str], str] = isolated) -> str:
+    """What stands for a target token, each label `isolated`; a contrast's only one names both answers."""
     if explanation.versus is None:
-        return label(explanation.target_tokens[token], 24)
-    return f"{label(explanation.target, 24)} rather than {label(explanation.versus, 24)}"
+        return isolated(label(explanation.target_tokens[token], 24))
+    return " rather than ".join(isolated(label(answer, 24)) for answer in (explanation.target, explanation.versus))
 
 
 def give_or_take(error: float | None) -> str:

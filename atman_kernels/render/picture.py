@@ -117,6 +117,7 @@ def _side_by_side(panels: list[Image.Image], captions: list[str]) -> Image.Image
     font, pen = ImageFont.load_default(), ImageDraw.Draw(whole)
     for place, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
         left = place * (width + GAP)
-        pen.text((left + 2, 4), caption.encode("latin-1", "replace").decode("latin-1"), fill="black", font=font)
+        drawn = caption.encode("latin-1", "backslashreplace").decode("latin-1")  # what the font has
+        pen.text((left + 2, 4), drawn, fill="black", font=font)
         whole.paste(panel, (left, CAPTION))
     return whole

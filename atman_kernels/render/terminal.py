@@ -15,7 +15,8 @@ from rich.style import Style
 from rich.text import Text
 
 from atman_kernels.render import NEGATIVE, POSITIVE
-from atman_kernels.render.labels import give_or_take, label, likelihood, printable, signed, token_label
+from atman_kernels.render.characters import isolated, printable, supported
+from atman_kernels.render.labels import give_or_take, label, likelihood, signed, token_label
 from atman_kernels.render.segments import Segment, ranked, segments, strongest
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class _Canvas:
         text = printable(text)
         return text.encode("ascii", "backslashreplace").decode() if self.ascii else text
 
+    def alone(self, text: str) -> str:
+        """A label that keeps its neighbours in their places, whichever way it is written."""
+        return isolated(self.safe(text))
+
     def number(self, value: float) -> str:
         return self.safe(signed(value).replace("−", "-") if self.ascii else signed(value))
 
@@ -91,7 +96,7 @@ class _Canvas:
         )
         line = Text.assemble(("Answer", "bold"), (f"  {whole}", "dim"), "\n")
         for token, logprob in enumerate(logprobs):
-            line.append(self.safe(token_label(self.explanation, token)), "bold")
+            line.append(token_label(self.explanation, token, self.alone), "bold")
             line.append(f" {self.number(logprob)}   ", "dim")
         line.rstrip()
         return line
@@ -118,12 +123,14 @@ class _Canvas:
             members = list(group)
             text = "".join(piece.text for piece in members) or self.chip(members[0])
             if unit in self.listed:
-                inner = text.strip() or label(text)
+                inner = supported(text.strip()) or label(text)
                 before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
                 if text.isspace():
                     before, after = "", "\n" * text.count("\n")
-                text = f"{before}[{self.listed.index(unit) + 1}:{inner}]{after}"
-            bracketed.append(self.safe(text))
+                text = f"[{self.listed.index(unit) + 1}:{self.alone(inner)}]"
+                bracketed.append(f"{self.safe(before)}{text}{self.safe(after)}")
+            else:
+                bracketed.append(self.safe(text))
         return bracketed
 
     def chip(self, piece: Segment) -> str:
@@ -143,7 +150,7 @@ class _Canvas:
         return Style(color=ink, bgcolor=Color.from_triplet(ColorTriplet(*mixed)))
 
     def ranking(self) -> Text:
-        labels = [self.safe(label(self.explanation.units[unit].text)) for unit in self.listed]
+        labels = [self.alone(label(self.explanation.units[unit].text)) for unit in self.listed]
         width = max(map(cell_len, labels), default=0)
         numbers = [self.uncertain(unit) for unit in self.listed]
         digits = max([7, *map(len, numbers)])
