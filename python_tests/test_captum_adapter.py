@@ -85,6 +85,16 @@ def test_atman_is_the_eager_definition(model, tokenizer, mode, layers):
     assert [text.strip() for text in result.output_tokens] == ANSWER.split()
 
 
+def test_tokens_are_shown_as_captum_shows_them(tiny_llama):
+    model, tokenizer = ak.load_model(tiny_llama, dtype="float32", device="cpu")
+    attribution = AtManAttribution(model, tokenizer, progress=False)
+    for target in ("🦊", " the dog 🦊\nand 本", " Pilot  "):
+        result = attribution.attribute("The dog is", target)
+        theirs = stock(model, tokenizer, TextTokenInput("The dog is", tokenizer), target)
+        assert result.output_tokens == theirs.output_tokens
+    assert attribution.attribute("The dog is", "🦊").output_tokens[0] == "🦊"
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "deepseek_v3"])
 def test_atman_is_captums_ablation_of_the_suppressed_input(tokenizer, family):
     model = tiny_models.build(family)

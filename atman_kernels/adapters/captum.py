@@ -30,6 +30,7 @@ from atman_kernels.adapters.token_question import run_rows, suppressing, token_q
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.question import Question, UnitChoice, encode, special_flags
+from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.planning.units import Unit, split_units
@@ -272,7 +273,7 @@ class AtManAttribution(SuppressedLLMAttribution):
         scores = given.format_attr((outcome.unperturbed[0] - outcome.perturbed[0]).T)  # (m, n_features)
         return LLMAttributionResult(
             input_tokens=given.values,
-            output_tokens=[self.tokenizer.decode([token]) for token in asked.question.targets.tolist()],
+            output_tokens=_shown(self.tokenizer, asked.question.targets.tolist()),
             seq_attr=scores.sum(dim=0),
             token_attr=scores,
             output_probs=outcome.unperturbed[0].exp(),
@@ -309,6 +310,17 @@ class _Answers:
         rows = self.inp.factors(torch.stack([self._presences[key] for key in keys]))
         outcome = run_rows(self.inp.explainer, [self.inp.question], [rows])
         self._logprobs |= dict(zip(keys, outcome.perturbed[0], strict=True))
+
+
+def _shown(tokenizer: Any, ids: list[int]) -> list[str]:
+    """Tokens as captum shows them: a character of several tokens with each of them, from the second on marked so."""
+    texts, _ = token_texts_of(tokenizer, ids)
+    shown = []
+    for at, text in enumerate(texts):
+        whole = next(filter(None, texts[at:]), text)  # the last token of a character has its text
+        overlaps = at > 0 and not texts[at - 1]
+        shown.append(whole.replace("\n", "\\n").strip() + (" [OVERLAP]" if overlaps else ""))
+    return shown
 
 
 # From captum's inputs to units -----------------------------------------------------------------------------------

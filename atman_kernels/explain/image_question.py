@@ -19,9 +19,9 @@ from atman_kernels.explain.question import (
     greedy_answer,
     prompt_text,
     special_flags,
-    token_texts_of,
 )
 from atman_kernels.explain.reading import Reading
+from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.hf.image_layouts import ImageTokens, image_family_of, image_tokens
 from atman_kernels.hf.images import (
     checked_inputs,

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.image_places import ImageUnitChoice, check_image_units
-from atman_kernels.explain.question import encode, special_flags, token_texts_of
+from atman_kernels.explain.question import encode, special_flags
 from atman_kernels.explain.reading import checked_text, read_image
+from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.explain.whole_rows import Task
 from atman_kernels.hf.blip import BlipRun, answer_logprobs, answers_questions, image_states, source_states
 from atman_kernels.hf.images import refusals_named

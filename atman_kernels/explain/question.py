@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
+from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.hf.interface import decoder_of
 from atman_kernels.hf.packability import grows_with_length
 from atman_kernels.hf.sequence import Embedded, Pictured
@@ -148,25 +149,6 @@ def special_flags(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bo
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [i in special for i in ids]
-
-
-def token_texts_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[str], list[tuple[int, int]]]:
-    """The text of every token, such that they join to the whole, and its characters therein.
-
-    A character that is spread over several tokens is shown with the last of them.
-    """
-    pieces: list[str] = []
-    offsets: list[tuple[int, int]] = []
-    position, shown = 0, ""
-    for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if end < len(ids) and whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            whole = shown
-        piece = whole[len(shown) :] if whole.startswith(shown) else tokenizer.decode(ids[end - 1 : end])
-        offsets.append((position, position + len(piece)))
-        pieces.append(piece)
-        position, shown = position + len(piece), whole
-    return pieces, offsets
 
 
 def greedy_answer(

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
-from atman_kernels.explain.question import special_flags, token_texts_of
+from atman_kernels.explain.question import special_flags
 from atman_kernels.explain.reading import Reading, checked_text
+from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.explain.whole_rows import Task
 from atman_kernels.hf.forward import logprobs_of
 
