@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import stat
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
+from rich.console import Console
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explanation import Explanation
@@ -26,6 +30,7 @@ FIELDS: dict[str, Any] = {
     "settings": {"mode": "log_additive", "factor": 0.1, "layers": None},
     "stats": {"seconds": 1.5},
 }
+UNIT = {"text": "The", "start": 0, "end": 3, "token_indices": [0]}
 
 
 def build(**changes: Any) -> Explanation:
@@ -167,10 +172,28 @@ class TestFile:
             ({"target_tokens": [1, 2]}, "target_tokens must be"),
             ({"units": {}}, "units must be a list, got dict"),
             ({"units": ["The", " sky", " is"]}, "wrong form"),
-            ({"units": [{"text": "The", "start": 0, "end": 3, "token_indices": [0]}] * 3}, "source"),
+            ({"units": [UNIT] * 3}, "source"),
             ({"prompt": None}, "prompt must be a str"),
             ({"stats": []}, "stats must be a dict"),
+            *(
+                ({"settings": {name: value}}, rf"settings\['{name}'\] must be {expected}, got")
+                for name, expected, value in (
+                    ("measure", "a str", 3),
+                    ("value", "a str", ["logit"]),
+                    ("versus", "a str", {"text": "no"}),
+                    ("model", "a str", 1.5),
+                    ("method", "a str", []),
+                    ("mode", "a str", True),
+                    ("factor", "a number", "0.1"),
+                    ("factor", "a number", False),
+                    ("factor", "a number", 10**400),
+                    ("logprobs", "a dict of numbers", [1, 2]),
+                    ("logprobs", "a dict of numbers", {"target": "x"}),
+                )
+            ),
+            ({"units": [UNIT | {"box": [0, 0, 10**400, 9], "source": "image"}] * 3}, r"units\[0\].box must be"),
         ],
+        ids=str,
     )
     def test_each_wrong_field_of_a_file_is_named(self, tmp_path, change, message):
         path = tmp_path / "e.json"
@@ -179,6 +202,36 @@ class TestFile:
         with pytest.raises(InputError, match=message) as caught:
             Explanation.load(path)
         assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            dict.fromkeys(("measure", "value", "versus", "model", "mode", "factor", "logprobs", "images")),
+            {"images": 3},
+            {"images": [{"width": "x", "height": [1]}]},
+            {"units": {"a": []}, "layers": "all", "factor": 10**300, "\ud800": "\ud800\u202e"},
+            {"measure": "\ud800", "value": "\ud800", "model": "\ud800"},
+            {"versus": "\ud800"},
+            json.loads("[" * 900 + "]" * 900) and {"nested": json.loads("[" * 900 + "]" * 900)},
+        ],
+        ids=lambda settings: repr(settings)[:30],
+    )
+    @pytest.mark.parametrize("scale", [1.0, 3e38])
+    def test_what_loads_can_be_shown(self, tmp_path, settings, scale):
+        build(settings={}).save(tmp_path / "e.json")
+        content = json.loads((tmp_path / "e.json").read_text()) | {"settings": settings}
+        content["scores"] = [[scale, scale], [-scale, scale], [-scale, -scale]]
+        content["base_logprobs"] = [-scale, -scale]
+        content["units"][0] |= {"source": "image", "box": [0, 0, 2, 2]}
+        (tmp_path / "e.json").write_text(json.dumps(content))
+        explanation = Explanation.load(tmp_path / "e.json")
+        stream = io.StringIO()
+        explanation.show(console=Console(file=stream))
+        assert stream.getvalue().encode()
+        assert explanation.to_html().encode()
+        assert repr(explanation)
+        for kind in ("bar", "heat"):
+            plt.close(explanation.plot(kind).figure)
 
     @pytest.mark.parametrize("name", list(FIELDS))
     def test_each_missing_field_is_named(self, tmp_path, name):
@@ -209,6 +262,10 @@ class TestFile:
     def test_missing_file_is_reported_as_such(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             Explanation.load(tmp_path / "none.json")
+
+
+def _refuse(path, *_args):
+    raise PermissionError(errno.EACCES, "Permission denied", path)
 
 
 class TestWriting:
@@ -270,7 +327,72 @@ class TestWriting:
         write(tmp_path / "file")
         assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
-    @pytest.mark.parametrize("name", ["", "none/file"])
+    @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o444])
+    @pytest.mark.parametrize("umask", [0o022, 0o077])
+    def test_permissions_and_owner_stay(self, write, tmp_path, mode, umask):
+        path = tmp_path / "file"
+        path.write_text("old")
+        path.chmod(mode)
+        if os.geteuid() == 0:
+            os.chown(path, 12345, 54321)
+        before, umask_before = path.stat(), os.umask(umask)
+        try:
+            write(path)
+        finally:
+            os.umask(umask_before)
+        after = path.stat()
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+        assert path.read_text() != "old"
+
+    def test_nobody_else_ever_sees_what_is_private(self, write, tmp_path, monkeypatch):
+        path, seen = tmp_path / "file", []
+        path.touch(0o600)
+        replace, chmod = os.replace, os.fchmod
+        monkeypatch.setattr(os, "fchmod", lambda number, mode: (seen.append(os.fstat(number)), chmod(number, mode)))
+        monkeypatch.setattr(os, "replace", lambda *files: (seen.append(os.stat(files[0])), replace(*files)))
+        write(path)
+        assert [stat.S_IMODE(found.st_mode) for found in seen] == [0o600, 0o600]
+
+    def test_other_names_of_a_file_keep_their_content(self, write, tmp_path):
+        (tmp_path / "one").write_text("old")
+        os.link(tmp_path / "one", tmp_path / "other")
+        write(tmp_path / "one")
+        assert (tmp_path / "other").read_text() == (tmp_path / "one").read_text() != "old"
+
+    def test_an_open_descriptor_goes_on_where_it_stands(self, write, tmp_path):
+        """What a shell makes of `>> file` and /dev/stdout, or of >(…)."""
+        with (tmp_path / "file").open("w+") as file:
+            file.write("before")
+            file.flush()
+            write(f"/dev/fd/{file.fileno()}")
+            file.write("after")
+        text = (tmp_path / "file").read_text()
+        assert text.startswith(("before{", "before<"))
+        assert text.endswith("after")
+        read, end = os.pipe()
+        write(f"/proc/self/fd/{end}")
+        os.close(end)
+        with os.fdopen(read) as reader:
+            assert reader.read() in text
+
+    def test_a_file_in_a_folder_where_none_can_be_made(self, write, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("old")
+        monkeypatch.setattr("atman_kernels.files.os.open", _refuse)
+        write(tmp_path / "file")
+        assert (tmp_path / "file").read_text() != "old"
+        with pytest.raises(PermissionError, match=r"Permission denied: '.*/new'$"):  # not the hidden one beside it
+            write(tmp_path / "new")
+
+    @pytest.mark.parametrize("path", ["/proc/none", "loop", "x" * 300, "null\0byte", "/dev/fd/987654", "/dev/full"])
+    def test_what_cannot_be_written_is_named(self, write, tmp_path, monkeypatch, path):
+        monkeypatch.chdir(tmp_path)
+        os.symlink("loop", "loop")
+        with pytest.raises(OSError, match=r"\S") as caught:
+            write(path)
+        assert caught.value.filename == path
+        assert os.listdir() == ["loop"]
+
+    @pytest.mark.parametrize("name", ["", "none/file", "none/"])
     def test_no_place_to_write(self, write, tmp_path, name):
         with pytest.raises(InputError, match="path must be a file in an existing folder"):
-            write(tmp_path / name)
+            write(f"{tmp_path}/{name}")

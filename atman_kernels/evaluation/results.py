@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atman_kernels.errors import InputError
+from atman_kernels.files import check_destination
 
 FORMAT = "atman-quality"
 VERSION = 2
@@ -29,8 +30,9 @@ class ResultFile:
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
         self.path = Path(path)
         self.header = {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(header))}
-        if not self.path.absolute().parent.is_dir() or self.path.is_dir():
-            raise InputError(f"path must be a file in an existing folder, got {os.fspath(path)!r}")
+        check_destination(path)
+        if self.path.exists() and not self.path.is_file():
+            raise InputError(f"path must be a file, which a later run can read; {os.fspath(path)!r} is none")
         self.entries: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = {}
         if self.path.exists() and self.path.stat().st_size:
@@ -75,7 +77,7 @@ class ResultFile:
         whole = text[: text.rfind(b"\n") + 1]
         try:
             header, *entries = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path} is no result file: {error}") from error
         found = header.get("format") if isinstance(header, dict) else None
         if found != FORMAT:
@@ -89,6 +91,10 @@ class ResultFile:
                 f"{self.path} is of another run: {name} was {header.get(name)!r}, now it is {self.header[name]!r}; "
                 "give another file, or the same options to continue"
             )
+        for number, entry in enumerate(entries, 2):
+            fits = isinstance(entry, dict) and isinstance(entry.get("setting"), str)
+            if not fits or not ({"definition", "item"} & entry.keys()):
+                raise InputError(f"{self.path} is no result file: line {number} is no measurement")
         if len(whole) < len(text):
             with open(self.path, "rb+") as stream:
                 stream.truncate(len(whole))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atman_kernels.errors import InputError
+from atman_kernels.files import write_whole
 from atman_kernels.planning.units import Unit
 
 if TYPE_CHECKING:
@@ -85,16 +85,17 @@ class Explanation:
             _check_tensor("standard_errors", self.standard_errors, (len(self.units),))
         for name in ("settings", "stats"):
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
+        _check_settings(self.settings)
 
     @property
     def measure(self) -> str:
         """What a score is, with its unit."""
-        return str(self.settings.get("measure", RISE))
+        return self.settings.get("measure") or RISE
 
     @property
     def value(self) -> str:
         """What the model says of a target token: its "log-probability", or else a "logit" or "cosine"."""
-        return str(self.settings.get("value", LOG_PROBABILITY))
+        return self.settings.get("value") or LOG_PROBABILITY
 
     @property
     def measures_suppression(self) -> bool:
@@ -104,13 +105,12 @@ class Explanation:
     @property
     def versus(self) -> str | None:
         """The other answer, if this explains why the model prefers one to the other."""
-        other = self.settings.get("versus")
-        return None if other is None else str(other)
+        return self.settings.get("versus")
 
     @property
     def total(self) -> torch.Tensor:
-        """(n_units,) float32: each unit's scores summed over the target tokens."""
-        return self.scores.sum(dim=1)
+        """(n_units,) float32: each unit's scores summed over the target tokens; finite, as they are."""
+        return self.scores.sum(dim=1).nan_to_num()
 
     def top(self, k: int = 10) -> list[tuple[Unit, float]]:
         """The k units with the highest total (all if there are fewer), highest first, ties in reading order.
@@ -142,7 +142,7 @@ class Explanation:
 
         text = page(self, images)
         if path is not None:
-            _write_whole(path, text.encode("utf-8"))
+            write_whole(path, text.encode("utf-8"))
         return text
 
     def _repr_html_(self) -> str:
@@ -217,7 +217,7 @@ class Explanation:
         if path is not None:
             buffer = io.BytesIO()
             drawn.save(buffer, "PNG")
-            _write_whole(path, buffer.getvalue())
+            write_whole(path, buffer.getvalue())
         return drawn
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -225,7 +225,12 @@ class Explanation:
 
         Raises:
             InputError: path is a folder or lies in a folder that does not exist.
+            OSError: it cannot be written.
         """
+        write_whole(path, self.to_json().encode("ascii"))
+
+    def to_json(self) -> str:
+        """What `save` writes: one line of JSON in ASCII characters."""
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         content |= {field.name: getattr(self, field.name) for field in fields(self)}
         content["units"] = [asdict(unit) for unit in self.units]
@@ -233,7 +238,7 @@ class Explanation:
         content["scores"] = self.scores.tolist()
         content["base_logprobs"] = self.base_logprobs.tolist()
         content["standard_errors"] = None if self.standard_errors is None else self.standard_errors.tolist()
-        _write_whole(path, (json.dumps(content, allow_nan=False) + "\n").encode("utf-8"))
+        return json.dumps(content, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
@@ -255,7 +260,7 @@ class Explanation:
     def __repr__(self) -> str:
         n_units, n_tokens = self.scores.shape
         name = "log odds" if self.versus is not None else "log p" if self.value == LOG_PROBABILITY else self.value
-        likelihood = f"{name} = {float(self.base_logprobs.sum()):.2f}"
+        likelihood = f"{name} = {float(self.base_logprobs.double().sum()):.2f}"
         strongest = ", ".join(f"{_shortened(unit.text)} {score:+.2f}" for unit, score in self.top(3))
         return (
             f"Explanation({n_units} units × {n_tokens} target tokens, target={_shortened(self.target)}, "
@@ -296,7 +301,7 @@ def _check_box(i: int, unit: Unit) -> None:
     if (
         not isinstance(box, tuple)
         or len(box) != 4
-        or not all(map(_is_index, box))
+        or not all(_is_index(side) and side < 1 << 31 for side in box)
         or box[0] >= box[2]
         or box[1] >= box[3]
     ):
@@ -335,6 +340,30 @@ def _json_copy(name: str, value: object) -> dict[str, Any]:
         raise InputError(f"{name} must hold JSON types only: {error}") from error
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308  # JSON has longer ints
+
+
+# What an explanation is shown by, in JSON types; other settings may be anything, and null is the same as none.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("measure", "value", "versus", "model", "method", "mode", "dtype", "path"),
+        (lambda value: isinstance(value, str), "a str"),
+    ),
+    "factor": (_is_number, "a number"),
+    "logprobs": (
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+        "a dict of numbers",
+    ),
+}
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name, (fits, expected) in _SETTINGS.items():
+        if settings.get(name) is not None and not fits(settings[name]):
+            raise InputError(f"settings[{name!r}] must be {expected}, got {_shortened(repr(settings[name]), 80)}")
+
+
 def _from_json(content: Any) -> Explanation:
     """An Explanation from parsed JSON of any origin; whatever is wrong with it becomes an InputError."""
     found = content.get("format") if isinstance(content, dict) else None
@@ -370,23 +399,3 @@ def _list(name: str, value: object) -> list[Any]:
     if not isinstance(value, list):
         raise InputError(f"{name} must be a list, got {type(value).__name__}")
     return value
-
-
-def _write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that nobody ever finds a part of it: beside the file, then moved into its place."""
-    file = Path(os.path.realpath(path))  # a link keeps pointing at the file
-    if file.is_dir() or not file.parent.is_dir():
-        raise InputError(f"path must be a file in an existing folder, got {os.fspath(path)!r}")
-    if file.exists() and not file.is_file():  # /dev/null, a pipe: nothing to move into place
-        file.write_bytes(data)
-        return
-    unfinished = file.with_name(f".{uuid.uuid4().hex}.tmp")  # created by open, so with the usual permissions
-    try:
-        with open(unfinished, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
