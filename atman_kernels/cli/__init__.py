@@ -1,8 +1,8 @@
 """The command line: `atman explain | steer | demo | doctor | bench`.
 
-Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 3 this model or backend cannot do it, 130 interrupted.
-Results go to standard output, messages and progress to standard error. Whatever takes long to import is imported
-inside the commands, so that `atman --help` answers at once.
+Exit codes: 0 done, 1 unexpected failure or a result that could not be written, 2 wrong usage or input, 3 this model or
+backend cannot do it, 130 interrupted. Results go to standard output, messages and progress to standard error
+(`output.py`). Whatever takes long to import is imported inside the commands, so that `atman --help` answers at once.
 """
 
 from typing import Any
@@ -10,40 +10,49 @@ from typing import Any
 import click
 
 import atman_kernels
-from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, steer
+from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, output, steer
+from atman_kernels.cli.output import Failure, NotWrittenError
 from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
 
 UNEXPECTED, WRONG_INPUT, UNSUPPORTED, INTERRUPTED = 1, 2, 3, 130
 
 
-def _failure(message: str, exit_code: int) -> click.ClickException:
-    """One line on standard error and an exit code."""
-    failure = click.ClickException(" ".join(message.split()))
-    failure.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
-    return failure
-
-
-def _failure_of(error: Exception) -> click.ClickException:
+def _failure_of(error: Exception) -> Failure:
     if isinstance(error, InputError):
-        return _failure(str(error), WRONG_INPUT)
+        return Failure(str(error), WRONG_INPUT)
     if isinstance(error, UnsupportedModelError | BackendUnavailableError):
-        return _failure(str(error), UNSUPPORTED)
-    return _failure(f"{type(error).__name__}: {error} (atman --traceback … shows where)", UNEXPECTED)
+        return Failure(str(error), UNSUPPORTED)
+    if isinstance(error, NotWrittenError):
+        return Failure(str(error), UNEXPECTED)
+    return Failure(f"{type(error).__name__}: {error} (atman --traceback ... shows where)", UNEXPECTED)
 
 
 class _Commands(click.Group):
     """A group whose commands fail in one line, unless the traceback is asked for."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        output.prepare()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:  # click's own help could not be written
+            output.lose(error)
+            raise SystemExit(UNEXPECTED) from None
+        except SystemExit as end:  # how click ends a program
+            if not output.finish() and not end.code:
+                raise SystemExit(UNEXPECTED) from None
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            output.check_standard_output()
             return super().invoke(ctx)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else ctx.command_path
-            raise _failure(f"{error.format_message()} ({path} --help shows how)", WRONG_INPUT) from error
+            raise Failure(f"{error.format_message()} ({path} --help shows how)", WRONG_INPUT) from error
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort) as error:
-            raise _failure("interrupted", INTERRUPTED) from error
+            raise Failure("interrupted", INTERRUPTED) from error
         except Exception as error:
             if ctx.params["traceback"]:
                 raise

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import atman_kernels
-from atman_kernels.cli.model import say
+from atman_kernels.cli.output import check_destinations, say, show, shown, write
 from atman_kernels.errors import InputError
+from atman_kernels.files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +57,8 @@ def _checkout() -> Path:
 
 @command.command("ops")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--length", "lengths", type=click.IntRange(min=2), multiple=True, help="Prompt length; repeatable.")
-@click.option("--device", help="cpu, cuda, …  [default: a GPU if there is one]")
+@click.option("--length", "lengths", type=click.IntRange(2, 32768), multiple=True, help="Prompt length; repeatable.")
+@click.option("--device", help="cpu, cuda, ...  [default: a GPU if there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 def ops(as_json: bool, lengths: tuple[int, ...], device: str | None, dtype: str) -> None:
     """Time packed suppressed attention against scaled_dot_product_attention with a float bias.
@@ -69,7 +70,7 @@ def ops(as_json: bool, lengths: tuple[int, ...], device: str | None, dtype: str)
     target = resolve_device(device)
     rows = [measure(length, target, resolve_dtype(dtype, target)) for length in lengths or LENGTHS]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        write(json.dumps(rows, indent=2) + "\n")
     else:
         _print(rows, f"{dtype} on {target}, {HEADS} heads of {HEAD_DIM} over {KV_HEADS} key-value heads")
 
@@ -108,18 +109,21 @@ def tune(dry_run: bool, regimes: tuple[str, ...], dtypes: tuple[str, ...], dims:
         and (not dtypes or key.dtype in dtypes)
         and (not dims or str(key.head_dim) in dims)
     ]
+    path = configs.FOLDER / f"{name}.json"
+    if not dry_run:
+        check_destinations({"the package's table": str(path)})
     say(f"{torch.cuda.get_device_name(device)}, {len(wanted)} of {len(table)} entries of {name}")
     for found in tuning.tune(table, wanted, device):
         table[found.key] = found.new
-        click.echo(
-            f"{found.key.dtype} {found.key.regime:6} {found.key.head_dim:3}  "
-            f"{_tile(found.old)} {found.old_milliseconds:.3f} ms -> {_tile(found.new)} {found.new_milliseconds:.3f} ms"
+        old, new = (
+            f"{_tile(tile)} {milliseconds:.3f} ms"
+            for tile, milliseconds in ((found.old, found.old_milliseconds), (found.new, found.new_milliseconds))
         )
+        write(f"{found.key.dtype} {found.key.regime:6} {found.key.head_dim:3}  {old} -> {new}\n")
     if dry_run:
         say("nothing was written")
         return
-    path = configs.FOLDER / f"{name}.json"
-    path.write_text(configs.dump(table), encoding="utf-8")
+    write_whole(path, configs.dump(table).encode("utf-8"))
     say(f"wrote {path}")
 
 
@@ -228,10 +232,9 @@ def _milliseconds(run: Callable[[], object], device: "torch.device") -> float:
 
 
 def _print(rows: list[dict[str, Any]], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=shown(title))
     for heading in ("tokens", "packed, ms/variant", "dense bias, ms/variant", "ratio", "max difference"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -242,4 +245,4 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
             f"{row['ratio']:.1f}",
             f"{row['largest_difference']:.1e}",
         )
-    Console().print(table)
+    show(table)

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atman_kernels.cli.explain import MODES, UNITS
-from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.cli.model import device_options, load, warnings_as_messages
+from atman_kernels.cli.output import Result, check_destinations, deliver, progress_is_seen, say, shown
+from atman_kernels.cli.output import show as show_here
+from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,20 +34,22 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 @click.option("--model", metavar="ID|FOLDER|smollm2", default="smollm2", show_default=True)
 @click.option("--split", type=click.Choice(["dev", "test", "all"]), default="test", show_default=True)
 @click.option("--items", type=click.IntRange(min=1), help="Only N of them, passage by passage.  [default: all]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the passages' random order.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the passages' random order.")
 @click.option("--methods", metavar="NAME,NAME", help="Which methods to compare.  [default: all but shapley and lasso]")
 @click.option("--sweep", is_flag=True, help="AtMan alone, in every mode with several factors and thresholds.")
 @click.option("--mode", type=click.Choice(MODES), help="Of AtMan.  [default: the package's]")
-@click.option("--factor", type=click.FloatRange(min=0), help="Of AtMan.  [default: the package's]")
-@click.option("--threshold", type=click.FloatRange(0, 1, min_open=True), help="Of AtMan.  [default: none]")
-@click.option("--ig-steps", type=click.IntRange(min=1), default=32, show_default=True, help="Of integrated gradients.")
+@click.option("--factor", type=Number(0, LARGEST_FACTOR), help="Of AtMan.  [default: the package's]")
+@click.option("--threshold", type=Number(0, 1, min_open=True), help="Of AtMan.  [default: none]")
+@click.option(
+    "--ig-steps", type=click.IntRange(1, 10_000), default=32, show_default=True, help="Of integrated gradients."
+)
 @click.option("--units", type=click.Choice(UNITS), default="token", show_default=True)
 @click.option("--chat/--no-chat", default=False, help="Ask through the model's chat template.")
 @click.option("--faithfulness", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
               help="Run deletion and insertion curves for the first N items.")  # fmt: skip
 @click.option("--results", metavar="FILE", default="quality.jsonl", show_default=True,
               help="Every measurement, as it is finished; later runs go on from it and add to it.")  # fmt: skip
-@click.option("--json", "json_file", metavar="FILE", help="Write the table as JSON, too.")
+@click.option("--json", "json_file", metavar="FILE|-", help="Write the table as JSON, too; - instead of it.")
 @device_options
 def command(
     squad: str,
@@ -74,6 +79,7 @@ def command(
     """
     if sweep and methods:
         raise InputError("--sweep is AtMan alone; leave out --methods")
+    check_destinations({"--results": results, "--json": json_file}, {"--squad": squad})
     from tqdm.auto import tqdm
 
     from atman_kernels.evaluation.quality import Task, agreement, measure, summarize
@@ -102,18 +108,21 @@ def command(
     file = ResultFile(results, header)
     with warnings_as_messages():
         loaded, tokenizer = load(model, device=device, dtype=dtype)
-        with tqdm(total=len(chosen) * len(settings), unit="explanation", desc="explaining") as bar:
+        hidden = not progress_is_seen()
+        with tqdm(total=len(chosen) * len(settings), unit="explanation", desc="explaining", disable=hidden) as bar:
             measure(loaded, tokenizer, chosen, settings, task, file, bar.update)
     wanted = {item.id for item in chosen}
     named = {setting.name for setting in settings}
     entries = [entry for entry in file.entries if entry["item"] in wanted and entry["setting"] in named]
     summaries = summarize(entries)
-    show(summaries)
-    if json_file is not None:
-        facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "items": len(chosen), "seed": seed}
-        facts |= {"settings": {name: file.settings[name] for name in named}}
+    facts = {"dtype": str(loaded.dtype).removeprefix("torch."), "items": len(chosen), "seed": seed}
+    facts |= {"settings": {name: file.settings[name] for name in named}}
+
+    def as_json() -> str:
         ranks = {f"{one} / {other}": value for (one, other), value in agreement(entries).items()}
-        write(json_file, header | facts, summaries, ranks)
+        return table_as_json(header | facts, summaries, ranks)
+
+    deliver([Result("--json", json_file, as_json)], lambda: show(summaries))
 
 
 def compared(methods: str | None, explainer: dict[str, Any], ig_steps: int) -> list["Setting"]:
@@ -147,16 +156,17 @@ def swept() -> list["Setting"]:
 def show(summaries: Sequence["Summary"]) -> None:
     """The table, with half the width of the 95 % interval behind each mean."""
     from rich import box
-    from rich.console import Console
     from rich.table import Column, Table
 
-    shown = [name for name in COLUMNS if any(name in summary.values for summary in summaries)]
-    table = Table("", *(Column(name, justify="right", no_wrap=True) for name in ("items", *shown)), box=box.SIMPLE_HEAD)
+    columns = [name for name in COLUMNS if any(name in summary.values for summary in summaries)]
+    table = Table(
+        "", *(Column(name, justify="right", no_wrap=True) for name in ("items", *columns)), box=box.SIMPLE_HEAD
+    )
     table.columns[0].no_wrap = True
     for summary in summaries:
-        cells = [_cell(summary, name) for name in shown] if summary.items else [summary.refused or ""]
-        table.add_row(summary.setting, str(summary.items), *cells)
-    Console(width=max(Console().width, WIDTH)).print(table)
+        cells = [_cell(summary, name) for name in columns] if summary.items else [summary.refused or ""]
+        table.add_row(*map(shown, (summary.setting, str(summary.items), *cells)))
+    show_here(table, wide=WIDTH)
 
 
 def _cell(summary: "Summary", name: str) -> str:
@@ -169,12 +179,11 @@ def _cell(summary: "Summary", name: str) -> str:
     return f"{factor * summary.values[name]:.{digits}f} ±{factor * (high - low) / 2:.{digits}f}"
 
 
-def write(path: str, header: dict[str, Any], summaries: Sequence["Summary"], ranks: dict[str, float]) -> None:
+def table_as_json(header: dict[str, Any], summaries: Sequence["Summary"], ranks: dict[str, float]) -> str:
     rows = [
         {"setting": s.setting, "items": s.items, "values": s.values, "intervals": s.intervals, "refused": s.refused}
         for s in summaries
     ]
     versions = {name: version(name) for name in ("atman-kernels", "torch", "transformers")}
     content = {**header, "versions": versions, "rows": rows, "rank_correlation": ranks}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    say(f"Wrote {path}")
+    return json.dumps(content, indent=1) + "\n"

@@ -1,14 +1,14 @@
 """`atman demo`: a question over a paragraph that travels with the package, answered and explained on this machine."""
 
 import json
-import sys
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from atman_kernels.cli.explain import report
-from atman_kernels.cli.model import device_options, load, say, warnings_as_messages
+from atman_kernels.cli.model import device_options, load, warnings_as_messages
+from atman_kernels.cli.output import check_destinations, progress_is_seen, say
 from atman_kernels.cli.prompts import Question
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 @device_options
 def command(html: str, device: str | None, dtype: str) -> None:
     """Explain what SmolLM2-135M answers about a paragraph it has never seen."""
+    check_destinations({"--html": html})
     with warnings_as_messages():
-        explanation = explain_demo(*load("smollm2", device=device, dtype=dtype), progress=sys.stderr.isatty())
+        explanation = explain_demo(*load("smollm2", device=device, dtype=dtype), progress=progress_is_seen())
     report(explanation, html=html, json_file=None, top=8, quiet=False)
     say(
         "How to read it: the stronger a word's colour or score, the less likely the answer becomes when the model "

@@ -3,11 +3,12 @@
 import json
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
+
+from atman_kernels.cli.output import show, write
 
 # Distribution → what it is for. The first ones are required.
 PACKAGES = {
@@ -31,7 +32,7 @@ def command(as_json: bool) -> None:
     """Show versions, devices, and which backends can run here or why not."""
     found = examine()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        write(json.dumps(found, indent=2) + "\n")
     else:
         _print(found)
 
@@ -109,7 +110,6 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -136,7 +136,7 @@ def _print(found: dict[str, Any]) -> None:
     for name, reason in found["backends"].items():
         row(f"backend {name}", "no" if reason else "can run", reason or "", "yellow" if reason else "green")
     row("cache", found["cache"], "converted GGUF files")
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)  # rows stay whole in a pipe
+    show(table, wide=200)  # rows stay whole in a pipe
 
 
 _WORDS = {True: "yes", False: "no", None: "unknown"}

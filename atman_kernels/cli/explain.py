@@ -1,14 +1,13 @@
 """`atman explain`: a prompt in, a heatmap out."""
 
-import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from atman_kernels.cli.model import check_model_given, device_options, load, model_options, say, warnings_as_messages
+from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
+from atman_kernels.cli.output import Result, check_destinations, console, deliver, progress_is_seen, say
 from atman_kernels.cli.prompts import read_prompt, squad_question
+from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, layer_numbers
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,19 +16,6 @@ if TYPE_CHECKING:
 # Those of atman_kernels.formula and atman_kernels.planning.units, which take torch to import; a test compares them.
 MODES = ("log_additive", "multiplicative", "shifted")
 UNITS = ("token", "word", "sentence", "paragraph")
-
-
-def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | None) -> list[int] | None:
-    """ "0-5,8" as [0, 1, 2, 3, 4, 5, 8]."""
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()) or part.strip().endswith("-"):
-            raise click.BadParameter(f"expected layer numbers like 0-5,8, got {text!r}")
-        layers |= set(range(int(first), int(last or first) + 1))
-    return sorted(layers)
 
 
 @click.command("explain")
@@ -42,15 +28,19 @@ def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | Non
 @click.option("--versus", metavar="TEXT", help="Another answer: show why the model prefers the target to it.")
 @click.option("--units", type=click.Choice(UNITS), default="token", show_default=True, help="What gets a score.")
 @click.option(
-    "--method", metavar="NAME", default="atman", show_default=True, help="Or shapley, lasso, …: see the docs."
+    "--method", metavar="NAME", default="atman", show_default=True, help="Or shapley, lasso, ...: see the docs."
 )
-@click.option("--permutations", type=int, metavar="N", help="Orders that shapley draws; even, at least 4.")
-@click.option("--seed", type=int, metavar="N", help="Of methods that draw.")
+@click.option(
+    "--permutations", type=click.IntRange(4, 10**6), metavar="N", help="Orders that shapley draws; even, at least 4."
+)
+@click.option("--seed", type=SEED, metavar="N", help="Of methods that draw.")
 @click.option("--mode", type=click.Choice(MODES), default="log_additive", show_default=True, help="How to suppress.")
-@click.option("--factor", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Attention that is kept.")
+@click.option(
+    "--factor", type=Number(0, LARGEST_FACTOR), default=0.0, show_default=True, help="Attention that is kept."
+)
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     help="Suppress tokens of at least this cosine similarity along with each unit.",
 )
 @click.option("--layers", callback=layer_numbers, metavar="0-5,8", help="Suppress in these layers only.")
@@ -58,7 +48,7 @@ def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | Non
 @click.option("--include-target", is_flag=True, help="Earlier answer tokens explain the later ones, too.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Of its own answer.")
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Strongest units to list.")
-@click.option("--html", metavar="FILE", help="Write a page with the heatmap.")
+@click.option("--html", metavar="FILE|-", help="Write a page with the heatmap; - instead of the one here.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the result as JSON; - instead of the heatmap.")
 @device_options
 @click.option("--quiet", "-q", is_flag=True, help="No messages, no progress bar.")
@@ -98,9 +88,9 @@ def command(
     """
     check_model_given(model, gguf)
     text, answer = _question(prompt, file, squad, item, target, chat)
-    for option, path in (("--html", html), ("--json", None if json_file == "-" else json_file)):
-        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-            raise InputError(f"{option} must be a file in an existing folder, got {path!r}")
+    check_destinations(
+        {"--html": html, "--json": json_file}, {"--file": file, "--squad": squad, "--gguf": gguf, "--model": model}
+    )
     options: dict[str, Any] = {k: v for k, v in (("permutations", permutations), ("seed", seed)) if v is not None}
     _check_method(method, options)
 
@@ -117,7 +107,7 @@ def command(
             factor=factor,
             similarity_threshold=threshold,
             layers=layers,
-            progress=not quiet and sys.stderr.isatty(),
+            progress=not quiet and progress_is_seen(),
         )
         explanation = explainer.explain(
             text,
@@ -161,24 +151,15 @@ def _question(
 
 
 def report(explanation: "Explanation", *, html: str | None, json_file: str | None, top: int, quiet: bool) -> None:
-    """Write the files that were asked for, then the heatmap or the JSON to standard output."""
-    if html is not None:
-        explanation.to_html(html)
-    if json_file == "-":
-        with tempfile.TemporaryDirectory() as folder:
-            explanation.save(Path(folder) / "explanation.json")
-            click.echo((Path(folder) / "explanation.json").read_text(encoding="utf-8"), nl=False)
-    else:
-        if json_file is not None:
-            explanation.save(json_file)
-        explanation.show(top=top)
-    if quiet:
-        return
+    """Write the files that were asked for, then the heatmap, or what takes its place, to standard output."""
     stats, settings = explanation.stats, explanation.settings
     cost = ""  # other methods than perturbation have other costs
     if "tokens_through_model" in stats:
         cost = f", {stats['tokens_through_model']:,} tokens through the model ({settings['path']})"
-    say(f"\n{len(explanation.units)} units explained in {stats['seconds']:.1f} s, {settings['dtype']}{cost}")
-    for path in (html, json_file):
-        if path not in (None, "-"):
-            say(f"Wrote {path}")
+    note = f"\n{len(explanation.units)} units explained in {stats['seconds']:.1f} s, {settings['dtype']}{cost}"
+    deliver(
+        [Result("--html", html, explanation.to_html), Result("--json", json_file, explanation.to_json)],
+        lambda: explanation.show(top=top, console=console()),
+        [note],
+        quiet,
+    )

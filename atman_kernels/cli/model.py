@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from atman_kernels.cli.output import say
 from atman_kernels.errors import InputError
 
 
@@ -20,7 +21,7 @@ def device_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="auto: bfloat16 where this machine multiplies it fast, else float32.",
     )(command)
-    return click.option("--device", help="cpu, cuda, cuda:1, …  [default: a GPU if there is one]")(command)
+    return click.option("--device", help="cpu, cuda, cuda:1, ...  [default: a GPU if there is one]")(command)
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,11 +40,6 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def check_model_given(model: str | None, gguf: str | None) -> None:
     if model is None and gguf is None:
         raise InputError("--model or --gguf is missing; --model smollm2 takes the demo's")
-
-
-def say(message: str) -> None:
-    """A message to the person, apart from results."""
-    click.echo(message, err=True)
 
 
 def load(model: str | None, *, device: str | None, dtype: str, quiet: bool = False, **options: Any) -> tuple[Any, Any]:

@@ -2,9 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from atman_kernels.cli.output import say
 from atman_kernels.errors import InputError
+
+MOST_BYTES = 64 << 20  # of a prompt
 
 
 class Question(NamedTuple):
@@ -31,7 +34,7 @@ def read_prompt(text: str | None, file: str | None) -> str:
     if (text is None) == (file is None):
         raise InputError("prompt: give exactly one of a text, '-' for standard input, --file and --squad")
     if "-" in (text, file):
-        prompt = _decoded(sys.stdin.buffer.read(), "standard input").rstrip("\r\n")
+        prompt = _decoded(_standard_input(), "standard input").rstrip("\r\n")
     elif file is not None:
         prompt = _decoded(_bytes(file), file).rstrip("\r\n")
     else:
@@ -58,11 +61,33 @@ def squad_question(file: str, item: int) -> Question:
     return questions[item]
 
 
+def _standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("standard input is closed; pipe the prompt in, or give it as a text or with --file")
+    if sys.stdin.isatty():
+        say("Reading the prompt from here; an empty line with Ctrl-D (Windows: Ctrl-Z, Enter) ends it ...")
+    return _bounded(sys.stdin.buffer, "standard input")
+
+
 def _bytes(file: str) -> bytes:
     try:
-        return Path(file).read_bytes()
+        with Path(file).open("rb") as stream:
+            return _bounded(stream, file)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _bounded(stream: BinaryIO, name: str) -> bytes:
+    """All of it, unless it does not end: no model reads so much."""
+    try:
+        data = stream.read(MOST_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        raise InputError(f"{name} cannot be read: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise InputError(f"{name} holds more than {MOST_BYTES >> 20} MiB; no prompt is that long")
+    return data
 
 
 def _decoded(data: bytes, name: str) -> str:

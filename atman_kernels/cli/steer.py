@@ -2,30 +2,23 @@
 
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from atman_kernels.cli.explain import MODES, layer_numbers
-from atman_kernels.cli.model import check_model_given, device_options, load, model_options, say, warnings_as_messages
+from atman_kernels.cli.explain import MODES
+from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
+from atman_kernels.cli.output import Result, check_destinations, deliver, show, shown, sign
 from atman_kernels.cli.prompts import read_prompt
+from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, Temperature, layer_numbers, which
 from atman_kernels.errors import InputError
-from atman_kernels.render.labels import label, printable
+from atman_kernels.render.characters import isolated
+from atman_kernels.render.labels import label
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from atman_kernels.steering.spans import Span, SteeredSpan
-
-
-def _which(_ctx: click.Context, _option: click.Parameter, text: str | None) -> int | str | None:
-    """ "all" or a number."""
-    if text is None or text == "all":
-        return text
-    if not re.fullmatch(r"-?\d+", text):
-        raise click.BadParameter(f"expected a number, from 0, or all, got {text!r}")
-    return int(text)
 
 
 @click.command("steer")
@@ -34,25 +27,23 @@ def _which(_ctx: click.Context, _option: click.Parameter, text: str | None) -> i
 @click.option("--file", metavar="FILE", help="Read the prompt from a file.")
 @click.option("--suppress", metavar="TEXT", multiple=True, help="A part of the prompt to turn down; repeatable.")
 @click.option("--amplify", metavar="TEXT", multiple=True, help="A part of the prompt to turn up; repeatable.")
+@click.option("--factor", type=Number(0, 1), default=0.1, show_default=True, help="What suppression leaves; 0 removes.")
 @click.option(
-    "--factor", type=click.FloatRange(0, 1), default=0.1, show_default=True, help="What suppression leaves; 0 removes."
-)
-@click.option(
-    "--amplify-factor", type=click.FloatRange(min=1), default=10.0, show_default=True, help="How much more counts."
+    "--amplify-factor", type=Number(1, LARGEST_FACTOR), default=10.0, show_default=True, help="How much more counts."
 )
 @click.option("--regex", is_flag=True, help="The texts are regular expressions.")
 @click.option(
-    "--occurrence", callback=_which, metavar="N|all", help="Which one, from 0, of texts that occur several times."
+    "--occurrence", callback=which, metavar="N|all", help="Which one, from 0, of texts that occur several times."
 )
 @click.option("--mode", type=click.Choice(MODES), default="log_additive", show_default=True, help="How to scale.")
 @click.option("--layers", callback=layer_numbers, metavar="0-5,8", help="Steer in these layers only.")
 @click.option("--chat/--no-chat", default=False, help="Put the prompt into the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Of each answer.")
-@click.option("--beams", type=click.IntRange(min=1), default=1, show_default=True, help="Search with so many beams.")
+@click.option("--beams", type=click.IntRange(1, 1024), default=1, show_default=True, help="Search with so many beams.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Draw the answers; 0 does not."
+    "--temperature", type=Temperature(0, 1e6), default=0.0, show_default=True, help="Draw the answers; 0 does not."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws, of both answers.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the draws, of both answers.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the result as JSON; - instead of the table.")
 @device_options
 @click.option("--quiet", "-q", is_flag=True, help="No messages.")
@@ -92,8 +83,7 @@ def command(
     spans = _spans(suppress, amplify, factor, amplify_factor, regex, occurrence)
     if not chat:  # a template may add to the text; what it has not may be said before a model is loaded
         _find_all(spans, text)
-    if json_file not in (None, "-") and not Path(str(json_file)).absolute().parent.is_dir():
-        raise InputError(f"--json must be a file in an existing folder, got {json_file!r}")
+    check_destinations({"--json": json_file}, {"--file": file, "--gguf": gguf, "--model": model})
     with warnings_as_messages(quiet):
         loaded, tokenizer = load(
             model, device=device, dtype=dtype, quiet=quiet, gguf_file=gguf, trust_remote_code=trust_remote_code
@@ -181,33 +171,21 @@ def _as_dict(span: "SteeredSpan") -> dict[str, Any]:
 
 def report(found: dict[str, Any], json_file: str | None, quiet: bool) -> None:
     """Write the JSON that was asked for, and print both answers side by side."""
-    content = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-    if json_file == "-":
-        click.echo(content, nl=False)
-        return
-    if json_file is not None:
-        Path(json_file).write_text(content, encoding="utf-8")
-    _print(found)
-    if json_file is not None and not quiet:
-        say(f"Wrote {json_file}")
+    result = Result("--json", json_file, lambda: json.dumps(found, indent=2) + "\n")
+    deliver([result], lambda: _print(found), quiet=quiet)
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    console.print(Text("Prompt", style="bold"))
-    console.print(_marked(found["prompt"], found["spans"]))
-    console.print()
     table = Table(expand=True)
     table.add_column("Plain", ratio=1, overflow="fold")
     table.add_column("Steered", ratio=1, overflow="fold")
-    table.add_row(*(Text(printable(found[which].strip()) or "∅") for which in ("plain", "steered")))
-    console.print(table)
-    if found["plain"] == found["steered"]:
-        console.print("The answers are the same.", style="dim")
+    nothing = sign("∅", "(nothing)")
+    table.add_row(*(Text(shown(found[name].strip()) or nothing) for name in ("plain", "steered")))
+    same = [Text("The answers are the same.", "dim")] if found["plain"] == found["steered"] else []
+    show(Text("Prompt", "bold"), _marked(found["prompt"], found["spans"]), Text(), table, *same)
 
 
 def _marked(prompt: str, spans: list[dict[str, Any]]) -> "Text":
@@ -218,10 +196,10 @@ def _marked(prompt: str, spans: list[dict[str, Any]]) -> "Text":
     for span in sorted(spans, key=lambda span: (span["start"], -span["end"])):
         if span["start"] < reached:
             continue
-        marked.append(printable(prompt[reached : span["start"]]))
+        marked.append(shown(prompt[reached : span["start"]]))
         style = "bold red" if span["factor"] < 1 else "bold green"
-        shown = span["text"] if "\n" not in span["text"] else label(span["text"], len(span["text"]))
-        marked.append(f"[{printable(shown)} ×{span['factor']:g}]", style)
+        text = span["text"] if "\n" not in span["text"] and span["text"].strip() else label(span["text"], 1 << 30)
+        marked.append(f"[{isolated(shown(text))} {sign('×', 'x')}{span['factor']:g}]", style)
         reached = span["end"]
-    marked.append(printable(prompt[reached:]))
+    marked.append(shown(prompt[reached:]))
     return marked

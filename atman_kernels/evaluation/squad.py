@@ -55,7 +55,7 @@ def read_items(file: str | Path) -> list[Item]:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON: {error}") from error
     try:
         return [
@@ -64,7 +64,7 @@ def read_items(file: str | Path) -> list[Item]:
             for paragraph in article["paragraphs"]
             for entry in paragraph["qas"]
         ]
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not in SQuAD format ({type(error).__name__}: {error})") from error
 
 
@@ -114,7 +114,7 @@ def usable(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
 
 def _item(entry: dict[str, Any], article: str, context: str) -> Item:
     answers = entry.get("answers") or [{"text": None}]
-    return Item(
+    item = Item(
         str(entry.get("id", "")),
         article,
         context,
@@ -122,3 +122,13 @@ def _item(entry: dict[str, Any], article: str, context: str) -> Item:
         answers[0]["text"],
         answers[0].get("answer_start"),
     )
+    for name, kind in (
+        ("article", str),
+        ("context", str),
+        ("question", str),
+        ("answer", str | None),
+        ("start", int | None),
+    ):
+        if not isinstance(getattr(item, name), kind):
+            raise TypeError(f"{name} is {getattr(item, name)!r:.40}")
+    return item

@@ -194,6 +194,11 @@ def _load(source: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[Any
         model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except (ValueError, OSError, ImportError) as error:  # what it makes of anything from a typo to a missing package
         raise _loading_error(named, error) from error
+    except Exception as error:  # whatever the parsers of JSON, GGUF and safetensors trip over in a damaged file
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error):
+            raise
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise InputError(f"model {named} cannot be loaded; is a file of it cut off or damaged? {reason}") from error
     # transformers fills what is missing with random numbers and goes on.
     missing = sorted(report["missing_keys"])
     if missing:
