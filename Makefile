@@ -19,7 +19,7 @@ NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -nam
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help docs docs-serve demo test test-all test-oldest sanitize bench coverage-table gpu-check lint clean
+.PHONY: help docs docs-serve kernel-hub demo test test-all test-oldest sanitize bench coverage-table gpu-check lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
 	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
 	@echo "make docs      the documentation as a site in site/; docs-serve shows it while you write"
+	@echo "make kernel-hub the Triton and PyTorch parts as a package for Hugging Face's library kernels"
 	@echo "make lint      ruff (check, format) and mypy"
 	@echo "make clean     remove the environment and all caches"
 
@@ -64,6 +65,9 @@ coverage-table: $(STAMPS)/dev
 gpu-check:
 	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check $(ARGS)
 
+kernel-hub: $(STAMPS)/dev
+	$(BIN)/python -m kernel_hub build/kernel-hub
+
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 
 docs: $(STAMPS)/docs
@@ -95,12 +99,12 @@ HEADERS = $(wildcard $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig
 $(STAMPS)/dev: export ATMAN_KERNELS_BUILD ?= $(if $(and $(shell command -v $(firstword $(CXX))),$(HEADERS)),cpu,none)
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 	@echo "Installing atman-kernels for development ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,images,inseq,lasso,plots,triton]'
+	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,hub,images,inseq,lasso,plots,triton]'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/dev
 	@echo "Installing what the benchmarks compare with ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,images,inseq,lasso,plots,triton]'
+	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,hub,images,inseq,lasso,plots,triton]'
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/torch pyproject.toml $(PINS)

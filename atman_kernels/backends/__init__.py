@@ -95,7 +95,7 @@ def load_for(name: str | None, query: torch.Tensor, value: torch.Tensor) -> Any:
 
 @cache
 def _module(family: str) -> Any:
-    return import_module(f"atman_kernels.backends.{family}")
+    return import_module(f"{__name__}.{family}")
 
 
 def _fastest(device_type: str) -> str:
