@@ -115,7 +115,8 @@ class BuildModule(build_ext):
             objects += self._compile(source, [], include)
         # OpenMP's library is not linked: torch has loaded one before this module is imported, and two would keep two
         # pools of threads that wait for each other's cores.
-        objects += self._compile("cpu/attention.cpp", ["-fopenmp"] if sys.platform == "linux" else [])
+        for source in ("preparation", "attention", "gradients"):
+            objects += self._compile(f"cpu/{source}.cpp", ["-fopenmp"] if sys.platform == "linux" else [])
         macros = []
         for name, flags in INSTRUCTION_SETS.items():
             if name != "plain" and not X86:

@@ -59,4 +59,20 @@ struct AttentionParams {
     float softcap = 0.0f;             // 0: none
 };
 
+// A backward: the forward's call, without its output, and what came of that. All contiguous.
+struct GradientParams {
+    AttentionParams forward;
+    const void* grad_output = nullptr;  // (batch, query_heads, rows, value_dim)
+    const float* lse = nullptr;         // (batch, query_heads, rows): log of the softmax denominator, -inf: saw nothing
+    const float* delta = nullptr;       // (batch, query_heads, rows): dO . o - d lse
+
+    // What is wanted; null: not.
+    void* grad_query = nullptr;      // as query
+    void* grad_key = nullptr;        // as key
+    void* grad_value = nullptr;      // as value
+    void* grad_own_key = nullptr;    // packed calls only
+    void* grad_own_value = nullptr;
+    float* grad_factor = nullptr;    // (batch | variants, factor_heads, factor_keys)
+};
+
 }  // namespace atman

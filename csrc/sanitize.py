@@ -41,13 +41,18 @@ BUILDS = {
             ("test_binding_fuzz.py",),
             ("test_compiled_cpu.py", "-k", "not thousands and not memory"),
             ("test_backends.py", "test_pack.py", "-k", f"({KERNELS}) and not any_ and not ones_change"),
+            ("test_gradients.py", "-k", f"({KERNELS}) or one_order"),
         ),
     ),
     "thread": Build(
         f"{COMMON} -fsanitize=thread -DATMAN_STD_THREADS",
         "tsan",
         {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0"},
-        (("test_compiled_cpu.py", "-k", "threads or python_goes_on"), ("test_binding_fuzz.py", "-k", "calls")),
+        (
+            ("test_compiled_cpu.py", "-k", "threads or python_goes_on"),
+            ("test_binding_fuzz.py", "-k", "calls"),
+            ("test_gradients.py", "-k", "one_order"),
+        ),
     ),
     "amx": Build(
         "-DATMAN_ASSUME_AMX",
@@ -56,6 +61,7 @@ BUILDS = {
         (
             ("test_compiled_cpu.py", "-k", "amx and not thousands"),
             ("test_backends.py", "test_pack.py", "-k", "cpu:amx and not any_ and not ones_change"),
+            ("test_gradients.py", "-k", "cpu:amx"),
         ),
     ),
 }

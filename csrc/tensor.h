@@ -42,9 +42,17 @@ struct AttentionArguments {
     double softcap = 0.0;
 };
 
+// The arguments of a backward. `forward.output` is the gradient by the output, `forward.lse` what the forward gave.
+struct GradientArguments {
+    AttentionArguments forward;
+    Tensor delta;
+    std::optional<Tensor> grad_query, grad_key, grad_value, grad_own_key, grad_own_value, grad_factor;
+};
+
 enum class Memory { host, device };
 
 // Throws std::invalid_argument that names the argument. In host memory the pack's integers are read and checked too.
 AttentionParams make_params(const AttentionArguments& arguments, Memory memory = Memory::host);
+GradientParams make_gradient_params(const GradientArguments& arguments);
 
 }  // namespace atman

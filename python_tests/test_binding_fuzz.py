@@ -47,7 +47,8 @@ def attend(call: dict[str, Any]) -> None:
     def made(x: Any) -> Any:
         return _C.Tensor(x.address, x.bytes, x.dtype, x.shape, x.strides) if isinstance(x, Description) else x
 
-    _C.attend_cpu(**{name: made(x) for name, x in call.items()})
+    run = _C.differentiate_cpu if "delta" in call else _C.attend_cpu
+    run(**{name: made(x) for name, x in call.items()})
 
 
 # --- calls that are right ---
@@ -107,10 +108,27 @@ def right_call(random: Random, packed: bool | None = None) -> dict[str, Any]:
     return call
 
 
+def right_backward(random: Random, packed: bool | None = None) -> dict[str, Any]:
+    call = right_call(random, packed)
+    call["grad_output"] = call.pop("output")
+    shape = call["query"].shape[:-1]
+    call |= {name: Description.of(torch.randn(shape)) for name in ("lse", "delta")}
+    places = {"grad_query": "query", "grad_key": "key", "grad_value": "value", "grad_own_key": "own_key",
+              "grad_own_value": "own_value", "grad_factor": "factor"}  # fmt: skip
+    for place, name in places.items():
+        if name in call and random.random() < 0.7:
+            call[place] = Description.of(torch.empty(call[name].shape, dtype=call[name].tensor.dtype))
+    return call
+
+
+RIGHT = {"forward": right_call, "backward": right_backward}
+
+
+@pytest.mark.parametrize("way", RIGHT)
 @pytest.mark.parametrize("packed", [False, True])
-def test_right_calls_run(packed: bool) -> None:
-    for seed in range(300):
-        attend(right_call(Random(seed), packed))
+def test_right_calls_run(packed: bool, way: str) -> None:
+    for seed in range(300 if way == "forward" else 150):
+        attend(RIGHT[way](Random(seed), packed))
 
 
 # --- calls that are wrong somehow ---
@@ -140,7 +158,7 @@ def damage(call: dict[str, Any], random: Random) -> dict[str, Any]:
         option = random.choice(list(NUMBERS))
         return call | {option: random.choice(NUMBERS[option])}
     if kind == "swap":
-        others = [other for other in names if other not in ("output", "lse")]  # two writers to one place are a race
+        others = [x for x in names if x not in ("output", "lse") and x[:5] != "grad_"]  # of two writers one is a race
         return call | {name: random.choice([None, call[random.choice(others)]])} if name in others else call
     if kind == "type":
         return call | {name: random.choice(["a string", 3, [1, 2], tensor.tensor])}
@@ -187,19 +205,20 @@ def damage(call: dict[str, Any], random: Random) -> dict[str, Any]:
     return call | {name: changed}
 
 
-def test_damaged_calls_run_or_are_refused() -> None:
-    refused = 0
-    for seed in range(CASES):
+@pytest.mark.parametrize("way", RIGHT)
+def test_damaged_calls_run_or_are_refused(way: str) -> None:
+    refused, cases = 0, CASES if way == "forward" else CASES // 3
+    for seed in range(cases):
         random = Random(seed)
         torch.manual_seed(seed)
-        call = right_call(random)
+        call = RIGHT[way](random)
         for _ in range(random.randint(1, 3)):
             call = damage(call, random)
         try:
             attend(call)
         except (ValueError, TypeError):
             refused += 1
-    assert CASES / 2 < refused < CASES * 0.95
+    assert cases / 2 < refused < cases * 0.95
 
 
 # --- what must be refused, and how it is called ---
@@ -317,6 +336,29 @@ def test_refusals_name_the_argument(packed: bool, name: str, argument: Any, mess
     attend(small_call(packed))
     with pytest.raises(ValueError, match=message):
         attend(small_call(packed) | {name: argument})
+
+
+@pytest.mark.parametrize(
+    ("packed", "changes", "message"),
+    [
+        (False, {"delta": described(1, 4, 5)}, r"delta must have shape \(1, 4, 6\)"),
+        (False, {"grad_query": described(1, 4, 6, 5)}, "grad_query must have shape"),
+        (False, {"grad_key": described(1, 2, 9, 8, dtype=torch.float16)}, "grad_key has dtype code 2, expected 0"),
+        (False, {"grad_value": replace(described(1, 2, 9, 5), strides=(0, 0, 5, 1))}, "grad_value must be contiguous"),
+        (False, {"grad_own_key": described(2, 6, 8)}, "grad_own_key and grad_own_value are for packs"),
+        (False, {"grad_factor": described(1, 1, 9)}, "grad_factor must have shape"),
+        (False, {"factor": None, "grad_factor": described(1, 4, 9)}, "grad_factor is for calls with a factor"),
+        (True, {"grad_own_value": described(2, 6, 8)}, "grad_own_value must have shape"),
+        (True, {"grad_factor": described(2, 1, 9, dtype=torch.bfloat16)}, "grad_factor has dtype code"),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else None,
+)
+def test_refusals_of_a_backward(packed: bool, changes: dict[str, Any], message: str) -> None:
+    call = small_call(packed)
+    call["grad_output"], call["delta"] = call.pop("output"), described(1, 4, 6)
+    attend(call)
+    with pytest.raises(ValueError, match=message):
+        attend(call | changes)
 
 
 @pytest.mark.parametrize(

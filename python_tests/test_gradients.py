@@ -94,8 +94,16 @@ def check(case: Case, call: dict[str, Any], mode: str, backend: str) -> None:
     plain = gradients(plainly(case, mode), with_slope(call, mode), live)
     values = torch.cat([call[n].double().norm(dim=-1).flatten() for n in ("value", "base_value") if n in call])
     bound = largest_score(call) * max(1.0, values.max().item())  # dO · v of one key cancels with that of the others
+    output_dtype = call["query"].dtype
     for name, got in found.items():
         assert got.dtype == call[name].dtype
+        if name == "factor":
+            got, plain[name] = (
+                got.to(output_dtype),
+                plain[name].to(output_dtype),
+            )  # no surer than the output that was kept
+            if mode == "log_additive" and call["factor"].any():  # the slope of ln c
+                bound *= 1.0 / call["factor"][call["factor"] > 0].min().item()
         assert_within_rounding(got, exact[name], plain[name].nan_to_num(), f"gradient by {name}", largest_score=bound)
 
 

@@ -29,6 +29,22 @@ struct Line {
     const float* bias;
 };
 
+static Line describe_line(const AttentionParams& p, const FactorTable& table, std::int64_t batch, const Row& row,
+                          std::int64_t head) {
+    Line line{&row, head, nullptr, nullptr, nullptr};
+    if (table.touched) {
+        const std::int64_t factor_head = table.heads > 1 ? head : 0, at = row.variant * table.heads + factor_head;
+        line.touched = table.touched + at * table.flags;
+        line.factor = table.logs
+                          ? table.logs + at * table.keys
+                          : p.factor + row.variant * p.factor_strides.batch + factor_head * p.factor_strides.head;
+    }
+    if (p.position_bias)
+        line.bias = p.position_bias + batch * p.bias_strides.batch + head * p.bias_strides.head +
+                    row.bias_row * p.bias_strides.row;
+    return line;
+}
+
 // Memory of one thread, for one tile. M is the number of the tile's rows over all heads, rounded up to groups.
 struct Scratch {
     Line* lines;       // [M]
@@ -400,23 +416,9 @@ static void visit_keys(const Task& t, Visit visit) {
 }
 
 static void describe_lines(const Task& t) {
-    const AttentionParams& p = t.p;
-    const FactorTable& table = t.job.factors;
-    Line* line = t.scratch.lines;
-    for (int m = 0; m < t.count; ++m, ++line) {
-        const Row* row = t.rows + m / t.heads;
-        *line = {row, t.key_head * t.heads + m % t.heads, nullptr, nullptr, nullptr};
-        if (table.touched) {
-            const std::int64_t head = table.heads > 1 ? line->head : 0, at = row->variant * table.heads + head;
-            line->touched = table.touched + at * table.flags;
-            line->factor = table.logs
-                               ? table.logs + at * table.keys
-                               : p.factor + row->variant * p.factor_strides.batch + head * p.factor_strides.head;
-        }
-        if (p.position_bias)
-            line->bias = p.position_bias + t.tile.batch * p.bias_strides.batch + line->head * p.bias_strides.head +
-                         row->bias_row * p.bias_strides.row;
-    }
+    for (int m = 0; m < t.count; ++m)
+        t.scratch.lines[m] = describe_line(t.p, t.job.factors, t.tile.batch, t.rows[m / t.heads],
+                                           t.key_head * t.heads + m % t.heads);
 }
 
 static void load_queries(const Task& t) {

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "attend.h"
+#include "differentiate.h"
 
 #if !defined(ATMAN_BEGIN_THREAD)
 #define ATMAN_BEGIN_THREAD nullptr
@@ -11,7 +11,19 @@
 
 namespace atman::cpu::ATMAN_ISA {
 extern const Kernel kernel;
-const Kernel kernel{ATMAN_NAME, kTileRows,    kBlockKeys, packed_sizes,
-                    pack_block, scratch_size, run_tile,   ATMAN_BEGIN_THREAD,
+const Kernel kernel{ATMAN_NAME,
+                    kTileRows,
+                    kBlockKeys,
+                    packed_sizes,
+                    pack_block,
+                    scratch_size,
+                    run_tile,
+                    kColumns,
+                    gradient_block_size,
+                    pack_gradient_block,
+                    gradient_scratch_size,
+                    run_part,
+                    write_sums,
+                    ATMAN_BEGIN_THREAD,
                     ATMAN_END_THREAD};
 }  // namespace atman::cpu::ATMAN_ISA

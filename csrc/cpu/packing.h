@@ -87,26 +87,23 @@ ATMAN_INLINE void spread_row(const typename Storage::Stored* row, std::int64_t e
     if (units * kElements < elements) to[units * kStep] = make_unit<Storage>(row + units * kElements, nullptr);
 }
 
-template <class Storage>
-static void pack_keys(const AttentionParams& p, const KeyRange& range, std::int64_t batch, std::int64_t head,
-                      std::int64_t first, int count, Unit* to) {
-    const int units = head_units(p);
-    for (int n = 0; n < count; ++n) {
-        Unit* column = to + static_cast<std::int64_t>(n / kColumns) * units * kColumns + n % kColumns;
-        spread_row<Storage, kColumns>(row_of<Storage>(range.key, range.key_strides, batch, head, first + n), p.head_dim,
-                                      column);
-    }
+// `count` rows as columns of B: [panels][units][kColumns]. row_at(n) is a pointer to row n.
+template <class Storage, class RowAt>
+ATMAN_INLINE void pack_columns(RowAt row_at, int count, std::int64_t elements, int units, Unit* to) {
+    for (int n = 0; n < count; ++n)
+        spread_row<Storage, kColumns>(row_at(n), elements,
+                                      to + static_cast<std::int64_t>(n / kColumns) * units * kColumns + n % kColumns);
 }
 
-template <class Storage>
-static void pack_values(const AttentionParams& p, const KeyRange& range, std::int64_t batch, std::int64_t head,
-                        std::int64_t first, int count, Unit* to) {
-    const int columns = static_cast<int>(p.value_dim);
+// `count` rows as the inner dimension of B: [elements / kColumns panels][units][kColumns].
+template <class Storage, class RowAt>
+ATMAN_INLINE void pack_lines(RowAt row_at, int count, std::int64_t elements, int units, Unit* to) {
+    const int columns = static_cast<int>(elements);
     for (int n = 0; n < count; n += kElements) {
-        const auto* row = row_of<Storage>(range.value, range.value_strides, batch, head, first + n);
-        const auto* next = n + 1 < count ? row + range.value_strides.row : nullptr;
+        const auto* row = row_at(n);
+        const auto* next = kElements > 1 && n + 1 < count ? row_at(n + 1) : nullptr;
         for (int c = 0; c < columns; c += kColumns) {
-            Unit* line = to + (static_cast<std::int64_t>(c / kColumns) * kBlockUnits + n / kElements) * kColumns;
+            Unit* line = to + (static_cast<std::int64_t>(c / kColumns) * units + n / kElements) * kColumns;
             const int width = columns - c < kColumns ? columns - c : kColumns;
             if (kElements == 1 || next == nullptr) {
                 for (int i = 0; i < width; ++i) line[i] = make_unit<Storage>(row + c + i, nullptr);
@@ -136,8 +133,12 @@ static void pack_block(const AttentionParams& p, const KeyRange& range, std::int
     if (!full) clear_block(p, count, to);
     with_storage(p.dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
-        pack_keys<Storage>(p, range, batch, head, first, count, reinterpret_cast<Unit*>(to));
-        pack_values<Storage>(p, range, batch, head, first, count, reinterpret_cast<Unit*>(to + sizes.key));
+        const auto key = [&](int n) { return row_of<Storage>(range.key, range.key_strides, batch, head, first + n); };
+        const auto value = [&](int n) {
+            return row_of<Storage>(range.value, range.value_strides, batch, head, first + n);
+        };
+        pack_columns<Storage>(key, count, p.head_dim, head_units(p), reinterpret_cast<Unit*>(to));
+        pack_lines<Storage>(value, count, p.value_dim, kBlockUnits, reinterpret_cast<Unit*>(to + sizes.key));
     });
 }
 

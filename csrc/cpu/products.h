@@ -42,8 +42,9 @@ constexpr int kTileRows = 96;                   // of a tile: 8 groups of 12, 16
 constexpr int kUnitStep = ATMAN_UNIT_STEP;      // the inner dimension is padded to a multiple of this many units
 
 #if !defined(ATMAN_TILES)
-// C[rows, one panel] = (C +) A[rows, first:last] B[first:last, one panel], units counted; all in one chunk of A.
-template <int kCount, bool kFresh>
+// C[rows, one panel] = (C +) A[rows, first:last] B[first:last, one panel], units counted; all in one chunk of A, whose
+// rows are `kLine` units apart.
+template <int kCount, bool kFresh, int kLine>
 static void multiply_rows(const Unit* a, const Unit* b, float* c, std::int64_t c_row, unsigned units) {
     Vec sum[kCount][kVectors];
 #pragma GCC unroll 32
@@ -54,31 +55,49 @@ static void multiply_rows(const Unit* a, const Unit* b, float* c, std::int64_t c
 #pragma GCC unroll 32
         for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(sum[i][j], a[i * kChunk], b + j * kLanes);
+            for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(sum[i][j], a[i * kLine], b + j * kLanes);
 #pragma GCC unroll 32
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
 }
 
-// The same for 1 .. kCount rows, each number compiled, over any number of chunks. `fresh`: C's old values do not count.
+// The same over any number of chunks of `kLine` units, `next` units apart. `fresh`: C's old values do not count.
+template <int kCount, int kLine>
+static void multiply_chunks(const Unit* a, std::int64_t next, const Unit* b, float* c, std::int64_t c_row, int first,
+                            int last, bool fresh) {
+    for (int k = first; k < last; fresh = false) {
+        const int within = k % kLine, count = last - k < kLine - within ? last - k : kLine - within;
+        const Unit* left = a + k / kLine * next + within;
+        const Unit* right = b + static_cast<std::int64_t>(k) * kColumns;
+        if (fresh) {
+            multiply_rows<kCount, true, kLine>(left, right, c, c_row, static_cast<unsigned>(count));
+        } else {
+            multiply_rows<kCount, false, kLine>(left, right, c, c_row, static_cast<unsigned>(count));
+        }
+        k += count;
+    }
+}
+
+// The same for 1 .. kCount rows, each number compiled.
 template <int kCount>
 static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int64_t c_row, int first, int last,
                      bool fresh) {
     if constexpr (kCount > 1) {
         if (rows < kCount) return multiply<kCount - 1>(rows, a, b, c, c_row, first, last, fresh);
     }
-    for (int k = first; k < last; fresh = false) {
-        const int within = k % kChunk, count = last - k < kChunk - within ? last - k : kChunk - within;
-        const Unit* left = a + static_cast<std::int64_t>(k / kChunk) * kRows * kChunk + within;
-        const Unit* right = b + static_cast<std::int64_t>(k) * kColumns;
-        if (fresh) {
-            multiply_rows<kCount, true>(left, right, c, c_row, static_cast<unsigned>(count));
-        } else {
-            multiply_rows<kCount, false>(left, right, c, c_row, static_cast<unsigned>(count));
-        }
-        k += count;
-    }
+    multiply_chunks<kCount, kChunk>(a, kRows * kChunk, b, c, c_row, first, last, fresh);
+}
+
+// The same for a third, two thirds or all of `kRows` rows, whichever is enough: A and C have room for that.
+template <int kLine>
+static void multiply_group(int rows, const Unit* a, std::int64_t next, const Unit* b, float* c, std::int64_t c_row,
+                           int first, int last, bool fresh) {
+    constexpr int kThird = kRows / 3;
+    static_assert(kThird * 3 == kRows && kBlockKeys % kRows % kThird == 0);
+    if (rows <= kThird) return multiply_chunks<kThird, kLine>(a, next, b, c, c_row, first, last, fresh);
+    if (rows <= 2 * kThird) return multiply_chunks<2 * kThird, kLine>(a, next, b, c, c_row, first, last, fresh);
+    multiply_chunks<kRows, kLine>(a, next, b, c, c_row, first, last, fresh);
 }
 #endif
 

@@ -63,13 +63,14 @@ static void begin_thread() {
 static void end_thread() { _tile_release(); }
 #endif
 
-// Two tiles of rows by two of columns: registers 0-3 are C, 4-5 A, 6-7 B.
-template <int kCount>
-static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int64_t c_row, int first, int last,
-                     bool fresh) {
-    static_assert(kCount == 2 * kTileSize && kColumns == 2 * kTileSize && kChunk % kTileSize == 0);
+// Two tiles of rows by two of columns: registers 0-3 are C, 4-5 A, 6-7 B. A's chunks have rows of `kLine` units and are
+// `next` units apart.
+template <int kLine>
+static void multiply_group(int rows, const Unit* a, std::int64_t next, const Unit* b, float* c, std::int64_t c_row,
+                           int first, int last, bool fresh) {
+    static_assert(kRows == 2 * kTileSize && kColumns == 2 * kTileSize && kLine % kTileSize == 0);
     const bool lower = rows > kTileSize;
-    const std::int64_t a_stride = kChunk * sizeof(Unit), b_stride = kColumns * sizeof(Unit);
+    const std::int64_t a_stride = kLine * sizeof(Unit), b_stride = kColumns * sizeof(Unit);
     const std::int64_t c_stride = c_row * static_cast<std::int64_t>(sizeof(float));
     float* const c_lower = c + kTileSize * c_row;
     // GCC's _tile_loadd does not say that it reads memory: what is stored in A, B and C must not move behind it.
@@ -88,7 +89,7 @@ static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int6
         }
     }
     for (int k = first; k < last; k += kTileSize) {
-        const Unit* left = a + static_cast<std::int64_t>(k / kChunk) * kRows * kChunk + k % kChunk;
+        const Unit* left = a + k / kLine * next + k % kLine;
         const Unit* right = b + static_cast<std::int64_t>(k) * kColumns;
         ATMAN_TILE_LOAD(6, right, b_stride);
         ATMAN_TILE_LOAD(7, right + kTileSize, b_stride);
@@ -96,7 +97,7 @@ static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int6
         ATMAN_TILE_MULTIPLY(0, 4, 6);
         ATMAN_TILE_MULTIPLY(1, 4, 7);
         if (lower) {
-            ATMAN_TILE_LOAD(5, left + kTileSize * kChunk, a_stride);
+            ATMAN_TILE_LOAD(5, left + kTileSize * kLine, a_stride);
             ATMAN_TILE_MULTIPLY(2, 5, 6);
             ATMAN_TILE_MULTIPLY(3, 5, 7);
         }
@@ -107,6 +108,12 @@ static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int6
         ATMAN_TILE_STORE(2, c_lower, c_stride);
         ATMAN_TILE_STORE(3, c_lower + kTileSize, c_stride);
     }
+}
+
+template <int kCount>
+static void multiply(int rows, const Unit* a, const Unit* b, float* c, std::int64_t c_row, int first, int last,
+                     bool fresh) {
+    multiply_group<kChunk>(rows, a, kRows * kChunk, b, c, c_row, first, last, fresh);
 }
 
 }  // namespace atman::cpu::ATMAN_ISA

@@ -58,8 +58,8 @@ def packed_suppressed_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Te
 
 
 def suppressed_attention_backward(*arguments: Any, **saved: Any) -> list[torch.Tensor | None]:
-    return blocked_gradients.suppressed_attention_backward(*arguments, **saved)
+    return _implementation(arguments[0].dtype).suppressed_attention_backward(*arguments, **saved)  # type: ignore[no-any-return]
 
 
 def packed_suppressed_attention_backward(*arguments: Any, **saved: Any) -> list[torch.Tensor | None]:
-    return blocked_gradients.packed_suppressed_attention_backward(*arguments, **saved)
+    return _implementation(arguments[0].dtype).packed_suppressed_attention_backward(*arguments, **saved)  # type: ignore[no-any-return]

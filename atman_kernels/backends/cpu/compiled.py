@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from atman_kernels.backends.cpu import blocked_gradients
 from atman_kernels.errors import BackendUnavailableError
-from atman_kernels.formula import ScoreOptions
+from atman_kernels.formula import Saved, ScoreOptions
 from atman_kernels.native import dense_extras, described, dtype_code, packed_extras, score_arguments, whole_rows
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,6 +105,12 @@ class Pinned:
     def packed_suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         return packed_suppressed_attention(*arguments, instruction_set=self.instruction_set)
 
+    def suppressed_attention_backward(self, *arguments: Any, **saved: Any) -> list[Tensor | None]:
+        return suppressed_attention_backward(*arguments, **saved, instruction_set=self.instruction_set)
+
+    def packed_suppressed_attention_backward(self, *arguments: Any, **saved: Any) -> list[Tensor | None]:
+        return packed_suppressed_attention_backward(*arguments, **saved, instruction_set=self.instruction_set)
+
 
 def suppressed_attention(
     query: Tensor,  # (B, Hq, Lq, D)
@@ -173,3 +180,135 @@ def _attend(
         threads=torch.get_num_threads(),
     )
     return output, lse
+
+
+def suppressed_attention_backward(
+    query: Tensor,  # (B, Hq, Lq, D)
+    key: Tensor,  # (1|B, Hkv, Lk, D)
+    value: Tensor,  # (1|B, Hkv, Lk, Dv)
+    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
+    key_mask: Tensor | None,  # (B, Lk) bool
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
+    *,
+    options: ScoreOptions,
+    saved: Saved,
+    wanted: tuple[bool, ...],
+    instruction_set: str | None = None,
+) -> list[Tensor | None]:
+    tensors = (query, key, value, factor, key_mask, sinks, position_bias)
+    if wanted[-1]:  # a gradient as large as the scores, or sums of those across tiles: torch's products do it
+        return blocked_gradients.suppressed_attention_backward(*tensors, options=options, saved=saved, wanted=wanted)
+    extras = dense_extras(factor, key_mask, sinks, position_bias)
+    places = _places({"grad_query": query, "grad_key": key, "grad_value": value}, wanted)
+    d_factor, d_sinks = _differentiate(
+        query, key, value, extras, places, factor if wanted[3] else None, sinks if wanted[5] else None, options, saved,
+        _chosen(query.dtype, instruction_set),
+    )  # fmt: skip
+    return [*places.values(), d_factor, None, d_sinks, None]
+
+
+def packed_suppressed_attention_backward(
+    query: Tensor,  # (Hq, T, D)
+    key: Tensor,  # (Hkv, T, D)
+    value: Tensor,  # (Hkv, T, Dv)
+    base_key: Tensor,  # (Hkv, S, D)
+    base_value: Tensor,  # (Hkv, S, Dv)
+    suffix_starts: Tensor,  # (V + 1,)
+    prefix_lengths: Tensor,  # (V,)
+    base_starts: Tensor,  # (V,)
+    row_variant: Tensor,  # (T,)
+    row_position: Tensor,  # (T,)
+    factor: Tensor | None,  # (V, K) or (V, Hq, K)
+    sinks: Tensor | None,  # (Hq,)
+    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
+    *,
+    options: ScoreOptions,
+    saved: Saved,
+    wanted: tuple[bool, ...],
+    instruction_set: str | None = None,
+) -> list[Tensor | None]:
+    layout = (suffix_starts, prefix_lengths, base_starts)
+    if wanted[-1]:
+        tensors = (
+            query,
+            key,
+            value,
+            base_key,
+            base_value,
+            *layout,
+            row_variant,
+            row_position,
+            factor,
+            sinks,
+            position_bias,
+        )
+        return blocked_gradients.packed_suppressed_attention_backward(
+            *tensors, options=options, saved=saved, wanted=wanted
+        )
+    extras = packed_extras(*layout, factor, sinks, position_bias)
+    extras |= {"own_key": whole_rows(key), "own_value": whole_rows(value)}
+    batched = (query[None], base_key[None], base_value[None])
+    names = {"grad_query": batched[0], "grad_own_key": key, "grad_own_value": value,
+             "grad_key": batched[1], "grad_value": batched[2]}  # fmt: skip
+    places = _places(names, wanted)
+    as_batch = Saved(saved.output[None], saved.lse[None], saved.grad_output[None],
+                     None if saved.grad_lse is None else saved.grad_lse[None])  # fmt: skip
+    d_factor, d_sinks = _differentiate(
+        *batched, extras, places, factor if wanted[10] else None, sinks if wanted[11] else None, options, as_batch,
+        _chosen(query.dtype, instruction_set),
+    )  # fmt: skip
+    d_query, d_key, d_value, d_base_key, d_base_value = places.values()
+    own = [None if x is None else x[0] for x in (d_query, d_base_key, d_base_value)]
+    return [own[0], d_key, d_value, own[1], own[2], *(None,) * 5, d_factor, d_sinks, None]
+
+
+def _places(tensors: dict[str, Tensor], wanted: tuple[bool, ...]) -> dict[str, Tensor | None]:
+    """Room for what is wanted of the first gradients."""
+    needs = zip(tensors.items(), wanted, strict=False)
+    return {name: x.new_empty(x.shape) if need else None for (name, x), need in needs}
+
+
+def _differentiate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extras: dict[str, Tensor | None],
+    places: dict[str, Tensor | None],  # written
+    factor: Tensor | None,
+    sinks: Tensor | None,
+    options: ScoreOptions,
+    saved: Saved,
+    instruction_set: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills the places; returns the gradients by the factors and the sinks that are passed."""
+    module = _load()
+    assert not isinstance(module, str), module
+    delta = saved.delta()
+    d_sinks = None if sinks is None else saved.sink_gradient(sinks, delta)
+    d_factor = None
+    if factor is not None and extras["factor"] is not None:
+        d_factor = query.new_empty(extras["factor"].shape, dtype=torch.float32)
+    if query.numel() == 0:  # nothing is written then
+        for place in (*places.values(), d_factor):
+            if place is not None:
+                place.zero_()
+    elif d_factor is not None or any(x is not None for x in places.values()):
+        tensors = {
+            "query": whole_rows(query),
+            "key": whole_rows(key),
+            "value": whole_rows(value),
+            "grad_output": saved.grad_output.contiguous(),
+            "lse": saved.lse.contiguous(),
+            "delta": delta.contiguous(),
+            "grad_factor": d_factor,
+            **places,
+            **extras,
+        }
+        module.differentiate_cpu(
+            **described(module, tensors),
+            **score_arguments(options),
+            instruction_set=instruction_set,
+            threads=torch.get_num_threads(),
+        )
+    return None if d_factor is None or factor is None else d_factor.reshape(factor.shape).to(factor.dtype), d_sinks
