@@ -110,6 +110,6 @@ def test_for_a_moment(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gptj", "mpt"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gptj", "mpt"])
 def test_for_half_a_minute(family):
     check(family, 30.0)
