@@ -25,13 +25,13 @@ from atman_kernels.hf.interface import (
     text_stack,
 )
 from atman_kernels.hf.positional import Factors, LayerFactors, Queries, checked_queries
+from atman_kernels.hf.recomputation import Recomputations
 from atman_kernels.hf.replacement import observed, replaced
 from atman_kernels.hf.scope import Scope, entering_frame
 
 Attention = Literal["self", "cross", "both"]
 # under these names a module is handed the states of the encoder
 _OTHER_STATES = ("key_value_states", "encoder_hidden_states")
-_CHECKPOINT = "_gradient_checkpointing_func"  # under this name layers that checkpoint themselves know how
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -129,6 +129,8 @@ def suppressed(
     run = SourceRun(part, factor, attention=attention, **options) if is_both else SuppressedRun(factor, **options)
 
     scope = Scope(entering_frame())
+    recomputations = Recomputations(part, scope, partial(_once_more, run, part))
+    run.computing = recomputations.note
 
     @torch.compiler.disable
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
@@ -147,30 +149,14 @@ def suppressed(
         if isinstance(run, SourceRun):
             stack.enter_context(run.watching(scope))
         stack.enter_context(observed(part, check_reached))
-        stack.enter_context(_recomputed_alike(part, run, scope))
+        stack.enter_context(recomputations.watched())
         yield scope
 
 
 @contextmanager
-def _recomputed_alike(part: PreTrainedModel, run: "SuppressedRun", scope: Scope) -> Iterator[None]:
-    """Layers under gradient checkpointing are recomputed as they were computed, whenever that is.
-
-    A backward pass may come when the suppression has ended, or run in a thread of its own, as it does on a GPU.
-    """
-
-    def repeat(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if scope.holds():
-            return function(*args, **kwargs)
-        with reactivated(run, part) as again, run.watching(again) if isinstance(run, SourceRun) else nullcontext():
-            return function(*args, **kwargs)
-
-    def checkpointed(own: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(partial(repeat, function), *args, **kwargs)
-
-    with ExitStack() as stack:
-        for module in part.modules():
-            if _CHECKPOINT in module.__dict__:
-                stack.enter_context(replaced(module, scope, checkpointed, _CHECKPOINT))
+def _once_more(run: "SuppressedRun", part: PreTrainedModel) -> Iterator[None]:
+    """A run that may have ended, for what repeats one of its forwards."""
+    with reactivated(run, part) as scope, run.watching(scope) if isinstance(run, SourceRun) else nullcontext():
         yield
 
 
@@ -220,6 +206,7 @@ class SuppressedRun:
         self.layers = LayerSelection(layers)
         self.backend = backend
         self.reached = False
+        self.computing: Callable[[nn.Module], None] | None = None  # is told of every module that attends
         self._forward = _ForwardState()
 
     def mask(self, **kwargs: Any) -> Tensor | None:
@@ -237,6 +224,8 @@ class SuppressedRun:
         return self._attend(module, call, self.layers)
 
     def _attend(self, module: nn.Module, call: AttentionCall, layers: "LayerSelection") -> Tensor:
+        if self.computing is not None:
+            self.computing(module)
         changed, factor = self._changed(module, call, layers)
         if changed is call and factor is None:
             return call.attend(None, self.mode, self.backend)
