@@ -83,12 +83,12 @@ class VariantPack:
             if len(values) != len(suffixes):
                 raise InputError(f"{name} has {len(values)} entries, but suffix_lengths has {len(suffixes)}")
 
-        suffix = torch.tensor(suffixes, dtype=torch.int64)
-        prefix = torch.tensor(prefixes, dtype=torch.int64)
-        base = torch.tensor(bases, dtype=torch.int64)
+        suffix = torch.tensor(suffixes, dtype=torch.int64, device="cpu")
+        prefix = torch.tensor(prefixes, dtype=torch.int64, device="cpu")
+        base = torch.tensor(bases, dtype=torch.int64, device="cpu")
         starts = torch.cat([suffix.new_zeros(1), suffix.cumsum(0)])
-        row_variant = torch.repeat_interleave(torch.arange(len(suffixes)), suffix)
-        row_position = torch.arange(int(starts[-1])) + (prefix - starts[:-1])[row_variant]
+        row_variant = torch.repeat_interleave(torch.arange(len(suffixes), device="cpu"), suffix)
+        row_position = torch.arange(int(starts[-1]), device="cpu") + (prefix - starts[:-1])[row_variant]
         return cls(
             suffix_starts=starts.to(device, torch.int32),
             prefix_lengths=prefix.to(device, torch.int32),

@@ -81,7 +81,7 @@ class SuppressedTextInput(TextTokenInput):
         self.units, self.values, self._spread = features.units, features.values, features.spread
         self.inp_tensor = features.ids.to(explainer.model.device)
         self.n_itp_features = len(self.units)
-        self.itp_tensor = torch.ones(1, self.n_itp_features)
+        self.itp_tensor = torch.ones(1, self.n_itp_features, dtype=torch.float32, device="cpu")
         self.itp_mask = self.skip_tokens = None
         self.baselines = 0
         self.question: Question | None = None
@@ -112,7 +112,7 @@ class SuppressedTextInput(TextTokenInput):
         """(n_rows, n + m - 1) factors for presences (n_rows, n_features) of 0 and 1, once the answer is known."""
         present = self.checked(presence)
         strongest = torch.amin if self.explainer.factor <= 1 else torch.amax
-        rows = torch.ones(len(present), self.unit_factors.shape[1])
+        rows = torch.ones(len(present), self.unit_factors.shape[1], dtype=torch.float32, device="cpu")
         for row, absent in zip(rows, ~present, strict=True):
             if absent.any():
                 row.copy_(strongest(self.unit_factors[absent], dim=0))
@@ -300,7 +300,7 @@ class _Answers:
         self._presences |= dict(zip(keys, present, strict=True))
         if self.collecting:
             assert self.inp.question is not None
-            return torch.zeros(len(keys), len(self.inp.question.targets))
+            return torch.zeros(len(keys), len(self.inp.question.targets), dtype=torch.float32, device="cpu")
         if any(key not in self._logprobs for key in keys):
             self._run([key for key in self._presences if key not in self._logprobs])
         return torch.stack([self._logprobs[key] for key in keys])
@@ -360,7 +360,7 @@ def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) 
         token_texts=tokenizer.convert_ids_to_tokens(ids),
         language=language,
     )
-    return _Features(torch.tensor([ids]), found, [unit.text for unit in found])
+    return _Features(torch.tensor([ids], device="cpu"), found, [unit.text for unit in found])
 
 
 def _token_features(source: TextTokenInput, tokenizer: Any) -> _Features:

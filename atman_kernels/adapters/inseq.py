@@ -99,7 +99,7 @@ class AtManAttribution(PerturbationAttributionRegistry):
         factors = [unit_factors(explainer, question) for question in questions]
         outcome = run_rows(explainer, questions, factors)
         length = input_ids.shape[1]
-        scores = torch.zeros(len(questions), length, length)
+        scores = torch.zeros(len(questions), length, length, dtype=torch.float32, device="cpu")
         for row, padding, before, after in zip(scores, paddings, outcome.unperturbed, outcome.perturbed, strict=True):
             row[padding:, length - len(before) :] = before - after  # rows predict the token after them
         return CoarseFeatureAttributionStepOutput(target_attributions=scores)

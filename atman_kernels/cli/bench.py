@@ -137,12 +137,12 @@ def measure(length: int, device: "torch.device", dtype: "torch.dtype") -> dict[s
 
     generator = torch.Generator().manual_seed(length)
     query, key, value = (
-        torch.randn(heads, length, HEAD_DIM, generator=generator).to(device, dtype)
+        torch.randn(heads, length, HEAD_DIM, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    positions = torch.linspace(0, length - 1, min(VARIANTS, length)).long()
-    factors = torch.ones(len(positions), length)  # (V, K)
-    factors[torch.arange(len(positions)), positions] = 0.1
+    positions = torch.linspace(0, length - 1, min(VARIANTS, length), dtype=torch.float32, device="cpu").long()
+    factors = torch.ones(len(positions), length, dtype=torch.float32, device="cpu")  # (V, K)
+    factors[torch.arange(len(positions), device="cpu"), positions] = 0.1
     factors = factors.to(device)
 
     packed = _packed(query, key, value, factors, positions.tolist())
@@ -195,7 +195,7 @@ def _dense(
     import torch
 
     length = query.shape[1]
-    causal = torch.full((length, length), float("-inf"), device=query.device).triu(1)
+    causal = torch.full((length, length), float("-inf"), device=query.device, dtype=torch.float32).triu(1)
 
     def run() -> list[torch.Tensor]:
         outputs = []

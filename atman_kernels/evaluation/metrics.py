@@ -59,8 +59,8 @@ def localisation(relevances: Sequence[Tensor], masks: Sequence[Tensor]) -> Local
         )
     pairs = list(zip(relevances, masks, strict=True))
     return Localisation(
-        precision=torch.tensor([precision(*pair) for pair in pairs], dtype=torch.float64),
-        recall=torch.tensor([recall(*pair) for pair in pairs], dtype=torch.float64),
+        precision=torch.tensor([precision(*pair) for pair in pairs], dtype=torch.float64, device="cpu"),
+        recall=torch.tensor([recall(*pair) for pair in pairs], dtype=torch.float64, device="cpu"),
     )
 
 
@@ -192,7 +192,7 @@ def faithfulness(relevance: Tensor, logprobs: Callable[[Tensor], Tensor], steps:
     steps = n if steps is None else steps
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= n:
         raise InputError(f"steps: got {steps!r}, expected None or an integer from 1 to {n}")
-    counts = torch.linspace(0, n, steps + 1, dtype=torch.float64).round().long()
+    counts = torch.linspace(0, n, steps + 1, dtype=torch.float64, device="cpu").round().long()
     rank = relevance.detach().cpu().argsort(descending=True, stable=True).argsort()  # 0 = most relevant
     most = rank < counts[:, None]  # [points, n_units]
     least = rank >= n - counts[1:-1, None]  # the ends are the same as those of `most`

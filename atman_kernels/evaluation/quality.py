@@ -140,7 +140,7 @@ def _area(explainer: Explainer, item: Item, task: Task, explanation: Explanation
     """Between the curves of the passage's units; all others of the prompt stay."""
 
     def logprobs(suppressed: Tensor) -> Tensor:
-        masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool)
+        masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool, device="cpu")
         masks[:, first:last] = suppressed
         found = explainer.ablate(task.prompt(item), task.target(item), task.units, masks=masks, chat=task.chat)
         return found.logprobs.sum(1)
@@ -210,7 +210,7 @@ def agreement(entries: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]
     for entry in entries:
         if "relevance" in entry:
             first, last = entry["context"]
-            relevance = torch.tensor(entry["relevance"], dtype=torch.float64)[first:last]
+            relevance = torch.tensor(entry["relevance"], dtype=torch.float64, device="cpu")[first:last]
             if len(relevance.unique()) > 1:
                 passages.setdefault(entry["setting"], {})[entry["item"]] = relevance
     found = {}
@@ -234,9 +234,9 @@ def _summary(name: str, entries: list[dict[str, Any]], seed: int) -> Summary:
     per_item: dict[str, list[float]] = {"mAP": [], "mAR": [], "hit@1": [], "hit@5": []}
     for entry in entries:
         first, last = entry["context"]
-        relevance = torch.tensor(entry["relevance"], dtype=torch.float64)[first:last]
-        truth = torch.zeros(last - first, dtype=torch.bool)
-        truth[torch.tensor(entry["truth"]) - first] = True
+        relevance = torch.tensor(entry["relevance"], dtype=torch.float64, device="cpu")[first:last]
+        truth = torch.zeros(last - first, dtype=torch.bool, device="cpu")
+        truth[torch.tensor(entry["truth"], device="cpu") - first] = True
         per_item["mAP"].append(precision(relevance, truth))
         per_item["mAR"].append(recall(relevance, truth))
         per_item["hit@1"].append(float(hit(relevance, truth, 1)))
@@ -244,7 +244,7 @@ def _summary(name: str, entries: list[dict[str, Any]], seed: int) -> Summary:
     areas = [entry["faithfulness"] for entry in entries if "faithfulness" in entry]
     if areas:
         per_item["area"] = areas
-    vectors = {measure: torch.tensor(found, dtype=torch.float64) for measure, found in per_item.items()}
+    vectors = {measure: torch.tensor(found, dtype=torch.float64, device="cpu") for measure, found in per_item.items()}
     values = {measure: float(found.mean()) for measure, found in vectors.items()}
     values |= {f"{measure}_IQ": interquartile_mean(vectors[measure]) for measure in ("mAP", "mAR")}
     values["seconds"] = sum(entry["seconds"] for entry in entries) / len(entries)

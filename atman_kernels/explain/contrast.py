@@ -49,7 +49,7 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         units=explanation.units,
         scores=(explanation.scores.double().sum(1) - other.scores.double().sum(1)).float()[:, None],
         target_tokens=(f"{explanation.target} rather than {other.target}",),
-        base_logprobs=torch.tensor([own - others]),
+        base_logprobs=torch.tensor([own - others], dtype=torch.float32, device="cpu"),
         settings=explanation.settings
         | {
             "versus": other.target,

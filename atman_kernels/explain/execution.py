@@ -94,7 +94,7 @@ class PackedRuns:
             packed = self._packed(base, taken)
             targets = [_predicted(self.questions[v.question], v) for v in taken]
             ends = packed.pack.suffix_starts[1:].tolist()
-            rows = [torch.arange(end - len(own), end) for own, end in zip(targets, ends, strict=False)]
+            rows = [torch.arange(end - len(own), end, device="cpu") for own, end in zip(targets, ends, strict=False)]
             try:
                 logprobs = packed_logprobs(
                     self.model,
@@ -162,7 +162,7 @@ class PackedRuns:
 
     def _positions(self, variant: Variant, thin: bool) -> Tensor:
         """Where the rows of a variant that are run stand in its sequence; one at least."""
-        every = torch.arange(variant.prefix, variant.length)
+        every = torch.arange(variant.prefix, variant.length, device="cpu")
         if not thin or self._unread is None or variant.unit is None:
             return every
         read = every[~self._unread[variant.question][variant.unit, variant.prefix : variant.length]]
@@ -181,7 +181,7 @@ class PackedRuns:
             else self.questions[v.question].inputs[own]
             for v, own in zip(taken, positions, strict=True)
         ]
-        positions += [torch.arange(extra)] if extra else []
+        positions += [torch.arange(extra, device="cpu")] if extra else []
         return _Packed(pack, concatenated(suffixes, extra), positions, factors.to(self.model.device), extra)
 
     def _count(self, packed: "_Packed", queue: VariantQueue, variants: int) -> None:

@@ -380,7 +380,7 @@ def _from_json(content: Any) -> Explanation:
         values["target_tokens"] = tuple(_list("target_tokens", values["target_tokens"]))
         estimated = values.get("standard_errors") is not None
         for name in ("scores", "base_logprobs", *(["standard_errors"] if estimated else [])):
-            values[name] = torch.tensor(_list(name, values[name]), dtype=torch.float32)
+            values[name] = torch.tensor(_list(name, values[name]), dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"a field has the wrong form: {error}") from error
     return Explanation(**values)

@@ -213,7 +213,7 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
     if extractor is None:
         raise InputError(f"tokenizer must be {name}'s processor, which reads audio; got {type(processor).__name__}")
     try:
-        samples = torch.as_tensor(audio).detach().cpu()
+        samples = torch.as_tensor(audio, device="cpu").detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"audio must be samples (n,), got {type(audio).__name__}") from error
     if samples.ndim != 1 or not samples.is_floating_point() or not samples.numel():

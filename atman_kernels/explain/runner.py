@@ -212,7 +212,7 @@ class VariantRunner:
         """Unsuppressed log-probs by the same way that the variants will go."""
         unperturbed = []
         for question in questions:
-            ones = torch.ones(1, len(question.inputs), device=self.model.device)
+            ones = torch.ones(1, len(question.inputs), device=self.model.device, dtype=torch.float32)
             logprobs = full_row_logprobs(
                 self.model,
                 question.whole,

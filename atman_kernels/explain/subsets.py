@@ -94,7 +94,7 @@ def checked_masks(masks: Any, units: tuple[Unit, ...]) -> Tensor:
     """
     made = masks(units) if callable(masks) else masks
     try:
-        made = torch.as_tensor(made).detach().cpu()
+        made = torch.as_tensor(made, device="cpu").detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"masks must be a bool tensor (n_variants, {len(units)}), got {type(made).__name__}"

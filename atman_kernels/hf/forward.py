@@ -103,10 +103,10 @@ class Base:
             return None
         distinct = {id(pattern): pattern for pattern in self.patterns.values()}
         visible = torch.stack([(pattern > -math.inf).any(dim=0) for pattern in distinct.values()]).any(dim=0).cpu()
-        positions = torch.arange(visible.shape[0] + 1)
+        positions = torch.arange(visible.shape[0] + 1, device="cpu")
         last = positions[-2] - visible.flip(1).byte().argmax(dim=1)  # argmax gives the first of equal maxima
         furthest = last.masked_fill(~visible.any(dim=1), 0).cummax(dim=0).values  # key seen by a row or any before it
-        free = torch.cat([torch.tensor([True]), furthest < positions[1:]])
+        free = torch.cat([torch.tensor([True], device="cpu"), furthest < positions[1:]])
         return torch.where(free, positions, 0).cummax(dim=0).values
 
 
@@ -258,8 +258,8 @@ class _GrowingRun(_PackedRun):
         device = pack.device
         prefixes, bases = pack.prefix_lengths.tolist(), pack.base_starts.tolist()
         spans = list(zip(places, prefixes, bases, strict=False))  # padding, the last variant, has no place
-        self.reused = torch.cat([torch.arange(b, b + p) for _, p, b in spans]).to(device)
-        self.reused_to = torch.cat([torch.arange(at, at + p) for at, p, _ in spans]).to(device)
+        self.reused = torch.cat([torch.arange(b, b + p, device="cpu") for _, p, b in spans]).to(device)
+        self.reused_to = torch.cat([torch.arange(at, at + p, device="cpu") for at, p, _ in spans]).to(device)
         self.rows_to = torch.cat([at + own for at, own in zip(places, positions, strict=True)]).to(device)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:

@@ -102,7 +102,11 @@ class ImageTokens:
     def positions(self) -> Tensor:
         """(rows, columns) of a grid, in the sequence."""
         assert self.grid is not None
-        return self.first + torch.arange(self.grid[0])[:, None] * self.step + torch.arange(self.grid[1])
+        return (
+            self.first
+            + torch.arange(self.grid[0], device="cpu")[:, None] * self.step
+            + torch.arange(self.grid[1], device="cpu")
+        )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _in_windows(model: PreTrainedModel, block: ImageTokens) -> Tensor:
     if not hasattr(vision, "window_size"):
         return tokens.flatten()
     side = vision.window_size // vision.spatial_merge_size // vision.patch_size
-    row, column = torch.arange(block.grid[0])[:, None], torch.arange(block.grid[1])
+    row, column = torch.arange(block.grid[0], device="cpu")[:, None], torch.arange(block.grid[1], device="cpu")
     window = row // side * block.grid[1] + column // side  # numbers them row by row, some of them not at all
     return tokens.flatten()[window.flatten().argsort(stable=True)]
 
@@ -111,8 +111,8 @@ def _owners(model: PreTrainedModel, block: ImageTokens) -> Tensor:
             f"{type(model).__name__} cannot be suppressed in its vision encoder: {rows} × {columns} patches are no "
             f"whole multiple of its {block.grid[0]} × {block.grid[1]} image tokens"
         )
-    row = torch.arange(rows) // (rows // block.grid[0])
-    column = torch.arange(columns) // (columns // block.grid[1])
+    row = torch.arange(rows, device="cpu") // (rows // block.grid[0])
+    column = torch.arange(columns, device="cpu") // (columns // block.grid[1])
     return block.positions()[row[:, None], column].flatten()
 
 

@@ -124,7 +124,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.empty(0, device=resolved, dtype=torch.float32)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's three ways to say no
         raise InputError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from error
     return resolved

@@ -90,5 +90,5 @@ def checked_queries(queries: Queries) -> Positional | None:
         raise InputError(f"queries: got {queries!r}, {expected}")
     if start < 0 or (end is not None and end <= start):
         raise InputError(f"queries: got {queries!r}, {expected}")
-    inside = torch.arange(start if end is None else end) >= start
+    inside = torch.arange(start if end is None else end, device="cpu") >= start
     return Positional("queries", inside[None], end is None)

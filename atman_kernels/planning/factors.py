@@ -55,7 +55,7 @@ def factor_rows(
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
         raise InputError(f"factor: got {factor!r}, expected a finite number >= 0")
     if similarity_threshold is None:
-        rows = torch.ones(len(units), length, dtype=torch.float32)
+        rows = torch.ones(len(units), length, dtype=torch.float32, device="cpu")
     else:
         keys = _checked_embeddings(embeddings, similarity_threshold, length)
         rows = _neighbour_rows(units, factor, keys, similarity_threshold)

@@ -128,7 +128,7 @@ def pack_factors(
         rows: rows of the result, at least len(variants).
         width: columns of the result, at least the longest variant's length; 1 where nothing is said.
     """
-    result = torch.ones(rows, width)
+    result = torch.ones(rows, width, dtype=torch.float32, device="cpu")
     for row, variant, own in zip(result, variants, positions, strict=False):
         if variant.unit is not None:
             values = factors[variant.question][variant.unit]
@@ -139,7 +139,7 @@ def pack_factors(
 
 def whole_factors(variants: list[Variant], factors: list[Tensor], width: int) -> Tensor:
     """Factors of variants that are run as whole rows, (len(variants), width); 1 where nothing is said."""
-    result = torch.ones(len(variants), width)
+    result = torch.ones(len(variants), width, dtype=torch.float32, device="cpu")
     for row, variant in zip(result, variants, strict=True):
         if variant.unit is not None:
             own = factors[variant.question][variant.unit]

@@ -86,7 +86,7 @@ def share(variants: Sequence[Variant], contents: Sequence[Content], forward_cost
     if len(variants) < 2:
         return whole
     groups = _groups(variants, contents)
-    cuts = _cuts(groups, torch.tensor([v.prefix for v in variants]), forward_cost)
+    cuts = _cuts(groups, torch.tensor([v.prefix for v in variants], device="cpu"), forward_cost)
     labels = [(cut, dict(zip(groups[cut].members.tolist(), groups[cut].group.tolist(), strict=True))) for cut in cuts]
     stage = _stage(list(range(len(variants))), dict(enumerate(variants)), labels)
     return stage if stage.tokens <= (1 - LEAST_SAVING) * whole.tokens else whole
@@ -129,13 +129,13 @@ class _Groups:
 
 def _groups(variants: Sequence[Variant], contents: Sequence[Content]) -> dict[int, _Groups]:
     """By position, for every position up to which some variants agree."""
-    question = torch.tensor([v.question for v in variants])
-    unit = torch.tensor([-1 if v.unit is None else v.unit for v in variants])
-    first = torch.tensor([v.prefix for v in variants])
-    limit = torch.tensor([a.limit for a in contents])[question]
+    question = torch.tensor([v.question for v in variants], device="cpu")
+    unit = torch.tensor([-1 if v.unit is None else v.unit for v in variants], device="cpu")
+    first = torch.tensor([v.prefix for v in variants], device="cpu")
+    limit = torch.tensor([a.limit for a in contents], device="cpu")[question]
     texts = _texts(contents)  # [questions, P + 1]
     order = first.argsort(stable=True)
-    arrived = torch.searchsorted(first[order], torch.arange(texts.shape[1] + 1))
+    arrived = torch.searchsorted(first[order], torch.arange(texts.shape[1] + 1, device="cpu"))
     found: dict[int, _Groups] = {}
     members, group = order[:0], order[:0]
     for end in range(1, texts.shape[1]):
@@ -161,11 +161,13 @@ def _groups(variants: Sequence[Variant], contents: Sequence[Content]) -> dict[in
 def _texts(contents: Sequence[Content]) -> Tensor:
     """(questions, P + 1): questions with the same number at p read the same p first tokens; P is the largest limit."""
     width = max(a.limit for a in contents)
-    ids = torch.full((len(contents), width), -1)
+    ids = torch.full((len(contents), width), -1, dtype=torch.int64, device="cpu")
     for row, one in zip(ids, contents, strict=True):
         if one.tokens is not None:
             row[: len(one.tokens)] = one.tokens[:width].cpu()
-    apart = torch.tensor([0 if one.tokens is not None else 1 + index for index, one in enumerate(contents)])
+    apart = torch.tensor(
+        [0 if one.tokens is not None else 1 + index for index, one in enumerate(contents)], device="cpu"
+    )
     numbers = [apart]
     for column in ids.T:
         numbers.append(torch.unique(torch.stack([numbers[-1], column], dim=1), dim=0, return_inverse=True)[1])
@@ -174,7 +176,7 @@ def _texts(contents: Sequence[Content]) -> Tensor:
 
 def _column(contents: Sequence[Content], question: Tensor, unit: Tensor, position: int) -> Tensor:
     """(n,) float32 factors at a position."""
-    values = torch.ones(len(question))
+    values = torch.ones(len(question), dtype=torch.float32, device="cpu")
     for index in question.unique().tolist():
         own = question == index
         values[own] = contents[index].factors[unit[own], position].float()
@@ -188,7 +190,7 @@ def _cuts(groups: dict[int, _Groups], first: Tensor, forward_cost: int) -> list[
     for index, end in enumerate(ends):
         own = groups[end]
         sizes = own.group.bincount()
-        begins = torch.zeros(len(sizes), dtype=torch.int64).scatter_(0, own.group, first[own.members])
+        begins = torch.zeros(len(sizes), dtype=torch.int64, device="cpu").scatter_(0, own.group, first[own.members])
         for before in range(-1, index):
             start = begins.clamp(min=ends[before] if before >= 0 else 0)
             saved = float(((sizes - 1) * (end - start)).sum()) - COPY_COST * end * len(sizes) - forward_cost

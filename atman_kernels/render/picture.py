@@ -63,7 +63,7 @@ def relevance(explanation: Explanation, size: tuple[int, int], index: int, score
     """
     width, height = size
     own_width, own_height = explained_size(explanation, index) or size
-    field = torch.zeros(height, width)
+    field = torch.zeros(height, width, dtype=torch.float32, device="cpu")
     for unit, score in zip(explanation.units, scores.tolist(), strict=True):
         if unit.source == "image" and unit.image == index and unit.box is not None:
             left, top, right, bottom = unit.box
@@ -105,7 +105,7 @@ def _tinted(image: Image.Image, field: Tensor, scale: float, opacity: float) -> 
     """The picture's greys, so that no colour of its own is taken for a score, mixed with the hues."""
     pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).float()
     pixels = pixels.reshape(image.height, image.width, 1).expand(-1, -1, 3)
-    hues = torch.tensor([list(bytes.fromhex(hue[1:])) for hue in (NEGATIVE, POSITIVE)]).float()
+    hues = torch.tensor([list(bytes.fromhex(hue[1:])) for hue in (NEGATIVE, POSITIVE)], device="cpu").float()
     strength = (opacity * field.abs() / scale)[..., None]
     mixed = pixels + strength * (hues[(field > 0).long()] - pixels)
     return Image.frombytes("RGB", image.size, mixed.round().to(torch.uint8).numpy().tobytes())

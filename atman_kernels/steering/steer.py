@@ -87,7 +87,7 @@ class Steered:
     ) -> None:
         self.inputs, self.texts, self.spans = inputs, texts, spans
         length = inputs["input_ids"].shape[1]
-        self.factor = torch.ones(len(spans), length)
+        self.factor = torch.ones(len(spans), length, dtype=torch.float32, device="cpu")
         for row, found in enumerate(spans):
             padding = int((inputs["attention_mask"][row] == 0).sum()) if texts else 0
             for span in found:
@@ -218,4 +218,4 @@ def _padded(prompts: Sequence[TokenizedText], padding: int) -> dict[str, Tensor]
     rows = [length - len(prompt.ids) for prompt in prompts]
     ids = [[padding] * missing + list(prompt.ids) for missing, prompt in zip(rows, prompts, strict=True)]
     mask = [[0] * missing + [1] * (length - missing) for missing in rows]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {"input_ids": torch.tensor(ids, device="cpu"), "attention_mask": torch.tensor(mask, device="cpu")}

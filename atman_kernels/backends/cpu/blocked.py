@@ -115,10 +115,10 @@ def dense_tiles(
     keys = key.shape[2]
     for b in range(batch):
         for rows in _row_blocks(queries, heads * keys):
-            position = torch.arange(rows.start, rows.stop) + (keys - queries)
+            position = torch.arange(rows.start, rows.stop, device="cpu") + (keys - queries)
             seen = _key_range(int(position[0]), int(position[-1]), keys, options)
             visible = window_visible(
-                position, torch.arange(seen.start, seen.stop), options.is_causal, options.sliding_window
+                position, torch.arange(seen.start, seen.stop, device="cpu"), options.is_causal, options.sliding_window
             )
             bias = None
             if key_mask is not None:
@@ -150,7 +150,7 @@ def packed_tiles(
         low = _first_visible(group.first_position, options)
         base = slice(group.base_start + low, group.base_start + max(low, group.prefix))
         own = slice(group.first_row, group.last_row)
-        prefix_position = torch.arange(low, max(low, group.prefix))
+        prefix_position = torch.arange(low, max(low, group.prefix), device="cpu")
         key_position = torch.cat([prefix_position, row_position[own]])
         in_prefix = len(prefix_position)
         for block in _row_blocks(group.last_row - group.first_row, query.shape[0] * len(key_position)):
@@ -222,7 +222,7 @@ def _attend(
     additive = factor is None or options.mode == "log_additive"
 
     # what is added to the scores, -inf where a key is hidden: [1|Hq, M, N]
-    offset = torch.zeros(1, 1, 1, dtype=wide) if bias is None else bias.to(wide)
+    offset = torch.zeros(1, 1, 1, dtype=wide, device="cpu") if bias is None else bias.to(wide)
     if factor is not None and additive:
         offset = offset + factor.log()
     added = torch.where(visible, offset, -torch.inf)

@@ -64,7 +64,7 @@ class Call:
         value_dim = self.value_dim or self.head_dim
 
         def zeros(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
 
         def indices(length: int) -> Tensor:
             return zeros(length, dtype=torch.int32)
@@ -80,7 +80,7 @@ class Call:
             indices(ROWS),
         )
         extras = launch.Extras(
-            torch.ones(variants, KEYS) if self.factor else None,
+            torch.ones(variants, KEYS, dtype=torch.float32, device="cpu") if self.factor else None,
             zeros(batch, KEYS, dtype=torch.bool) if self.key_mask else None,
             zeros(HEADS) if self.sinks else None,
             zeros(1, HEADS, ROWS, KEYS) if self.bias else None,

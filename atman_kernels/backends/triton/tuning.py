@@ -71,8 +71,8 @@ def workload(key: Key, device: torch.device) -> Callable[[], object]:
         return torch.randn(shape, device=device, dtype=dtype)
 
     def factors(rows: int, length: int) -> Tensor:
-        factor = torch.ones(rows, length, device=device)
-        factor[torch.arange(rows), torch.arange(rows) * 7 % length] = 0.1
+        factor = torch.ones(rows, length, device=device, dtype=torch.float32)
+        factor[torch.arange(rows, device="cpu"), torch.arange(rows, device="cpu") * 7 % length] = 0.1
         return factor
 
     options = ScoreOptions("log_additive", True, dim**-0.5, None, None, False)

@@ -20,6 +20,9 @@ def random(context: MethodContext, questions: Sequence[Question], *, seed: int =
     """
     generator = seeded(seed)
     return MethodOutcome(
-        scores=[torch.rand(len(q.units), len(q.targets), generator=generator) for q in questions],
+        scores=[
+            torch.rand(len(q.units), len(q.targets), generator=generator, dtype=torch.float32, device="cpu")
+            for q in questions
+        ],
         logprobs=[own_logprobs(context.model, q.inputs, q.rows, q.targets).cpu() for q in questions],
     )

@@ -48,7 +48,10 @@ def lasso(
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
         raise InputError(f"keep must be a number between 0 and 1, got {keep!r}")
     _scikit_learn()  # before the model runs for nothing
-    masks = [torch.rand(samples, len(question.units), generator=seeded(seed)) >= keep for question in questions]
+    masks = [
+        torch.rand(samples, len(question.units), generator=seeded(seed), dtype=torch.float32, device="cpu") >= keep
+        for question in questions
+    ]
     outcome = run_subsets(context, questions, masks, "sampling sets")
     scores = [
         _weights(~suppressed, _logit(logprobs.double().sum(dim=1)), logprobs.shape[1], float(alpha))

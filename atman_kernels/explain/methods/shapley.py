@@ -42,7 +42,7 @@ def shapley(
     for order, perturbed in zip(orders, outcome.perturbed, strict=True):
         n_orders, n_units = order.shape
         worth = perturbed.double().unflatten(0, (n_orders, n_units + 1))
-        gains = torch.empty(n_orders, n_units, worth.shape[-1], dtype=torch.float64)
+        gains = torch.empty(n_orders, n_units, worth.shape[-1], dtype=torch.float64, device="cpu")
         gains.scatter_(1, order[..., None].expand_as(gains), worth.diff(dim=1))
         scores.append(gains.mean(dim=0))
         draws.append(gains.sum(dim=-1).unflatten(0, (-1, 2)).mean(dim=1))
@@ -51,7 +51,7 @@ def shapley(
 
 def _orders(n_units: int, permutations: int, generator: torch.Generator) -> Tensor:
     """(permutations, n_units): orders, each followed by its reverse."""
-    drawn = [torch.randperm(n_units, generator=generator) for _ in range(permutations // 2)]
+    drawn = [torch.randperm(n_units, generator=generator, device="cpu") for _ in range(permutations // 2)]
     return torch.stack([each for order in drawn for each in (order, order.flip(0))])
 
 
@@ -59,4 +59,4 @@ def _suppressed_along(orders: Tensor) -> Tensor:
     """(n_orders · (n_units + 1), n_units) bool: who is still suppressed after 0, 1, … units of each order came back."""
     n_units = orders.shape[1]
     place = orders.argsort(dim=1)  # of each unit in each order
-    return (place[:, None, :] >= torch.arange(n_units + 1)[:, None]).flatten(0, 1)
+    return (place[:, None, :] >= torch.arange(n_units + 1, device="cpu")[:, None]).flatten(0, 1)
