@@ -1,4 +1,4 @@
-"""Nothing of ours takes its dtype or its device from torch's global defaults, which code that loads models may leave."""
+"""Nothing of ours takes its dtype or its device from torch's global defaults, which loading code may leave."""
 
 import ast
 from pathlib import Path
