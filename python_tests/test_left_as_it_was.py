@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import sklearn.linear_model  # noqa: F401  (draws random numbers while it is imported for the first time)
 import tiny_models
 import torch
 import transformers as hf
