@@ -1,4 +1,5 @@
-"""Assertions on tensors that say where, and by how much, two results differ."""
+"""Assertions on tensors that say where, and by how much, two results differ. They compare on the CPU, whatever device
+each of the two is on."""
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ WORST_SHOWN = 5
 
 def assert_same_pattern(actual: Tensor, expected: Tensor, what: str = "output") -> None:
     """Shapes agree, and NaN, +inf and -inf stand in the same places."""
+    actual, expected = _on_cpu(actual, expected)
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         differs = test(actual) != test(expected)
@@ -19,6 +21,7 @@ def assert_same_pattern(actual: Tensor, expected: Tensor, what: str = "output") 
 
 def assert_within(actual: Tensor, expected: Tensor, limit: float, what: str = "output") -> None:
     """No element is further than `limit` from `expected`; the message lists the worst coordinates."""
+    actual, expected = _on_cpu(actual, expected)
     assert_same_pattern(actual, expected, what)
     error = absolute_error(actual, expected)
     if error.numel() == 0 or error.max().item() <= limit:
@@ -91,6 +94,10 @@ def assert_unchanged_by_ones(
 
 def absolute_error(actual: Tensor, expected: Tensor) -> Tensor:
     """|actual - expected| in float64; equal infinities and two NaN count as 0."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    actual, expected = (tensor.double() for tensor in _on_cpu(actual, expected))
     error = (actual - expected).abs()
     return error.masked_fill(actual.eq(expected) | (actual.isnan() & expected.isnan()), 0.0)
+
+
+def _on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().cpu() for tensor in tensors)

@@ -15,6 +15,18 @@ TEXT = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a machine with a GPU, what the shared suites do with a backend for GPUs is marked as needing one."""
+    if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+        return
+    from attention_cases import HARDWARE_BACKENDS
+
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
+        if isinstance(backend, str) and backend.partition(":")[0] in HARDWARE_BACKENDS:
+            item.add_marker("gpu")
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """Byte-level BPE, so that any text has tokens; with a chat template, without special tokens of its own."""
