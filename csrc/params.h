@@ -39,6 +39,7 @@ struct AttentionParams {
     const std::int32_t* suffix_starts = nullptr;   // (variants + 1,)
     const std::int32_t* prefix_lengths = nullptr;  // (variants,)
     const std::int32_t* base_starts = nullptr;     // (variants,)
+    const std::int32_t* row_variant = nullptr;     // (rows,), or null: it follows from suffix_starts
 
     // All optional.
     const float* factor = nullptr;           // (batch | variants, 1 | query_heads, factor_keys)

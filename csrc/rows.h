@@ -59,6 +59,7 @@ ATMAN_INLINE Row packed_row(const AttentionParams& p, std::int64_t variant, std:
 
 // The variant that a row of the pack belongs to; empty suffixes are passed over.
 ATMAN_INLINE std::int64_t variant_of(const AttentionParams& p, std::int64_t index) {
+    if (p.row_variant) return p.row_variant[index];
     std::int64_t low = 0, high = p.variants;  // suffix_starts[low] <= index < suffix_starts[high]
     while (high - low > 1) {
         const std::int64_t middle = (low + high) / 2;

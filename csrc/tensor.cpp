@@ -135,6 +135,7 @@ void read_pack(const AttentionArguments& a, AttentionParams& p) {
     for (const auto* other : {&a.own_key, &a.own_value, &a.prefix_lengths, &a.base_starts})
         if (other->has_value() != packed)
             fail("own_key, own_value, suffix_starts, prefix_lengths and base_starts", "go together");
+    if (a.row_variant && !packed) fail("row_variant", "is for packs");
     if (!packed) return;
     if (p.batch != 1) fail("query", "must have batch 1 with a pack");
     if (a.key_mask) fail("key_mask", "is for dense calls");
@@ -162,6 +163,11 @@ void read_pack(const AttentionArguments& a, AttentionParams& p) {
     p.suffix_starts = a.suffix_starts->as<const std::int32_t>();
     p.prefix_lengths = a.prefix_lengths->as<const std::int32_t>();
     p.base_starts = a.base_starts->as<const std::int32_t>();
+    if (!a.row_variant) return;
+    expect_shape("row_variant", *a.row_variant, {p.rows});
+    expect_type("row_variant", *a.row_variant, ElementType::int32);
+    expect_contiguous("row_variant", *a.row_variant);
+    p.row_variant = a.row_variant->as<const std::int32_t>();
 }
 
 void read_extras(const AttentionArguments& a, AttentionParams& p) {

@@ -40,6 +40,7 @@ struct AttentionArguments {
     double scale = 1.0;
     std::int64_t sliding_window = 0;
     double softcap = 0.0;
+    std::optional<Tensor> row_variant = std::nullopt;  // what follows from suffix_starts, for those who look it up
 };
 
 // The arguments of a backward. `forward.output` is the gradient by the output, `forward.lse` what the forward gave.

@@ -175,6 +175,16 @@ def test_split_over_keys(name: str, mode: str, modelled: ModuleType, monkeypatch
 
 @pytest.mark.usefixtures("on_the_model")
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("softcap", [None, 0.3, 1e-38])
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-8, 3.0])
+def test_any_scale(scale: float, softcap: float | None, mode: str) -> None:
+    """Scaling is left to the exponent, or not where the unit of scores would not be positive, or not be a number."""
+    case = replace(PACKED["few_tokens_each"], scale=scale, softcap=softcap)
+    check_packed("cuda:hopper", case, mode, "keys", torch.bfloat16)
+
+
+@pytest.mark.usefixtures("on_the_model")
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [name for name in PACK_CASES if not name.startswith("long")])
 def test_plain_packed(name: str, mode: str) -> None:
     check_packed("cuda:plain", PACK_CASES[name], mode, "keys", torch.bfloat16)

@@ -135,6 +135,7 @@ def packed_suppressed_attention(
         "own_value": value,
     }
     extras = packed_extras(suffix_starts, prefix_lengths, base_starts, factor, sinks, position_bias)
+    extras["row_variant"] = row_variant.contiguous()
     output, lse = _attend(vectors, extras, options, kernel)
     return output[0], lse[0] if options.return_lse else lse
 

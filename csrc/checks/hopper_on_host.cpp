@@ -3,6 +3,7 @@
 #define ATMAN_INSTRUCTIONS "../../checks/instructions_model.h"
 #include "../cuda/attention.h"
 #include "../cuda/hopper/kernel.h"
+#include "../cuda/describe_tiles.h"
 #include "../cuda/merge.h"
 #include "../cuda/plain.h"
 
@@ -27,8 +28,13 @@ CUtensorMap make_map(const hopper::Boxes& boxes) {
 
 // What plan.cu leaves in the work space.
 void make_plan(const AttentionParams& p, TileKeys* tiles, std::int32_t* order, std::uint64_t* flags) {
+    const auto blocks = static_cast<unsigned>(divide_up(count_tiles(p) * 32, kDescribeThreads));
+    for (unsigned block = 0; block < blocks; ++block)
+        model::run_block(kDescribeThreads, {block}, {blocks}, [&] { describe_tiles(p, tiles); });
     for (std::int64_t t = 0; t < count_tiles(p); ++t) {
-        tiles[t] = describe_tile(p, t);
+        const TileKeys row_by_row = describe_tile(p, t);
+        if (std::memcmp(&tiles[t], &row_by_row, sizeof row_by_row) != 0)
+            throw std::logic_error("the warp and its rows one by one disagree about tile " + std::to_string(t));
         order[t] = static_cast<std::int32_t>(t);
     }
     std::stable_sort(order, order + count_tiles(p),

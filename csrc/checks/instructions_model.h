@@ -180,6 +180,13 @@ inline void settle(Mbarrier& barrier) {
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
     return model::exchange(value)[model::lane() ^ static_cast<unsigned>(mask)];
 }
+inline std::int32_t __shfl_xor_sync(unsigned mask, std::int32_t value, int lanes) {
+    float bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = __shfl_xor_sync(mask, bits, lanes);
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 inline float __shfl_sync(unsigned, float value, int from) { return model::exchange(value)[from]; }
 inline bool __any_sync(unsigned, bool value) {
     const float* all = model::exchange(value ? 1.0f : 0.0f);

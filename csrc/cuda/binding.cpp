@@ -18,12 +18,12 @@ AttentionParams describe(const Tensor& query, const Tensor& key, const Tensor& v
                          const Optional& lse, const Optional& own_key, const Optional& own_value,
                          const Optional& suffix_starts, const Optional& prefix_lengths, const Optional& base_starts,
                          const Optional& factor, const Optional& key_mask, const Optional& sinks,
-                         const Optional& position_bias, const std::string& mode, bool is_causal, double scale,
-                         std::int64_t sliding_window, double softcap) {
+                         const Optional& position_bias, const Optional& row_variant, const std::string& mode,
+                         bool is_causal, double scale, std::int64_t sliding_window, double softcap) {
     const AttentionArguments arguments{query,    key,           value,          output,      lse,
                                        own_key,  own_value,     suffix_starts,  prefix_lengths, base_starts,
                                        factor,   key_mask,      sinks,          position_bias,  mode,
-                                       is_causal, scale,        sliding_window, softcap};
+                                       is_causal, scale,        sliding_window, softcap,        row_variant};
     return atman::make_params(arguments, atman::Memory::device);
 }
 
@@ -48,8 +48,8 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("lse") = none, py::arg("own_key") = none, py::arg("own_value") = none,
              py::arg("suffix_starts") = none, py::arg("prefix_lengths") = none, py::arg("base_starts") = none,
              py::arg("factor") = none, py::arg("key_mask") = none, py::arg("sinks") = none,
-             py::arg("position_bias") = none, py::kw_only(), py::arg("mode"), py::arg("is_causal"), py::arg("scale"),
-             py::arg("sliding_window") = 0, py::arg("softcap") = 0.0)
+             py::arg("position_bias") = none, py::arg("row_variant") = none, py::kw_only(), py::arg("mode"),
+             py::arg("is_causal"), py::arg("scale"), py::arg("sliding_window") = 0, py::arg("softcap") = 0.0)
         .def("refusal",
              [](const AttentionParams& call, const std::string& kernel) {
                  return atman::cuda::refusal(call, atman::cuda::kernel_named(kernel));

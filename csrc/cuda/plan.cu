@@ -2,6 +2,7 @@
 // tiles, and which factors are 1.
 
 #include "check.h"
+#include "describe_tiles.h"
 #include "kernels.h"
 
 namespace atman::cuda {
@@ -10,11 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kOrderThreads = 1024;
 constexpr int kBuckets = 256;
-
-__global__ void describe_tiles(AttentionParams p, TileKeys* tiles) {
-    const std::int64_t tile = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (tile < count_tiles(p)) tiles[tile] = describe_tile(p, tile);
-}
 
 __device__ int bucket_of(const TileKeys& keys, std::int32_t most) {  // 0: the most work
     return kBuckets - 1 - static_cast<int>(static_cast<std::int64_t>(visited(keys)) * (kBuckets - 1) / most);
@@ -64,7 +60,8 @@ __global__ void flag_factors(AttentionParams p, std::int64_t words, std::uint64_
 void make_plan(const AttentionParams& p, const Launch& launch) {
     const std::int64_t tiles = count_tiles(p);
     auto* keys = launch.at<TileKeys>(launch.space.tiles);
-    describe_tiles<<<static_cast<unsigned>(divide_up(tiles, kThreads)), kThreads, 0, launch.stream>>>(p, keys);
+    const auto blocks = static_cast<unsigned>(divide_up(tiles * 32, kDescribeThreads));
+    describe_tiles<<<blocks, kDescribeThreads, 0, launch.stream>>>(p, keys);
     check_launch("describe_tiles");
     order_tiles<<<1, kOrderThreads, 0, launch.stream>>>(keys, launch.at<std::int32_t>(launch.space.order),
                                                         static_cast<int>(tiles));

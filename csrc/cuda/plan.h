@@ -41,7 +41,7 @@ ATMAN_INLINE TileRows tile_rows(const AttentionParams& p, std::int64_t tile) {
 
 ATMAN_INLINE void include_row(TileKeys& keys, int range, const Visible& seen) {
     if (seen.empty()) {
-        keys.all_last[range] = keys.all_first[range];
+        keys.all_last[range] = 0;
         return;
     }
     const auto first = static_cast<std::int32_t>(seen.first), last = static_cast<std::int32_t>(seen.last);
@@ -52,12 +52,26 @@ ATMAN_INLINE void include_row(TileKeys& keys, int range, const Visible& seen) {
     keys.all_last[range] = last < keys.all_last[range] ? last : keys.all_last[range];
 }
 
-// What a tile visits. Keys between those of two rows may be seen by neither: they are masked.
-ATMAN_INLINE TileKeys describe_tile(const AttentionParams& p, std::int64_t tile) {
+// The keys of two sets of rows together, in any order.
+ATMAN_INLINE void include_keys(TileKeys& keys, const TileKeys& more) {
+    for (int range = 0; range < 2; ++range) {
+        if (more.first[range] < more.last[range]) {
+            const bool none = keys.first[range] >= keys.last[range];
+            keys.first[range] = none || more.first[range] < keys.first[range] ? more.first[range] : keys.first[range];
+            keys.last[range] = none || more.last[range] > keys.last[range] ? more.last[range] : keys.last[range];
+        }
+        keys.all_first[range] = more.all_first[range] > keys.all_first[range] ? more.all_first[range] : keys.all_first[range];
+        keys.all_last[range] = more.all_last[range] < keys.all_last[range] ? more.all_last[range] : keys.all_last[range];
+    }
+}
+
+// What every `step`th row of a tile visits, from row `start` on. Keys between those of two rows may be seen by neither:
+// they are masked.
+ATMAN_INLINE TileKeys describe_tile(const AttentionParams& p, std::int64_t tile, int start = 0, int step = 1) {
     constexpr std::int32_t most = 0x7fffffff;
     TileKeys keys{{0, 0}, {0, 0}, {0, 0}, {most, most}};
     const TileRows rows = tile_rows(p, tile);
-    for (std::int64_t i = rows.first; i < rows.last; ++i) {
+    for (std::int64_t i = rows.first + start; i < rows.last; i += step) {
         const Row row = describe_row(p, rows.batch, i);
         include_row(keys, 0, row.base);
         include_row(keys, 1, row.own);

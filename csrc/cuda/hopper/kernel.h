@@ -175,10 +175,21 @@ __device__ __forceinline__ bool touched(const KernelParams& k, const RowKeys& ro
     return first < last && touches(k.flags + row.flags_at, first + row.to_position[r], last + row.to_position[r]);
 }
 
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Scores are held in a unit of their own: exp2(unit * score) is the softmax's numerator, unit > 0. Without a softcap a
+// score is the product as it comes, and scaling is part of the exponent's multiply-add.
+constexpr float kLeastScale = 1e-6f;  // below, and where it is negative, products are scaled
+__device__ __forceinline__ float score_unit(const AttentionParams& p) {
+    if (p.softcap > 0.0f) return p.softcap * kLog2E;
+    return p.scale < kLeastScale ? kLog2E : p.scale * kLog2E;
+}
+
 template <int kCount>
 __device__ __forceinline__ void suppress(const AttentionParams& p, const RowKeys* rows, const Block& block,
                                          float (&scores)[kCount], const float (&minimum)[2]) {
     const int key = block.first + 2 * (threadIdx.x % 4), range = block.range;
+    const float in_units = fminf(1.0f / score_unit(p), 1e38f);  // finite: 0 times it is 0
     const float* factors[2] = {p.factor + rows[0].factor_at + rows[0].to_position[range],
                                p.factor + rows[8].factor_at + rows[8].to_position[range]};
 #pragma unroll
@@ -186,7 +197,7 @@ __device__ __forceinline__ void suppress(const AttentionParams& p, const RowKeys
         const int h = half_of(i);
         if (!rows[8 * h].sees(range, key + column_of(i))) continue;
         const float factor = factors[h][key + column_of(i)];
-        if (p.mode == Mode::log_additive) scores[i] = suppress_log_additive(scores[i], logarithm2(factor));
+        if (p.mode == Mode::log_additive) scores[i] = suppress_log_additive(scores[i], logarithm2(factor) * in_units);
         else if (p.mode == Mode::multiplicative) scores[i] = suppress_multiplicative(scores[i], factor);
         else scores[i] = suppress_shifted(scores[i], factor, minimum[h]);
     }
@@ -223,38 +234,36 @@ __device__ __forceinline__ void hide_masked(const AttentionParams& p, std::int64
     }
 }
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
-// Products become scores in units of ln 2, before suppression.
+// Products become scores, before suppression.
 template <int kCount>
 __device__ __forceinline__ void scale_scores(const AttentionParams& p, float (&scores)[kCount]) {
     if (p.softcap > 0.0f) {
-        const float inside = p.scale / p.softcap, outside = p.softcap * kLog2E;
+        const float inside = p.scale / p.softcap;
 #pragma unroll
-        for (float& score : scores) score = outside * hyperbolic_tangent(score * inside);
-        return;
+        for (float& score : scores) score = hyperbolic_tangent(score * inside);
+    } else if (p.scale < kLeastScale) {
+#pragma unroll
+        for (float& score : scores) score *= p.scale;
     }
-    const float scale = p.scale * kLog2E;
-#pragma unroll
-    for (float& score : scores) score *= scale;
 }
 
 struct Softmax {
-    float maximum[2] = {kNegativeInfinity, kNegativeInfinity};
+    float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // of unit * score
     float sum[2] = {0.0f, 0.0f};  // of this thread's columns
 
     // Scores become weights; `shrink` is what has been summed so far is to be multiplied with.
     template <int kCount>
-    __device__ __forceinline__ void weigh(float (&scores)[kCount], float (&shrink)[2]) {
+    __device__ __forceinline__ void weigh(float (&scores)[kCount], float (&shrink)[2], float unit) {
         float from[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float top = maximum[h];
+            float top = kNegativeInfinity;
 #pragma unroll
             for (int i = 0; i < kCount; ++i)
                 if (half_of(i) == h) top = fmaxf(top, scores[i]);
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+            top = fmaxf(maximum[h], top * unit);
             from[h] = top == kNegativeInfinity ? 0.0f : top;  // nothing seen yet: -inf + inf would be NaN
             shrink[h] = exponential2(maximum[h] - from[h]);
             maximum[h] = top;
@@ -262,7 +271,7 @@ struct Softmax {
         }
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            scores[i] = exponential2(scores[i] - from[half_of(i)]);
+            scores[i] = exponential2(fmaf(scores[i], unit, -from[half_of(i)]));
             sum[half_of(i)] += scores[i];
         }
     }
@@ -338,20 +347,32 @@ struct Consumer {
         return reinterpret_cast<uint4*>(&shared.query[group][chunk / 8][r][(chunk % 8 ^ r % 8) * 8]);
     }
 
-    __device__ void load_queries() const {
-        const Strides& strides = k.attention.query_strides;
+    // A warpgroup reads kQueryStep rows at once, 16 bytes a thread, and kQueryLoads such groups of rows before it looks
+    // at the first: they do not wait for each other.
+    static constexpr int kQueryStep = kWarpgroup / (C::kHeadDim / 8), kQueryRounds = kConsumerRows / kQueryStep;
+    static constexpr int kQueryLoads = kQueryRounds < 8 ? kQueryRounds : 8;
+
+    __device__ void load_queries(int round, uint4 (&loaded)[kQueryLoads]) const {
+        const AttentionParams& p = k.attention;
+        const Strides& strides = p.query_strides;
+        const auto heads = static_cast<std::int32_t>(group_size(p));
         const int self = thread_again(), chunk = self % (C::kHeadDim / 8);
-#pragma unroll 1
-        for (int r = self / (C::kHeadDim / 8); r < kConsumerRows; r += kWarpgroup / (C::kHeadDim / 8)) {
-            const RowKeys& row = shared.rows[group * kConsumerRows + r];
-            uint4 loaded{0, 0, 0, 0};
-            if (row.head >= 0) {
-                const T* from = static_cast<const T*>(k.attention.query) + item.batch * strides.batch +
-                                row.head * strides.head + row.index * strides.row;
-                loaded = __ldg(reinterpret_cast<const uint4*>(from) + chunk);
-            }
-            *chunk_at(r, chunk) = loaded;
+        const T* from = static_cast<const T*>(p.query) + item.batch * strides.batch +
+                        item.key_head * heads * strides.head + item.first_row * strides.row + chunk * 8;
+#pragma unroll
+        for (int i = 0; i < kQueryLoads; ++i) {
+            const int m = group * kConsumerRows + self / (C::kHeadDim / 8) + (round + i) * kQueryStep;
+            const int row = m / heads, head = m % heads;
+            loaded[i] = uint4{0, 0, 0, 0};
+            if (row < item.last_row - item.first_row)
+                loaded[i] = __ldg(reinterpret_cast<const uint4*>(from + row * strides.row + head * strides.head));
         }
+    }
+    __device__ void keep_queries(int round, const uint4 (&loaded)[kQueryLoads]) const {
+        const int self = thread_again(), chunk = self % (C::kHeadDim / 8);
+#pragma unroll
+        for (int i = 0; i < kQueryLoads; ++i)
+            *chunk_at(self / (C::kHeadDim / 8) + (round + i) * kQueryStep, chunk) = loaded[i];
     }
 
     // --- scores ---
@@ -484,9 +505,15 @@ struct Consumer {
         named_sync<kWarpgroup>(kRows + group);  // the last tile's item, rows and output have been read
         if (thread == 0) shared.item[group] = item_at<C>(k, index);
         named_sync<kWarpgroup>(kRows + group);
-        describe_rows();
-        named_sync<kWarpgroup>(kRows + group);
-        load_queries();
+        uint4 queries[kQueryLoads];
+        load_queries(0, queries);
+        describe_rows();  // while they are under way
+        keep_queries(0, queries);
+#pragma unroll
+        for (int round = kQueryLoads; round < kQueryRounds; round += kQueryLoads) {
+            load_queries(round, queries);
+            keep_queries(round, queries);
+        }
         fence_async_proxy();
         named_sync<kWarpgroup>(kRows + group);
     }
@@ -518,7 +545,7 @@ struct Consumer {
             pin(scores);
             release_key();
             finish_scores(block_at(item.keys, i, C::kKeys), scores, minimum);
-            softmax.weigh(scores, shrink);
+            softmax.weigh(scores, shrink, score_unit(k.attention));
         };
 
         // The first block stands apart: a branch around products would make the compiler wait for each of them.
