@@ -1,12 +1,12 @@
 """VariantPack: which rows of a packed sequence belong to which variant, and what each variant reuses."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from atman_kernels.arguments import described, entries, integer
 from atman_kernels.errors import InputError
 
 
@@ -102,14 +102,12 @@ class VariantPack:
 
 
 def _integers(name: str, values: Sequence[int] | Tensor) -> list[int]:
-    if isinstance(values, Tensor):
-        if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
-            raise InputError(f"{name} must be a 1-D integer tensor, got {values.dtype} of shape {tuple(values.shape)}")
-        values = values.tolist()
+    if isinstance(values, Tensor) and (values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool):
+        raise InputError(f"{name} must be a 1-D integer tensor, got {values.dtype} of shape {tuple(values.shape)}")
     try:
-        listed = [operator.index(value) for value in values]  # numpy integers too
-    except TypeError:
-        raise InputError(f"{name} must hold integers, got {values!r}") from None
+        listed = [integer(value, name) for value in entries(values, name, "integers")]
+    except InputError:
+        raise InputError(f"{name} must hold integers, got {described(values)}") from None
     if any(value < 0 for value in listed):
         raise InputError(f"{name} must be >= 0, got {min(listed)}")
     return listed

@@ -272,7 +272,7 @@ def test_bad_input_is_named():
         ({"audio": torch.zeros(2, 9)}, "samples"),
         ({"audio": "hello.wav"}, "samples"),
         ({"audio": torch.zeros(40000)}, "2 s at most"),
-        ({"audio": SAMPLES, "target": " ".join(["w5"] * 16)}, "16"),
+        ({"audio": SAMPLES, "target": " ".join(["w5"] * 17)}, "17 tokens, but the model has 16 positions"),
     ):
         with pytest.raises(ak.InputError, match=words):
             explainer(listener, processor).explain(**arguments)

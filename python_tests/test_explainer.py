@@ -261,7 +261,7 @@ def test_attention_that_we_do_not_reproduce_is_refused(tokenizer, monkeypatch):
         ({"prompt": PROMPT, "target": ANSWER, "units": [(5, 5)]}, "5"),
         ({"prompt": PROMPT, "target": ANSWER, "chat": True}, "no chat template"),
         ({"prompt": " ".join(["w5"] * 128), "target": "w5 w5"}, "129 tokens, but the model has 128 positions"),
-        ({"prompt": PROMPT, "max_new_tokens": 0}, "max_new_tokens must be >= 1"),
+        ({"prompt": PROMPT, "max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
     ],
 )
 def test_bad_questions(explainer, model, arguments, message):
@@ -280,7 +280,7 @@ def test_bad_questions(explainer, model, arguments, message):
         ({"similarity_threshold": 1.5}, r"similarity_threshold must be in \(0, 1\]"),
         ({"layers": []}, "layers must be indices"),
         ({"layers": [3]}, r"layers must be indices in \[0, 3\), got \[3\]"),
-        ({"token_budget": 0}, "token_budget must be >= 1"),
+        ({"token_budget": 0}, "token_budget must be an integer >= 1 or None, got 0"),
     ],
 )
 def test_bad_settings(model, tokenizer, settings, message):

@@ -278,7 +278,7 @@ def test_prompts_with_and_without_images_in_one_batch():
 @pytest.mark.parametrize(
     ("images", "more", "message"),
     [
-        (PICTURE, {}, "images must be a list with one entry per prompt, got Image"),
+        (PICTURE, {}, "images must be a list of one entry per prompt, got Image"),
         ([PICTURE], {}, "images has 1 entries for 2 prompts"),
         ([None, "cat.png"], {}, r"images\[0\] must be a PIL image, got str"),
         ([None, []], {}, "images is empty"),

@@ -16,7 +16,7 @@ PACKAGE = Path(atman_kernels.__file__).parent
 
 # From the bottom up. A module may import from its own layer and from those below.
 LAYERS = (
-    ("errors", "files", "assets"),
+    ("errors", "arguments", "files", "assets"),
     ("formula", "pack", "native"),
     ("backends",),
     ("autograd",),

@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from atman_kernels import InputError, UnsupportedModelError, suppress
+from atman_kernels.explain import methods
 from atman_kernels.explain.methods import unit_scores
 from atman_kernels.explain.methods.attention import chefer, gradcam, raw_attention, rollout
 from atman_kernels.explain.methods.attnlrp import attnlrp
@@ -293,7 +294,7 @@ def test_sixteen_bits_stay_near(llama):
 @pytest.mark.parametrize("layer", [3, -4])
 def test_layers_that_are_not_there(llama, layer):
     with pytest.raises(InputError, match=f"layer must be an index into 3 layers, got {layer}"):
-        raw_attention(llama, question_for(llama), layer=layer)
+        methods.method("raw_attention", {"layer": layer}).check(llama)
 
 
 @pytest.mark.parametrize(
@@ -303,13 +304,13 @@ def test_layers_that_are_not_there(llama, layer):
         ({"steps": 2.5}, "steps must be an integer >= 1, got 2.5"),
         ({"batch": 0}, "batch must be an integer >= 1, got 0"),
         ({"baseline": 99}, "a token id below 99, got 99"),
-        ({"baseline": -1}, "a token id below 99, got -1"),
-        ({"baseline": "mean"}, "a token id below 99, got 'mean'"),
+        ({"baseline": -1}, "None or a token id, got -1"),
+        ({"baseline": "mean"}, "None or a token id, got 'mean'"),
     ],
 )
 def test_bad_options(llama, options, message):
     with pytest.raises(InputError, match=message):
-        integrated_gradients(llama, question_for(llama), **options)
+        methods.method("integrated_gradients", options).check(llama)
 
 
 @pytest.mark.parametrize("method", [raw_attention, rollout, chefer, gradcam])

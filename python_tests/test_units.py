@@ -379,7 +379,7 @@ def test_wrong_arguments_are_named(arguments, options, message):
 
 @pytest.mark.parametrize("position", [-1, 1.0, True, None])
 def test_a_wrong_first_position_is_named(position):
-    with pytest.raises(InputError, match="first_position: got"):
+    with pytest.raises(InputError, match="first_position must be an integer >= 0, got"):
         target_units("One", [(0, 3)], position)
 
 

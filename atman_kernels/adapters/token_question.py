@@ -7,7 +7,8 @@ from torch import Tensor
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.question import Question, check_length
+from atman_kernels.explain.limits import check_ids, check_length, language_positions
+from atman_kernels.explain.question import Question
 from atman_kernels.explain.runner import Outcome
 from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.suppression import suppress
@@ -25,7 +26,9 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
         raise InputError(f"prompt and target must have at least one token each, got {came}")
     if not units:
         raise InputError("the input has no feature; expected at least one")
-    check_length(explainer.model, len(ids) - 1)
+    check_length(len(ids) - 1, language_positions(explainer.model))
+    check_ids(explainer.model, explainer.tokenizer, ids[:prompt_length].tolist(), "prompt")
+    check_ids(explainer.model, explainer.tokenizer, ids[prompt_length:].tolist(), "target")
     texts = explainer.tokenizer.convert_ids_to_tokens(ids.tolist())
     return Question(
         prompt=explainer.tokenizer.decode(ids[:prompt_length]),

@@ -12,12 +12,10 @@ def check_versus(target: str | None, versus: str | None, include_target: bool) -
     """What can be known before the model runs.
 
     Raises:
-        InputError: versus is no text, is empty or is the target, or the target's own tokens would be units.
+        InputError: versus is the target, or the target's own tokens would be units.
     """
     if versus is None:
         return
-    if not isinstance(versus, str) or not versus:
-        raise InputError(f"versus must be a text with at least one character, or None, got {versus!r}")
     if versus == target:
         raise InputError(f"versus must be another answer than target, got {versus!r} for both")
     if include_target:

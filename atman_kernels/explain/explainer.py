@@ -11,15 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import atman_kernels
+from atman_kernels.arguments import choice, entries, flag, integer, of_entry, text, text_or_empty
 from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.explain.execution import Perturbation
 from atman_kernels.explain.explanation import Explanation
-from atman_kernels.explain.image_question import ImageUnitChoice, ask_about_images, check_without_images, checked_list
+from atman_kernels.explain.image_places import ImageUnitChoice, checked_image_units
+from atman_kernels.explain.image_question import ask_about_images, check_without_images, checked_images
 from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.explain.objectives import Asked, task_of
-from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask
+from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask, ask_all, checked_prompt
 from atman_kernels.explain.runner import VariantRunner
 from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_subsets
 from atman_kernels.explain.whole_rows import Task, run_task
@@ -29,41 +31,85 @@ from atman_kernels.hf.images import check_vision
 from atman_kernels.hf.kinds import Kind, kind_of, part_of
 from atman_kernels.hf.sequence import Embedded
 from atman_kernels.hf.suppression import checked_layers
-from atman_kernels.planning.factors import factor_rows
+from atman_kernels.hf.wrapped import unwrapped
+from atman_kernels.planning.factors import checked_factor, checked_threshold, factor_rows
+from atman_kernels.planning.units import check_language, checked_choice
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One of several prompts with what belongs to it, as it came; see `Explainer.explain_batch`."""
+    """One of several prompts with what belongs to it, checked; see `Explainer.explain_batch`."""
 
     prompt: Any
     target: str | None
-    units: Any
+    units: str | list[tuple[int, int]] | None
     versus: str | None
-    images: Any
+    images: list[Any] | None
 
     @property
     def is_pictured(self) -> bool:
         return self.images is not None or isinstance(self.prompt, Mapping)
 
 
+def _entry(prompt: Any, target: Any, units: Any, versus: Any, images: Any) -> _Entry:
+    """Raises InputError if one of them is of another form."""
+    images = checked_images(images)
+    is_made = isinstance(prompt, Mapping) and "role" not in prompt  # by a processor
+    if not is_made:
+        prompt = text_or_empty(prompt, "prompt") if images and isinstance(prompt, str) else checked_prompt(prompt)
+    return _Entry(
+        prompt,
+        None if target is None else text_or_empty(target, "target", expected="a text or None"),
+        None if units is None else checked_choice(units),
+        None if versus is None else text(versus, "versus", expected="a text with at least one character, or None"),
+        images,
+    )
+
+
 def _entries(prompts: Any, targets: Any, units: Any, versus: Any, images: Any) -> list[_Entry]:
     """One entry per prompt.
 
     Raises:
-        InputError: a list has more or fewer entries than there are prompts, or images are no list.
+        InputError: an argument is no list, has more or fewer entries than there are prompts, or one that does not fit.
     """
-    count = len(prompts)
+    listed = entries(prompts, "prompts", "at least one prompt")
+    if not listed:
+        raise InputError("prompts must be a list with at least one prompt, got none")
+    count = len(listed)
     given = {
-        "targets": [None] * count if targets is None else list(targets),
-        "units": [units] * count if units is None or isinstance(units, str) else list(units),
-        "versus": [None] * count if versus is None else list(versus),
-        "images": [None] * count if images is None else checked_list(images),
+        "targets": [None] * count if targets is None else entries(targets, "targets", "texts and None"),
+        "units": [units] * count if units is None or isinstance(units, str) else entries(units, "units", "choices"),
+        "versus": [None] * count if versus is None else entries(versus, "versus", "texts and None"),
+        "images": [None] * count if images is None else entries(images, "images", "one entry per prompt"),
     }
-    for name, entries in given.items():
-        if len(entries) != count:
-            raise InputError(f"{name} has {len(entries)} entries for {count} prompts")
-    return [_Entry(*parts) for parts in zip(prompts, *given.values(), strict=True)]
+    for name, values in given.items():
+        if len(values) != count:
+            raise InputError(f"{name} has {len(values)} entries for {count} prompts")
+    found = []
+    for number, parts in enumerate(zip(listed, *given.values(), strict=True)):
+        with of_entry(f"prompt {number}"):
+            found.append(_entry(*parts))
+    return found
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How all prompts of a call are put, checked; see `Explainer.explain`."""
+
+    include_target: bool
+    chat: bool
+    max_new_tokens: int
+    language: str
+
+    @classmethod
+    def of(cls, include_target: Any, chat: Any, max_new_tokens: Any, language: Any) -> "_Asking":
+        check_language(language)
+        return cls(
+            flag(include_target, "include_target"),
+            flag(chat, "chat"),
+            integer(max_new_tokens, "max_new_tokens", least=1),
+            language,
+        )
 
 
 class Explainer:
@@ -74,7 +120,8 @@ class Explainer:
 
     Args:
         model: a transformers language model, or one of those in docs/images.md and docs/encoders.md; it is used as it
-            is, in eval mode, and left as it was.
+            is, in eval mode, and left as it was. Of what `torch.compile` or peft made of one, its layers are run, with
+            the adapters that are active in them.
         tokenizer: its (fast) tokenizer, or the processor of a model that reads images or audio.
         mode: "log_additive" | "multiplicative" | "shifted", see `atman_kernels.suppressed_attention`.
         factor: what is kept of the attention to a suppressed unit, >= 0; with 0 and "log_additive" the unit is gone, as
@@ -110,28 +157,22 @@ class Explainer:
         token_budget: int | None = None,
         progress: bool = True,
     ) -> None:
+        model = unwrapped(model)
         self.kind = kind_of(model)
         part = part_of(model, self.kind)  # refuses what cannot be reached
-        if mode not in MODES:
-            raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
-        if not (isinstance(factor, int | float) and 0 <= factor < float("inf")):
-            raise InputError(f"factor must be a finite number >= 0, got {factor!r}")
-        if similarity_threshold is not None and not 0 < similarity_threshold <= 1:
-            raise InputError(f"similarity_threshold must be in (0, 1] or None, got {similarity_threshold!r}")
-        if not isinstance(vision, bool):
-            raise InputError(f"vision must be True or False, got {vision!r}")
-        if vision:
+        self.vision = flag(vision, "vision")
+        if self.vision:
             _check_vision(model, self.kind)
-        if token_budget is not None and token_budget < 1:
-            raise InputError(f"token_budget must be >= 1 or None, got {token_budget!r}")
-        self.model = model
+        if token_budget is not None:
+            token_budget = integer(token_budget, "token_budget", least=1, expected="an integer >= 1 or None")
+        self.model: PreTrainedModel = model
         self._given = tokenizer
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
-        self.factor = float(factor)
-        self.similarity_threshold = similarity_threshold
-        self.vision = vision
-        self.runner = VariantRunner(model, Perturbation(mode, checked_layers(part, layers)), token_budget, progress)
+        self.factor = checked_factor(factor)
+        self.similarity_threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
+        how = Perturbation(choice(mode, "mode", MODES), checked_layers(part, layers))
+        self.runner = VariantRunner(model, how, token_budget, flag(progress, "progress"))
 
     def explain(
         self,
@@ -191,8 +232,10 @@ class Explainer:
         if not (prompt is None or text is None):
             raise InputError("give the prompt once, as prompt or as text")
         chosen = methods.method(method, options)
+        asking = _Asking.of(include_target, chat, max_new_tokens, language)
+        image_units = checked_image_units(image_units)
         if self.kind != "language":
-            if include_target or chat or versus is not None or method != "atman":
+            if asking.include_target or asking.chat or versus is not None or method != "atman":
                 name = type(self.model).__name__
                 raise InputError(
                     f"include_target, chat, versus and other methods are for language models; {name} is none"
@@ -206,33 +249,18 @@ class Explainer:
                 image_units=image_units,
                 labels=labels,
                 pooling=pooling,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=asking.max_new_tokens,
                 language=language,
                 vision=self.vision,
             )
             return self._explained_whole(chosen, whole)
-        if audio is not None or labels is not None or pooling != "mean":
+        if audio is not None or labels is not None or not (isinstance(pooling, str) and pooling == "mean"):
             raise InputError(
                 f"audio, labels and pooling are not for language models such as {type(self.model).__name__}"
             )
         if asked is None:
             raise InputError("give the prompt once, as prompt or as text; got none")
-        if isinstance(target, int) or isinstance(units, int | float):
-            raise InputError(f"target and units of a language model are texts or spans, got {target!r} and {units!r}")
-        return self.explain_batch(
-            [asked],
-            [target],
-            [units],
-            versus=[versus],
-            images=[images],
-            image_units=image_units,
-            include_target=include_target,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            language=language,
-            method=method,
-            **options,
-        )[0]
+        return self._explained_entries(chosen, [_entry(asked, target, units, versus, images)], image_units, asking)[0]
 
     def explain_batch(
         self,
@@ -271,25 +299,27 @@ class Explainer:
             InputError, UnsupportedModelError: as in `explain`.
         """
         chosen = methods.method(method, options)
-        if isinstance(prompts, str) or not prompts:
-            raise InputError("prompts must be a list with at least one prompt")
+        asking = _Asking.of(include_target, chat, max_new_tokens, language)
+        image_units = checked_image_units(image_units)
+        listed = _entries(prompts, targets, units, versus, images)
         if self.kind != "language":
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
-        entries = _entries(prompts, targets, units, versus, images)
-        for entry in entries:
-            self._check_entry(entry, chosen, include_target)
-        settings = {
-            "include_target": include_target,
-            "chat": chat,
-            "max_new_tokens": max_new_tokens,
-            "language": language,
-        }
-        texts = [entry for entry in entries if not entry.is_pictured]
+        return self._explained_entries(chosen, listed, image_units, asking)
+
+    def _explained_entries(
+        self, method: methods.Method, listed: list[_Entry], image_units: ImageUnitChoice | None, asking: _Asking
+    ) -> list[Explanation]:
+        """Prompts of a language model: those without images together, the others one by one."""
+        method.check(self.model)
+        for number, entry in enumerate(listed):
+            with of_entry(None if len(listed) == 1 else f"prompt {number}"):
+                self._check_entry(entry, method, asking.include_target)
+        texts = [entry for entry in listed if not entry.is_pictured]
         with evaluating(self.model):
-            of_texts = iter(self._explained_texts(chosen, texts, settings) if texts else [])
+            of_texts = iter(self._explained_texts(method, texts, asking) if texts else [])
             return [
-                self._explained_picture(chosen, entry, image_units, settings) if entry.is_pictured else next(of_texts)
-                for entry in entries
+                self._explained_picture(method, entry, image_units, asking) if entry.is_pictured else next(of_texts)
+                for entry in listed
             ]
 
     def _check_entry(self, entry: _Entry, method: methods.Method, include_target: bool) -> None:
@@ -304,26 +334,17 @@ class Explainer:
         elif method.name not in methods.WITH_IMAGES:
             raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method.name!r}")
 
-    def _explained_texts(
-        self, method: methods.Method, entries: list[_Entry], settings: dict[str, Any]
-    ) -> list[Explanation]:
+    def _explained_texts(self, method: methods.Method, listed: list[_Entry], asking: _Asking) -> list[Explanation]:
         """Prompts without images, together."""
-        contrasted = [index for index, entry in enumerate(entries) if entry.versus is not None]
-        asked = [*entries, *(entries[index] for index in contrasted)]  # of the last ones, the other answers
-        answers = [*(entry.target for entry in entries), *(entries[index].versus for index in contrasted)]
+        contrasted = [index for index, entry in enumerate(listed) if entry.versus is not None]
+        asked = [(entry.prompt, entry.target, entry.units) for entry in listed]
+        asked += [(listed[i].prompt, listed[i].versus, listed[i].units) for i in contrasted]  # the other answers
         started = time.perf_counter()
-        questions = [
-            ask(self.model, self.tokenizer, entry.prompt, answer, entry.units, **settings)
-            for entry, answer in zip(asked, answers, strict=True)
-        ]
-        return self._explained(method, questions, [_name(entry.units) for entry in asked], started, contrasted)
+        questions = ask_all(self.model, self.tokenizer, asked, **vars(asking))
+        return self._explained(method, questions, [_name(units) for *_, units in asked], started, contrasted)
 
     def _explained_picture(
-        self,
-        method: methods.Method,
-        entry: _Entry,
-        image_units: ImageUnitChoice | None,
-        settings: dict[str, Any],
+        self, method: methods.Method, entry: _Entry, image_units: ImageUnitChoice | None, asking: _Asking
     ) -> Explanation:
         """A prompt with images, by itself."""
         started = time.perf_counter()
@@ -336,7 +357,7 @@ class Explainer:
             entry.target,
             entry.units,
             image_units,
-            **settings,
+            **vars(asking),
             vision=self.vision,
         )
         return self._explained(method, [question], [_name(entry.units)], started)[0]
@@ -406,20 +427,12 @@ class Explainer:
             >>> explainer.ablate("The capital of France is", " Paris", masks=halves).logprobs.shape  # doctest: +SKIP
             torch.Size([1000, 1])
         """
-        check_without_images(self.model, self.processor, prompt)
+        asking = _Asking.of(include_target, chat, max_new_tokens, language)
+        entry = _entry(prompt, target, units, None, None)
+        check_without_images(self.model, self.processor, entry.prompt)
         started = time.perf_counter()
         with evaluating(self.model):
-            question = ask(
-                self.model,
-                self.tokenizer,
-                prompt,
-                target,
-                units,
-                include_target=include_target,
-                chat=chat,
-                max_new_tokens=max_new_tokens,
-                language=language,
-            )
+            question = ask(self.model, self.tokenizer, entry.prompt, entry.target, entry.units, **vars(asking))
             rows = checked_masks(masks, question.units)
             answered = time.perf_counter()
             context = self._context()
@@ -432,7 +445,7 @@ class Explainer:
             logprobs=outcome.perturbed[0].float(),
             target_tokens=question.target_tokens,
             base_logprobs=outcome.unperturbed[0].float(),
-            settings=suppression(context) | self._origin(_name(units)),
+            settings=suppression(context) | self._origin(_name(entry.units)),
             stats={"seconds": time.perf_counter() - started, "answering_seconds": answered - started}
             | cost(outcome.work),
         )

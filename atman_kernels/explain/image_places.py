@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from atman_kernels.arguments import integer
 from atman_kernels.errors import InputError
 from atman_kernels.hf.image_layouts import Crops, ImageTokens, Place
 from atman_kernels.planning.patches import Region, patch_units, query_units
@@ -17,10 +18,11 @@ Cell = tuple[int, int]  # row and column of a crop, from 1
 _CROP = re.compile(r"<row_(\d+)_col_(\d+)>")  # Idefics3 and SmolVLM write where a crop was cut before its tokens
 
 
-def check_image_units(choice: ImageUnitChoice | None) -> None:
-    is_tile = isinstance(choice, int) and not isinstance(choice, bool) and choice >= 1
-    if not (choice is None or is_tile or choice in ("patch", "image")):
-        raise InputError(f'image_units must be "patch", "image", an integer >= 1 or None, got {choice!r}')
+def checked_image_units(choice: Any) -> ImageUnitChoice | None:
+    """Raises InputError if it is neither "patch", "image", patches per side of a tile, nor None."""
+    if choice is None or (isinstance(choice, str) and choice in ("patch", "image")):
+        return choice
+    return integer(choice, "image_units", least=1, expected='"patch", "image", an integer >= 1 or None')
 
 
 def places_of(
@@ -180,7 +182,7 @@ def image_units_of(
 
     Args:
         characters: by position in the sequence, where a block's placeholder stands in the shown prompt.
-        choice: what `check_image_units` lets pass.
+        choice: what `checked_image_units` lets pass.
 
     Raises:
         InputError: tiles of what is no grid.

@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atman_kernels.arguments import text_or_empty
 from atman_kernels.errors import InputError
-from atman_kernels.explain.image_places import ImageUnitChoice, check_image_units, image_units_of, places_of, sizes_of
+from atman_kernels.explain.chat import templated
+from atman_kernels.explain.image_places import ImageUnitChoice, image_units_of, places_of, sizes_of
+from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
+from atman_kernels.explain.own_answer import end_ids, generated, without_ends
 from atman_kernels.explain.question import (
     Prompt,
     Question,
     UnitChoice,
-    check_length,
-    greedy_answer,
-    prompt_text,
+    checked_prompt,
     special_flags,
+    target_ids,
 )
-from atman_kernels.explain.reading import Reading
+from atman_kernels.explain.reading import Reading, one_or_several
 from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.hf.image_layouts import ImageTokens, image_family_of, image_tokens
 from atman_kernels.hf.images import (
@@ -81,21 +84,27 @@ def ask_about_images(
     """
     read = read_pictured(model, processor, tokenizer, prompt, images, units, image_units, chat=chat, language=language)
     prompt_ids = read.inputs["input_ids"][0]
-    length = len(prompt_ids)
-    check_length(model, length + 1)
+    length, most = len(prompt_ids), language_positions(model)
+    given = None if target is None else target_ids(model, tokenizer, target)
+    check_length(length + len(given or [0]) - 1, most)
     with torch.inference_mode(), vision_runs_once(model):
-        answer, target = _answered(model, tokenizer, read.inputs, target, max_new_tokens)
-        check_length(model, length + len(answer) - 1)
+        if given is None:
+            with refusals_named(model):
+                room = room_for_answer(length, most, max_new_tokens)
+                said = generated(model, tokenizer, read.inputs, length, room)
+            given = without_ends(said, end_ids(model, tokenizer))
+            target = str(tokenizer.decode(given))
+        answer = torch.tensor(given, device=model.device)
         rows = torch.arange(len(answer), device=model.device) + length - 1
         embedded, own = embed(model, read.inputs, answer, rows)
-    pieces, offsets = token_texts_of(tokenizer, answer.tolist())
+    pieces, offsets = token_texts_of(tokenizer, given)
     found = read.units
     if include_target and len(answer) > 1:
         target = "".join(pieces)
         found += target_units(target, offsets, length, token_texts=pieces)
     return Question(
         prompt=read.shown,
-        target=target,
+        target=str(target),
         ids=torch.cat([prompt_ids, answer]),
         prompt_length=length,
         units=found,
@@ -148,10 +157,9 @@ def read_pictured(
         InputError: images, text and model do not belong together, or an argument does not fit.
         UnsupportedModelError: the model's images cannot be explained, with the reason.
     """
-    check_image_units(image_units)
     if units is None and image_units is None:
         raise InputError("units and image_units are both None; nothing would get a score")
-    pictures = _checked_images(images)
+    pictures = checked_images(images)
     if isinstance(prompt, Mapping):
         text, made = None, prompt
     else:
@@ -159,6 +167,9 @@ def read_pictured(
     inputs = checked_inputs(model, made)
     blocks = image_tokens(model, inputs)
     prompt_ids = inputs["input_ids"][0].tolist()
+    shown_by_images = {block.first + i * block.step for block in blocks for i in range(block.count)}
+    words = [token for position, token in enumerate(prompt_ids) if position not in shown_by_images]
+    check_ids(model, tokenizer, words, "prompt")
     shown, kept = _shown_prompt(tokenizer, prompt_ids, blocks)
     crops = image_family_of(model).crops
     places = places_of(tokenizer, prompt_ids, blocks, pictures, processor, crops)
@@ -175,30 +186,26 @@ def read_pictured(
 # What came ----------------------------------------------------------------------------------------------------
 
 
-def checked_list(images: Any) -> list[Any]:
-    """Of several prompts what each has for images.
+def checked_images(images: Any) -> list[Any] | None:
+    """The images of one prompt, which may be a single one; None for none.
 
     Raises:
-        InputError: no list, or an entry that is neither None, an image nor several.
+        InputError: one of them is no image, or the list is empty.
     """
-    if not isinstance(images, list | tuple):
-        raise InputError(f"images must be a list with one entry per prompt, got {type(images).__name__}")
-    for entry in images:
-        _checked_images(entry)
-    return list(images)
-
-
-def _checked_images(images: Any) -> list[Any] | None:
     if images is None:
         return None
-    listed = list(images) if isinstance(images, list | tuple) else [images]
+    listed = one_or_several(images)
     for index, image in enumerate(listed):
-        size = getattr(image, "size", None)
-        if not (isinstance(size, tuple) and len(size) == 2):
+        if not _is_picture(image):
             raise InputError(f"images[{index}] must be a PIL image, got {type(image).__name__}")
     if not listed:
         raise InputError("images is empty; expected at least one")
     return listed
+
+
+def _is_picture(image: Any) -> bool:
+    size = getattr(image, "size", None)
+    return isinstance(size, tuple) and len(size) == 2
 
 
 def check_without_images(model: PreTrainedModel, processor: Any, prompt: Prompt) -> None:
@@ -211,14 +218,15 @@ def check_without_images(model: PreTrainedModel, processor: Any, prompt: Prompt)
         raise InputError(f"images is missing, but the text has the placeholder {placeholder!r}")
 
 
-def _processed(processor: Any, prompt: Prompt, images: list[Any], chat: bool) -> tuple[str, Mapping[str, Any]]:
+def _processed(processor: Any, prompt: Any, images: list[Any], chat: bool) -> tuple[str, Mapping[str, Any]]:
     """The text that went into the processor, and what came out."""
     if processor is None:
         raise InputError("images need the model's processor: Explainer(model, processor)")
     if chat and isinstance(prompt, str):
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": prompt}]
         prompt = [{"role": "user", "content": content}]
-    text, is_template = prompt_text(processor, prompt, False)
+    is_template = not isinstance(prompt, str)
+    text = templated(processor, checked_prompt(prompt)) if is_template else text_or_empty(prompt, "prompt")
     placeholder = _placeholder(processor)
     count = text.count(placeholder) if placeholder else 0
     if count and count != len(images):  # without any, some processors put them in themselves
@@ -237,24 +245,6 @@ def _placeholder(processor: Any) -> str | None:
         if token is not None:
             return str(token)
     return None
-
-
-def _answered(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, Tensor],
-    target: str | None,
-    max_new_tokens: int,
-) -> tuple[Tensor, str]:
-    """(m,) token ids of the answer, and its text."""
-    if target is None:
-        with refusals_named(model):
-            ids = greedy_answer(model, tokenizer, inputs, max_new_tokens)
-        return torch.tensor(ids, device=model.device), str(tokenizer.decode(ids))
-    ids = tokenizer(target, add_special_tokens=False)["input_ids"] if target else []
-    if not ids:
-        raise InputError("target is empty; give the answer to explain, or None to let the model answer")
-    return torch.tensor(ids, device=model.device), target
 
 
 # Units of the text --------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atman_kernels.arguments import choice, integer
+from atman_kernels.arguments import texts as texts_of
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain import picture_answer, source_target
 from atman_kernels.explain.image_question import read_source
+from atman_kernels.explain.limits import check_ids
 from atman_kernels.explain.reading import Reading, checked_text, encode, only, read_audio, read_image, read_text
 from atman_kernels.explain.whole_rows import Task
 from atman_kernels.hf.kinds import Kind, part_of
@@ -56,6 +59,7 @@ def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) ->
     if kind in ("picture answer", "pictured translation"):
         del given["prompt"]  # may come, too
     thing = only(given, wanted.get(kind, "prompt"), model)
+    choice(asked.pooling, "pooling", POOLINGS)
     if asked.labels is not None and kind != "image text":
         raise InputError(f"labels are for models that compare images with texts; {type(model).__name__} is none")
     if asked.pooling != "mean" and kind != "embedding":
@@ -163,13 +167,11 @@ def _label(model: PreTrainedModel, target: Any, logits: Tensor) -> int:
     count = logits.shape[-1]
     if target is None:
         return int(logits.argmax())
-    if isinstance(target, int) and not isinstance(target, bool):
-        if not 0 <= target < count:
-            raise InputError(f"target must be a label in [0, {count}), got {target}")
-        return target
+    if not isinstance(target, str):
+        return integer(target, "target", least=0, most=count - 1, expected=f"a label in [0, {count}) or its name")
     names = {index: str(name) for index, name in (getattr(model.config, "id2label", None) or {}).items()}
     matching = [index for index, name in names.items() if name == target]
-    matching = matching or [i for i, name in names.items() if name.casefold() == str(target).casefold()]
+    matching = matching or [i for i, name in names.items() if name.casefold() == target.casefold()]
     if len(matching) != 1:
         shown = ", ".join(map(repr, list(names.values())[:8])) + (", …" if len(names) > 8 else "")
         raise InputError(f"target must be one of the model's labels ({shown}) or the index of one, got {target!r}")
@@ -183,8 +185,6 @@ def _embedding_task(model: PreTrainedModel, part: PreTrainedModel, tokenizer: An
     """The cosine of the text's embedding with another text's, which is read without suppression."""
     if asked.target is None:
         raise InputError("target is missing; an embedding model needs the text to compare the prompt's embedding with")
-    if asked.pooling not in POOLINGS:
-        raise InputError(f"pooling must be one of {', '.join(map(repr, POOLINGS))}, got {asked.pooling!r}")
     target = checked_text(asked.target, "target")
 
     def embed(rows: int, inputs: dict[str, Tensor]) -> Tensor:
@@ -195,7 +195,7 @@ def _embedding_task(model: PreTrainedModel, part: PreTrainedModel, tokenizer: An
         pooled = {"mean": states.mean(1), "cls": states[:, 0], "last": states[:, -1]}[asked.pooling]
         return torch.nn.functional.normalize(pooled, dim=-1)
 
-    ids = torch.tensor([encode(tokenizer, model, target)["input_ids"]], device=model.device)
+    ids = torch.tensor([encode(tokenizer, model, target, name="target")["input_ids"]], device=model.device)
     with torch.inference_mode():
         other = embed(1, {"input_ids": ids})[0]
     return _task(
@@ -213,9 +213,7 @@ def _likeness_to_text(
 ) -> Task:
     """The likeness of an image to a text, as the model scales it: a log-probability among labels, or the logit."""
     target = checked_text(asked.target, "target")
-    if isinstance(asked.labels, str):
-        raise InputError(f"labels must be a list of texts, got {asked.labels!r}")
-    labels = [target] if asked.labels is None else [checked_text(x, "labels") for x in asked.labels]
+    labels = [target] if asked.labels is None else texts_of(asked.labels, "labels")
     if target not in labels:
         raise InputError(f"target must be one of the labels, got {target!r}")
     tokenizer = getattr(processor, "tokenizer", None)
@@ -226,6 +224,7 @@ def _likeness_to_text(
     for text, ids in zip(labels, tokenizer(labels)["input_ids"], strict=True):
         if len(ids) > length:
             raise InputError(f"target and labels have {length} tokens at most, got {len(ids)} in {text[:40]!r}")
+        check_ids(model.text_model, tokenizer, ids, "prompt" if text != target else "target")
     fixed = {"padding": "max_length", "max_length": length} if sigmoid else {"padding": True}
     texts = dict(tokenizer(labels, return_tensors="pt", **fixed))
     texts = {name: x.to(model.device) for name, x in texts.items() if name in ("input_ids", "attention_mask")}

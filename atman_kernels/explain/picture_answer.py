@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
-from atman_kernels.explain.image_places import ImageUnitChoice, check_image_units
-from atman_kernels.explain.question import encode, special_flags
+from atman_kernels.explain.image_places import ImageUnitChoice
+from atman_kernels.explain.limits import check_ids, check_length, positions_of, room_for_answer
+from atman_kernels.explain.own_answer import generated, without_ends
+from atman_kernels.explain.question import checked_target_ids, encode, special_flags
 from atman_kernels.explain.reading import checked_text, read_image
 from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.explain.whole_rows import Task
@@ -51,7 +53,6 @@ def task(
     asks = answers_questions(model)
     if prompt is None and asks:
         raise InputError(f"prompt is missing; {type(model).__name__} answers questions about images")
-    check_image_units(image_units)
     with refusals_named(model):
         read = read_image(model, model.vision_model, processor, images, image_units or "image")
     found = list(read.units) if image_units is not None else []
@@ -65,12 +66,22 @@ def task(
     found += [replace(unit, token_indices=tuple(first + i for i in unit.token_indices)) for unit in text_units]
     if not found:
         raise InputError("units and image_units: there is no text beside the image, or neither gets a score")
-    _check_length(model, "prompt", len(ids))
+    # both of its text models, decoder and reader of questions, go by one config
+    most = positions_of(model.text_decoder)
+    check_length(len(ids), most, "prompt has")
+    check_ids(model.text_decoder, tokenizer, ids, "prompt")
+    given = None
+    if target is not None:
+        given = _target(model, tokenizer, target)
+    check_length(len(begun) + len(given or [0]) - 1, most)
     pixels = read.inputs["pixel_values"]
     with torch.inference_mode():
         seen = image_states(model, pixels)
-    answer = _answer(model, tokenizer, target, seen, question, begun, max_new_tokens)
-    _check_length(model, "target", len(begun) + len(answer) - 1)
+    if given is None:
+        room = room_for_answer(len(begun), most, max_new_tokens)
+        answer = _own_answer(model, tokenizer, seen, question, begun, room)
+    else:
+        answer = given
     written = torch.tensor([begun + answer[:-1]], device=model.device)
     rows = torch.arange(len(answer), device=model.device) + len(begun) - 1
     targets = torch.tensor([answer], device=model.device)
@@ -118,45 +129,30 @@ def _read(
     )
 
 
-def _answer(
+def _target(model: Any, tokenizer: PreTrainedTokenizerBase, target: Any) -> list[int]:
+    ids: list[int] = encode(tokenizer, checked_text(target, "target"), add_special_tokens=False)["input_ids"]
+    return checked_target_ids(model.text_decoder, tokenizer, ids)
+
+
+def _own_answer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    target: Any,
     image: Tensor,
     question: Tensor | None,
     begun: list[int],
     max_new_tokens: int,
 ) -> list[int]:
-    """Token ids of the target, or of the model's own greedy answer without its end."""
-    if target is not None:
-        ids: list[int] = encode(tokenizer, checked_text(target, "target"), add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise InputError("target is empty; give the answer to explain, or None to let the model answer")
-        return ids
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    """Token ids of the model's own greedy answer, without its end."""
     config = model.config.text_config
     with torch.inference_mode():
-        output = model.text_decoder.generate(
-            torch.tensor([begun], device=model.device),
+        answer = generated(
+            model.text_decoder,
+            tokenizer,
+            {"input_ids": torch.tensor([begun], device=model.device)},
+            len(begun),
+            max_new_tokens,
             encoder_hidden_states=source_states(model, image, question),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
             eos_token_id=config.sep_token_id,
             pad_token_id=config.pad_token_id,
         )
-    answer: list[int] = output[0, len(begun) :].tolist()
-    while answer and answer[-1] in (config.sep_token_id, config.pad_token_id):
-        answer.pop()
-    if not answer:
-        raise InputError("target: the model answers this with nothing; give the target to explain")
-    return answer
-
-
-def _check_length(model: PreTrainedModel, name: str, length: int) -> None:
-    most = model.config.text_config.max_position_embeddings
-    if length > most:
-        raise InputError(
-            f"{name} has {length} tokens with what stands before it, but {type(model).__name__} has {most}"
-        )
+    return without_ends(answer, {config.sep_token_id, config.pad_token_id})

@@ -1,6 +1,6 @@
 """A question: prompt and answer as tokens, units and factors. Everything that is known before the model runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atman_kernels import arguments
+from atman_kernels.arguments import described, of_entry, shown, text_or_empty
 from atman_kernels.errors import InputError
+from atman_kernels.explain.chat import as_texts, checked_messages, templated
+from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
+from atman_kernels.explain.own_answer import end_ids, generated, without_ends
 from atman_kernels.explain.token_texts import token_texts_of
-from atman_kernels.hf.interface import decoder_of
-from atman_kernels.hf.packability import grows_with_length
 from atman_kernels.hf.sequence import Embedded, Pictured
 from atman_kernels.hf.sequence import Sequence as TokenSequence
 from atman_kernels.planning.units import Unit, split_units, target_units
@@ -74,69 +77,175 @@ class Question:
         return self.ids[self.prompt_length :]
 
 
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt as the model reads it, before there is an answer: the text, its n token ids and its units."""
+
+    text: str
+    ids: list[int]
+    units: tuple[Unit, ...]
+
+
 def ask(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     target: str | None,
-    units: UnitChoice,
+    units: UnitChoice | None,
+    **options: Any,
+) -> Question:
+    """One question; see `ask_all`."""
+    return ask_all(model, tokenizer, [(prompt, target, units)], **options)[0]
+
+
+def ask_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    entries: Iterable[tuple[Prompt, str | None, UnitChoice | None]],
     *,
     include_target: bool,
     chat: bool,
     max_new_tokens: int,
     language: str,
-) -> Question:
-    """Tokenize, let the model answer if no target is given, and find the units.
+) -> list[Question]:
+    """Tokenize, let the model answer where no target is given, and find the units.
+
+    Args:
+        entries: (prompt, target, units) of each question. All of them are read, and refused if they do not fit, before
+            the model answers any.
 
     Raises:
         InputError: an empty prompt or target, units that do not fit, a sequence longer than the model's positions,
-            a tokenizer without character offsets.
+            tokens that the model does not know, a tokenizer without character offsets. Of several questions it says
+            which.
     """
+    entries = list(entries)
+    read, most = [], language_positions(model)
+    for number, (prompt, target, units) in enumerate(entries):
+        with of_entry(None if len(entries) == 1 else f"prompt {number}"):
+            tokens = read_prompt(model, tokenizer, prompt, units, chat=chat, language=language)
+            answer = None if target is None else target_ids(model, tokenizer, target)
+            check_length(len(tokens.ids) + len(answer or [0]) - 1, most)
+            read.append((tokens, answer, target))
+    return [
+        _question(
+            model,
+            tokenizer,
+            tokens,
+            _own_answer(model, tokenizer, tokens.ids, most, max_new_tokens) if answer is None else answer,
+            target,
+            include_target,
+        )
+        for tokens, answer, target in read
+    ]
+
+
+def _question(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptTokens,
+    answer: list[int],
+    target: str | None,
+    include_target: bool,
+) -> Question:
+    pieces, offsets = token_texts_of(tokenizer, answer)
+    target = tokenizer.decode(answer) if target is None else target
+    found = prompt.units
+    if include_target and len(answer) > 1:
+        found += target_units("".join(pieces), offsets, len(prompt.ids), token_texts=pieces)
+        target = "".join(pieces)
+    ids = torch.tensor(prompt.ids + answer, device=model.device)
+    return Question(prompt.text, target, ids, len(prompt.ids), found, tuple(pieces))
+
+
+def read_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    units: UnitChoice | None,
+    *,
+    chat: bool,
+    language: str,
+) -> PromptTokens:
+    """A prompt's tokens and units; errors as of `ask`."""
     text, is_template = prompt_text(tokenizer, prompt, chat)
-    if not text:
-        raise InputError("prompt is empty; expected a text with at least one character")
     encoded = encode(tokenizer, text, add_special_tokens=not is_template)
-    prompt_ids = encoded["input_ids"]
-    check_length(model, len(prompt_ids) + 1)
-    if target is None:
-        ids = torch.tensor([prompt_ids], device=model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        target_ids = greedy_answer(model, tokenizer, inputs, max_new_tokens)
-        target = tokenizer.decode(target_ids)
-    else:
-        target_ids = encode(tokenizer, target, add_special_tokens=False)["input_ids"] if target else []
-        if not target_ids:
-            raise InputError("target is empty; give the answer to explain, or None to let the model answer")
-    check_length(model, len(prompt_ids) + len(target_ids) - 1)
-    pieces, offsets = token_texts_of(tokenizer, target_ids)
+    ids = encoded["input_ids"]
+    if not ids:
+        raise InputError(f"prompt has no tokens; {type(tokenizer).__name__} makes none of {shown(text)}")
+    check_ids(model, tokenizer, ids, "prompt")
     found = split_units(
         text,
         encoded["offset_mapping"],
         units,
-        special=special_flags(tokenizer, prompt_ids),
-        token_texts=tokenizer.convert_ids_to_tokens(prompt_ids),
+        special=special_flags(tokenizer, ids),
+        token_texts=tokenizer.convert_ids_to_tokens(ids),
         language=language,
     )
-    if include_target and len(target_ids) > 1:
-        found += target_units("".join(pieces), offsets, len(prompt_ids), token_texts=pieces)
-        target = "".join(pieces)
-    ids = torch.tensor(prompt_ids + list(target_ids), device=model.device)
-    return Question(text, target, ids, len(prompt_ids), found, tuple(pieces))
+    return PromptTokens(text, ids, found)
+
+
+def target_ids(model: Any, tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Token ids of an answer that continues a prompt; errors as of `ask`."""
+    text = text_or_empty(target, "target", expected="a text or None")
+    ids = encode(tokenizer, text, add_special_tokens=False)["input_ids"] if text else []
+    return checked_target_ids(model, tokenizer, ids)
+
+
+def checked_target_ids(model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Raises InputError if an answer has no tokens, or such as the model does not know."""
+    if not ids:
+        raise InputError("target is empty; give the answer to explain, or None to let the model answer")
+    check_ids(model, tokenizer, ids, "target")
+    return ids
+
+
+def _own_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    most: int | None,
+    max_new_tokens: int,
+) -> list[int]:
+    ids = torch.tensor([prompt_ids], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    length = len(prompt_ids)
+    answer = generated(model, tokenizer, inputs, length, room_for_answer(length, most, max_new_tokens))
+    return without_ends(answer, end_ids(model, tokenizer))
+
+
+def checked_prompt(prompt: Any) -> Prompt:
+    """A prompt as a text or a list of chat messages.
+
+    Raises:
+        InputError: it is neither, is empty, or a message is of another form.
+    """
+    if isinstance(prompt, str):
+        return arguments.text(prompt, "prompt")
+    expected = "a text or a list of chat messages"
+    if isinstance(prompt, Mapping):
+        hint = "; a message goes into a list" if "content" in prompt else ""
+        raise InputError(f"prompt must be {expected}, got {described(prompt)}{hint}")
+    try:
+        listed = arguments.entries(prompt, "prompt", "chat messages")
+    except InputError:
+        raise InputError(f"prompt must be {expected}, got {described(prompt)}") from None
+    if listed and all(isinstance(entry, str) for entry in listed):
+        raise InputError(f"prompt must be {expected}, got {described(listed)}; several prompts go to explain_batch")
+    return checked_messages(listed)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> tuple[str, bool]:
     """The text to tokenize, and whether a chat template made it (its special tokens are written out then)."""
-    if isinstance(prompt, str) and not chat:
-        return prompt, False
-    if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and all(isinstance(m, dict) for m in prompt)):
-        raise InputError(f"prompt must be a text or a list of chat messages, got {type(prompt).__name__}")
-    if not prompt:
-        raise InputError("prompt is empty; expected a text with at least one character")
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError("chat: this tokenizer has no chat template; pass the prompt as one text, without chat")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return str(text), True
+    prompt = checked_prompt(prompt)
+    if isinstance(prompt, str):
+        if not chat:
+            return prompt, False
+        prompt = [{"role": "user", "content": prompt}]
+    text = templated(tokenizer, as_texts(list(prompt)))
+    if not text:
+        raise InputError("prompt is empty: the tokenizer's chat template makes no text of it")
+    return text, True
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> dict[str, Any]:
@@ -149,35 +258,3 @@ def special_flags(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bo
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [i in special for i in ids]
-
-
-def greedy_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Tensor], max_new_tokens: int
-) -> list[int]:
-    """The model's own greedy answer to one prompt, without the end marks."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0),
-    )
-    answer = output[0, inputs["input_ids"].shape[1] :].tolist()
-    while answer and answer[-1] in ends:
-        answer.pop()
-    if not answer:
-        raise InputError("target: the model answers this prompt with nothing; give the target to explain")
-    return answer
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def check_length(model: PreTrainedModel, length: int) -> None:
-    most = getattr(decoder_of(model).config, "max_position_embeddings", None)
-    if most is not None and length > most and not grows_with_length(model):
-        raise InputError(f"prompt and target have {length} tokens, but the model has {most} positions")

@@ -1,7 +1,7 @@
 """What a model reads, and the units of it: a text, a picture, a recording."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from atman_kernels.arguments import entries, integer, real, shown, text
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.image_places import seen_region
+from atman_kernels.explain.limits import check_ids, check_length, positions_of
 from atman_kernels.explain.question import special_flags
 from atman_kernels.hf.interface import AttentionCall, activate
-from atman_kernels.hf.suppression import SuppressedRun
+from atman_kernels.hf.suppression import SuppressedRun, is_encoder_decoder
 from atman_kernels.planning.patches import Region, patch_units
 from atman_kernels.planning.units import Unit, split_units
 
@@ -46,44 +48,28 @@ class Reading:
 # Text ---------------------------------------------------------------------------------------------------------
 
 
-def checked_text(text: Any, name: str = "prompt") -> str:
-    """The text.
-
-    Raises:
-        InputError: it is none, or empty.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"{name} must be a text, got {type(text).__name__}")
-    if not text.strip():
-        raise InputError(f"{name} is empty; expected a text with at least one character")
-    return text
+def checked_text(value: Any, name: str = "prompt") -> str:
+    """Raises InputError if it is no text, or but white space, of which encoders would read their special tokens."""
+    return text(value, name, blank=False)
 
 
-def encode(tokenizer: Any, model: PreTrainedModel, *texts: str) -> BatchEncoding:
+def encode(tokenizer: Any, model: PreTrainedModel, *texts: str, name: str = "prompt") -> BatchEncoding:
     """Token ids and all else the tokenizer makes of a text or a pair, with offsets.
 
     Raises:
-        InputError: there is no fast tokenizer, or the text is longer than the model's positions.
+        InputError: there is no fast tokenizer, the text is longer than the model's positions, or a token is none that
+            the model knows.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
     encoded = tokenizer(*texts, return_offsets_mapping=True)
-    length, most = len(encoded["input_ids"]), _most_tokens(model)
-    if most is not None and length > most:
-        raise InputError(f"text has {length} tokens, but {type(model).__name__} has {most} positions")
+    source = model.get_encoder() if is_encoder_decoder(model) else model
+    check_length(len(encoded["input_ids"]), positions_of(source), f"{name} has")
+    check_ids(model, tokenizer, encoded["input_ids"], name)
     return encoded
 
 
-def _most_tokens(model: PreTrainedModel) -> int | None:
-    """Positions a model has; those after a padding index are counted by it, as in RoBERTa."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings) - int(module.padding_idx) - 1
-    return most
-
-
-def read_text(model: PreTrainedModel, tokenizer: Any, text: Any, units: Any, language: str) -> Reading:
+def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, language: str) -> Reading:
     """A text, or a pair, as an encoder reads it; its special tokens are units too.
 
     A pair is shown with an empty line between, and characters are counted in that.
@@ -91,7 +77,7 @@ def read_text(model: PreTrainedModel, tokenizer: Any, text: Any, units: Any, lan
     Raises:
         InputError: the text, the units or the tokenizer do not fit.
     """
-    texts = [checked_text(part) for part in text] if isinstance(text, tuple) else [checked_text(text)]
+    texts = [checked_text(part) for part in prompt] if isinstance(prompt, tuple) else [checked_text(prompt)]
     if len(texts) > 2:
         raise InputError(f"prompt must be a text or a pair of texts, got {len(texts)}")
     encoded = encode(tokenizer, model, *texts)
@@ -165,21 +151,26 @@ def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, im
 
 
 def _tile(units: Any, rows: int, columns: int) -> int:
-    if units in ("token", "patch"):
+    if isinstance(units, str) and units in ("token", "patch"):
         return 1
-    if units == "image":
+    if isinstance(units, str) and units == "image":
         return max(rows, columns)
-    if isinstance(units, int) and not isinstance(units, bool) and units >= 1:
-        return units
-    raise InputError(f'units of an image must be "patch", "image" or n for tiles of n × n patches, got {units!r}')
+    return integer(units, "units of an image", least=1, expected='"patch", "image" or n for tiles of n × n patches')
+
+
+def one_or_several(images: Any) -> list[Any]:
+    """Pictures as a list, where a single one is none: whatever they are, they are still to be checked."""
+    is_array = str(getattr(images, "dtype", "object")) != "object"  # of numbers, not of pictures
+    several = hasattr(images, "__iter__") and not isinstance(images, str | bytes | Mapping | set | frozenset)
+    return entries(images, "images", "pictures") if several and not is_array else [images]
 
 
 def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor, tuple[int, int], Region | None]:
     """(1, C, H, W) for the model, the picture's (width, height), and what of it the model sees."""
-    images = list(images) if isinstance(images, list | tuple) else [images]
-    if len(images) != 1:
-        raise InputError(f"images must be one picture for {type(model).__name__}, got {len(images)}")
-    image = images[0]
+    listed = one_or_several(images)
+    if len(listed) != 1:
+        raise InputError(f"images must be one picture for {type(model).__name__}, got {len(listed)}")
+    image = listed[0]
     if isinstance(image, Tensor):
         if image.ndim not in (3, 4) or (image.ndim == 4 and image.shape[0] != 1) or not image.is_floating_point():
             raise InputError(f"images as pixel values must be floating point (C, H, W), got {tuple(image.shape)}")
@@ -241,22 +232,28 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
 
 def _seconds(units: Any, duration: float) -> list[tuple[float, float]]:
     """Spans of a recording; named and regular ones end with it, and leave out what pads it."""
-    if units in ("token", "second"):
+    expected = '"second", a number of seconds, or (start, end) spans'
+    if isinstance(units, str) and units in ("token", "second"):
         units = 1.0
-    if isinstance(units, int | float) and not isinstance(units, bool) and 0 < units < math.inf:
-        count = math.ceil(duration / units - 1e-9)
-        return [(round(i * units, 6), round(min((i + 1) * units, duration), 6)) for i in range(count)]
-    if isinstance(units, Sequence) and not isinstance(units, str) and len(units):
-        for index, span in enumerate(units):
-            good = isinstance(span, Sequence) and len(span) == 2 and all(isinstance(x, int | float) for x in span)
-            if not good or not 0 <= span[0] < span[1] <= duration + 1e-9:
-                raise InputError(
-                    f"units[{index}]: got {span!r}, expected (start, end) with 0 <= start < end <= {duration:g} s"
-                )
-        return [(float(start), float(end)) for start, end in units]
-    raise InputError(
-        f'units of a recording must be "second", a number of seconds, or (start, end) spans; got {units!r}'
-    )
+    if isinstance(units, str | bytes | Mapping) or not hasattr(units, "__iter__") or getattr(units, "ndim", 1) == 0:
+        step = real(units, "units of a recording", expected, lambda x: 0 < x < math.inf)
+        count = math.ceil(duration / step - 1e-9)
+        return [(round(i * step, 6), round(min((i + 1) * step, duration), 6)) for i in range(count)]
+    spans = entries(units, "units of a recording", "(start, end) spans")
+    if not spans:
+        raise InputError(f"units of a recording must be {expected}; got none")
+    return [_checked_seconds(span, f"units[{index}]", duration) for index, span in enumerate(spans)]
+
+
+def _checked_seconds(span: Any, name: str, duration: float) -> tuple[float, float]:
+    try:
+        start, end = (real(x, name, "seconds") for x in entries(span, name, "two numbers"))
+    except ValueError:
+        start, end = math.nan, math.nan
+    if not 0 <= start < end <= duration + 1e-9:
+        limits = f"(start, end) with 0 <= start < end <= {duration:g} s"
+        raise InputError(f"{name}: got {shown(span)}, expected {limits}")
+    return start, end
 
 
 def only(given: Mapping[str, Any], wanted: str, model: PreTrainedModel) -> Any:

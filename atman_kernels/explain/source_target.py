@@ -4,6 +4,7 @@ Factors are over the encoder's positions. The target is teacher-forced in the de
 model begins its answers with.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.errors import InputError
-from atman_kernels.explain.question import special_flags
+from atman_kernels.explain.limits import check_length, positions_of, room_for_answer
+from atman_kernels.explain.own_answer import check_said, generated
+from atman_kernels.explain.question import checked_target_ids, special_flags
 from atman_kernels.explain.reading import Reading, checked_text
 from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.explain.whole_rows import Task
@@ -42,12 +45,16 @@ def task(
     Raises:
         InputError: an argument does not fit, or the model does not say how its answers begin.
     """
-    beginning = _beginning(model, tokenizer)
+    beginning, most = _beginning(model, tokenizer), positions_of(model.get_decoder())
     if target is None:
-        begun, answer = _answer(model, tokenizer, read, beginning, max_new_tokens)
+        check_length(len(beginning), most, "the beginning of every answer has")
+        begun, answer = _answer(
+            model, tokenizer, read, beginning, room_for_answer(len(beginning), most, max_new_tokens)
+        )
     else:
         begun, answer = _tokens(tokenizer, checked_text(target, "target"), beginning)
-    _check_length(model, len(begun) + len(answer))
+    checked_target_ids(model, tokenizer, answer)
+    check_length(len(begun) + len(answer) - 1, most, "target and its beginning have")
     decoder_ids = torch.tensor([begun + answer[:-1]], device=model.device)
     rows = torch.arange(len(answer), device=model.device) + len(begun) - 1
     targets = torch.tensor([answer], device=model.device)
@@ -105,8 +112,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, target: str, beginning: list[int
     if ids[: len(beginning)] == beginning:
         ids = ids[len(beginning) :]
     before, answer = _without_specials(tokenizer, ids)
-    if not answer:
-        raise InputError("target is empty; give the answer to explain, or None to let the model answer")
     return beginning + before, answer
 
 
@@ -120,23 +125,19 @@ def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Reading, beginning: list[int], max_new_tokens: int
 ) -> tuple[list[int], list[int]]:
     """The model's own greedy answer: what the decoder was given before it, and the answer without end marks."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     inputs = dict(read.inputs)
     if "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     given = torch.tensor([beginning], device=model.device)
     # not Whisper's own `generate`, which cuts recordings into windows and returns text without its beginning
-    output = GenerationMixin.generate(  # type: ignore[attr-defined]
-        model, **inputs, decoder_input_ids=given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    said = generated(
+        model,
+        tokenizer,
+        inputs,
+        len(beginning),
+        max_new_tokens,
+        generate=partial(GenerationMixin.generate, model),
+        decoder_input_ids=given,
     )
-    before, answer = _without_specials(tokenizer, output[0, len(beginning) :].tolist())
-    if not answer:
-        raise InputError("target: the model answers this with nothing; give the target to explain")
-    return beginning + before, answer
-
-
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    most = getattr(model.config, "max_target_positions", None) or getattr(model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise InputError(f"target has {length} tokens with its beginning, but {type(model).__name__} has {most}")
+    before, answer = _without_specials(tokenizer, said)
+    return beginning + before, check_said(answer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atman_kernels.arguments import entries
 from atman_kernels.errors import InputError
 from atman_kernels.explain.question import Question
 from atman_kernels.explain.runner import Outcome
@@ -94,7 +95,9 @@ def checked_masks(masks: Any, units: tuple[Unit, ...]) -> Tensor:
     """
     made = masks(units) if callable(masks) else masks
     try:
-        made = torch.as_tensor(made, device="cpu").detach().cpu()
+        # an array as it is, which is quicker than its entries one by one
+        listed = made if isinstance(made, Tensor) or hasattr(made, "tolist") else entries(made, "masks", "rows")
+        made = torch.as_tensor(listed, device="cpu").detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"masks must be a bool tensor (n_variants, {len(units)}), got {type(made).__name__}"

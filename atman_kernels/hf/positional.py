@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from atman_kernels.arguments import integer, shown
 from atman_kernels.errors import InputError
 
 Factors = Tensor | Mapping[int, Tensor] | None  # for all layers alike, by layer, or none
@@ -83,12 +84,11 @@ def checked_queries(queries: Queries) -> Positional | None:
             raise InputError(f"queries must be bool (L,) or (B, L), got {queries.dtype} {tuple(queries.shape)}")
         return Positional("queries", torch.atleast_2d(queries.detach().cpu()), False)
     expected = "expected (start, end) with 0 <= start < end, or end None, or a bool tensor (L,) or (B, L)"
-    if not isinstance(queries, tuple) or len(queries) != 2:
-        raise InputError(f"queries: got {queries!r}, {expected}")
-    start, end = queries
-    if not all(isinstance(x, int) for x in (start, 0 if end is None else end)):
-        raise InputError(f"queries: got {queries!r}, {expected}")
-    if start < 0 or (end is not None and end <= start):
-        raise InputError(f"queries: got {queries!r}, {expected}")
+    try:
+        start, end = queries if isinstance(queries, tuple | list) else ()
+        start = integer(start, "queries", least=0)
+        end = None if end is None else integer(end, "queries", least=start + 1)
+    except (ValueError, InputError):
+        raise InputError(f"queries: got {shown(queries)}, {expected}") from None
     inside = torch.arange(start if end is None else end, device="cpu") >= start
     return Positional("queries", inside[None], end is None)

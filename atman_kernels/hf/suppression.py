@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atman_kernels.arguments import choice, entries, integer, shown
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
 from atman_kernels.hf.interface import (
@@ -28,6 +29,7 @@ from atman_kernels.hf.positional import Factors, LayerFactors, Queries, checked_
 from atman_kernels.hf.recomputation import Recomputations
 from atman_kernels.hf.replacement import observed, replaced
 from atman_kernels.hf.scope import Scope, entering_frame
+from atman_kernels.hf.wrapped import unwrapped
 
 Attention = Literal["self", "cross", "both"]
 # under these names a module is handed the states of the encoder
@@ -60,8 +62,9 @@ def suppress(
     """Scale the attention to some tokens in every forward of `model` inside the context.
 
     Args:
-        model: a transformers model, compiled by torch or not; it is used as it is, and is as before when the context
-            ends. Compiled code leaves its graph for the attention meanwhile, so `fullgraph=True` fails.
+        model: a transformers model, compiled by torch or not, with peft's adapters in its layers or not; it is used as
+            it is, and is as before when the context ends. Compiled code leaves its graph for the attention meanwhile,
+            so `fullgraph=True` fails.
         factor: (B, L) or (B, Hq, L) over key positions, finite and >= 0; 1 leaves a token alone, 0 removes it in
             "log_additive" mode. Positions are those of the (padded) input; later keys, such as those that `generate`
             adds, count as 1. With beams or several returned sequences each row serves all of its copies. A mapping
@@ -111,13 +114,13 @@ def suppressed(
     backend: str | None = None,
 ) -> Iterator[Scope]:
     """`suppress`, which tells whose calls it acts on: those of the block around which this is entered."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    model = unwrapped(model)
     part = _part_of(model, attention, queries)
     for name, factors in (("factor", factor), ("value_factor", value_factor)):
         if isinstance(factors, Mapping):
             if layers is not None:
                 raise InputError(f"layers must be left out where {name} is a mapping, whose keys are the layers")
-            checked_layers(model, factors, f"the keys of {name}")
+            checked_layers(model, list(factors), f"the keys of {name}")
     options: dict[str, Any] = {
         "mode": mode,
         "layers": checked_layers(model, layers),
@@ -197,8 +200,7 @@ class SuppressedRun:
         value_factor: Factors = None,
         backend: str | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+        choice(mode, "mode", MODES)
         self.factors = LayerFactors("factor", factor)
         self.value_factors = LayerFactors("value_factor", value_factor)
         self.queries = checked_queries(queries)
@@ -367,12 +369,16 @@ def checked_layers(model: nn.Module, layers: Iterable[int] | None, name: str = "
     """
     if layers is None:
         return None
-    wanted = tuple(layers)
     assert isinstance(model, PreTrainedModel)
     count = int(getattr(text_stack(model).config, "num_hidden_layers", sys.maxsize))
     if is_encoder_decoder(model):  # BART's stacks share one config, T5's do not
         count = max(count, *(int(getattr(model.config, f"{stack}_layers", 0)) for stack in ("encoder", "decoder")))
         count = max(count, int(getattr(encoder_of(model).config, "num_hidden_layers", 0)))
-    if not wanted or not all(isinstance(x, int) and 0 <= x < count for x in wanted):
-        raise InputError(f"{name} must be indices in [0, {count}), got {list(wanted)}")
+    given = entries(layers, name, "layer indices")
+    try:
+        wanted = tuple(integer(x, name, least=0, most=count - 1) for x in given)
+    except InputError:
+        wanted = ()
+    if not wanted:
+        raise InputError(f"{name} must be indices in [0, {count}), got {shown(given)}")
     return wanted

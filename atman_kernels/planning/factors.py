@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from atman_kernels.arguments import integer, real
 from atman_kernels.errors import InputError
 from atman_kernels.planning.units import Unit
 
@@ -52,13 +54,12 @@ def factor_rows(
             [0.6000, 1.0000, 1.0000, 0.5000]])
     """
     _check_units(units, length)
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-        raise InputError(f"factor: got {factor!r}, expected a finite number >= 0")
+    factor = checked_factor(factor)
     if similarity_threshold is None:
         rows = torch.ones(len(units), length, dtype=torch.float32, device="cpu")
     else:
-        keys = _checked_embeddings(embeddings, similarity_threshold, length)
-        rows = _neighbour_rows(units, factor, keys, similarity_threshold)
+        threshold = checked_threshold(similarity_threshold)
+        rows = _neighbour_rows(units, factor, _checked_embeddings(embeddings, length), threshold)
     for row, unit in zip(rows, units, strict=True):
         row[list(unit.token_indices)] = factor
     return rows
@@ -142,9 +143,18 @@ def _directions(vectors: torch.Tensor) -> torch.Tensor:
     return scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=1)  # below 1 for zero vectors only
 
 
+def checked_factor(factor: Any) -> float:
+    """Raises InputError if it is no finite number >= 0."""
+    return real(factor, "factor", "a finite number >= 0", lambda x: 0 <= x < math.inf)
+
+
+def checked_threshold(threshold: Any) -> float:
+    """Raises InputError if it is no number in (0, 1]."""
+    return real(threshold, "similarity_threshold", "in (0, 1] or None", lambda x: 0 < x <= 1)
+
+
 def _check_units(units: Sequence[Unit], length: int) -> None:
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise InputError(f"length: got {length!r}, expected an integer >= 1")
+    length = integer(length, "length", least=1)
     if not units:
         raise InputError("units: got none, expected at least one")
     for index, unit in enumerate(units):
@@ -158,10 +168,8 @@ def _check_units(units: Sequence[Unit], length: int) -> None:
             )
 
 
-def _checked_embeddings(embeddings: torch.Tensor | None, threshold: float, length: int) -> torch.Tensor:
-    """The embeddings, once they and the threshold are fit for cosines."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
-        raise InputError(f"similarity_threshold: got {threshold!r}, expected None or a number in (0, 1]")
+def _checked_embeddings(embeddings: torch.Tensor | None, length: int) -> torch.Tensor:
+    """The embeddings, once they are fit for cosines."""
     if embeddings is None:
         raise InputError("embeddings: got None, expected the ones that similarity_threshold compares")
     if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atman_kernels.errors import InputError
+from atman_kernels.arguments import integer
 from atman_kernels.planning.units import Unit
 
 Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -57,8 +57,7 @@ def patch_units(
         ("first_position", first_position, 0),
         ("step", grid_cols if step is None else step, grid_cols),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be an integer >= {least}, got {value!r}")
+        integer(value, name, least=least)
     below = grid_cols if step is None else step
     left, top, right, bottom = (0.0, 0.0, float(width), float(height)) if region is None else region
     step_x, step_y = (right - left) / grid_cols, (bottom - top) / grid_rows

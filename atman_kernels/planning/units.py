@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
+from atman_kernels.arguments import entries, integer, shown
 from atman_kernels.errors import InputError
 
 GRANULARITIES = ("token", "word", "sentence", "paragraph")
@@ -49,7 +49,7 @@ class Unit:
 def split_units(
     text: str,
     offsets: Iterable[Sequence[int]],
-    units: str | Sequence[Span] = "token",
+    units: str | Sequence[Span] | None = "token",
     *,
     special: Iterable[Any] | None = None,
     token_texts: Sequence[str] | None = None,
@@ -98,15 +98,13 @@ def split_units(
     is_special = _checked_special(special, spans)
     if token_texts is not None and len(token_texts) != len(spans):
         raise InputError(f"token_texts: got {len(token_texts)} texts, expected one per token ({len(spans)})")
-    if not isinstance(language, str):
-        raise InputError(f"language: got {language!r}, expected a language code such as 'en'")
-    if not isinstance(units, str):
-        return _custom_units(text, spans, units)
-    if units not in GRANULARITIES:
-        raise InputError(f"units: got {units!r}, expected {_CHOICES}")
-    if units == "token":
+    check_language(language)
+    chosen = checked_choice(units)
+    if not isinstance(chosen, str):
+        return _custom_units(text, spans, chosen)
+    if chosen == "token":
         return tuple(_unit(text, spans, [token], token_texts, trim=False) for token in range(len(spans)))
-    groups = _group_tokens(text, spans, is_special, units, language)
+    groups = _group_tokens(text, spans, is_special, chosen, language)
     return tuple(_unit(text, spans, group, token_texts, trim=not is_special[group[0]]) for group in groups)
 
 
@@ -136,8 +134,7 @@ def target_units(
     >>> target_units(" Paris.", [(0, 6), (6, 7)], 12)
     (Unit(text=' Paris', start=0, end=6, token_indices=(12,), source='target'),)
     """
-    if not isinstance(first_position, int) or isinstance(first_position, bool) or first_position < 0:
-        raise InputError(f"first_position: got {first_position!r}, expected an integer >= 0")
+    first_position = integer(first_position, "first_position", least=0)
     tokens = split_units(text, offsets, "token", token_texts=token_texts)
     return tuple(
         Unit(unit.text, unit.start, unit.end, (first_position + index,), source="target")
@@ -146,6 +143,31 @@ def target_units(
 
 
 # Checks --------------------------------------------------------------------------------------------------
+
+
+def checked_choice(units: Any) -> str | list[Span]:
+    """Units as they were chosen, before there is a text: a granularity, or spans as pairs of plain integers.
+
+    Raises:
+        InputError: an unknown granularity, no list of pairs, or an empty one.
+    """
+    if isinstance(units, str):
+        if units not in GRANULARITIES:
+            raise InputError(f"units: got {units!r}, expected {_CHOICES}")
+        return units
+    try:
+        listed = entries(units, "units", "(start, end) spans")
+    except InputError:
+        raise InputError(f"units: got {shown(units)}, expected {_CHOICES}") from None
+    if not listed:
+        raise InputError("units: got an empty list, expected at least one (start, end) span")
+    return [_checked_pair(f"units[{index}]", pair) for index, pair in enumerate(listed)]
+
+
+def check_language(language: Any) -> None:
+    """Raises InputError if it is no code of a language."""
+    if not isinstance(language, str):
+        raise InputError(f"language: got {language!r}, expected a language code such as 'en'")
 
 
 def _checked_offsets(text: str, offsets: Iterable[Sequence[int]]) -> list[Span]:
@@ -168,10 +190,10 @@ def _checked_offsets(text: str, offsets: Iterable[Sequence[int]]) -> list[Span]:
 
 def _checked_pair(name: str, pair: Any) -> Span:
     try:
-        start, end = pair
-        return operator.index(start), operator.index(end)
-    except (TypeError, ValueError):
-        raise InputError(f"{name}: got {pair!r}, expected a pair of integers (start, end)") from None
+        start, end = entries(pair, name, "two integers")
+        return integer(start, name), integer(end, name)
+    except ValueError:
+        raise InputError(f"{name}: got {shown(pair)}, expected a pair of integers (start, end)") from None
 
 
 def _checked_special(special: Iterable[Any] | None, spans: Sequence[Span]) -> list[bool]:
@@ -239,13 +261,7 @@ def _unit(
     return Unit(text[start:end], start, end, tuple(tokens))
 
 
-def _custom_units(text: str, spans: Sequence[Span], units: Any) -> tuple[Unit, ...]:
-    try:
-        pairs = [_checked_pair(f"units[{index}]", pair) for index, pair in enumerate(units)]
-    except TypeError:
-        raise InputError(f"units: got {units!r}, expected {_CHOICES}") from None
-    if not pairs:
-        raise InputError("units: got an empty list, expected at least one (start, end) span")
+def _custom_units(text: str, spans: Sequence[Span], pairs: list[Span]) -> tuple[Unit, ...]:
     tokens_at: list[list[int]] = [[] for _ in text]
     for token, (start, end) in enumerate(spans):
         for at in range(start, end):

@@ -8,6 +8,7 @@ its options. There are two kinds, and a table for each:
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atman_kernels.arguments import flag, integer, real
 from atman_kernels.errors import InputError
 from atman_kernels.explain.question import Question
 from atman_kernels.explain.runner import VariantRunner
+from atman_kernels.hf.interface import decoder_of
 
 # name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
 OF_UNITS: dict[str, tuple[str, str | None]] = {
@@ -36,6 +39,21 @@ OF_TOKENS: dict[str, tuple[str, str | None]] = {
     "input_x_gradient": ("gradients", "embedding times gradient of the log-probability, in nats"),
     "integrated_gradients": ("gradients", "part of the log-probability's distance from the baseline, in nats"),
     "attnlrp": ("attnlrp", "relevance for the logit (AttnLRP)"),
+}
+_ORDERS = "an even integer >= 4 (they are drawn in pairs of opposite order, and a standard error takes two pairs)"
+# options, by their names in all methods that have them: what a value must be, and how it is plain
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "seed": lambda x: integer(x, "seed", least=0, most=(1 << 63) - 1, expected="an integer from 0 to 2^63 − 1"),
+    "permutations": lambda x: _even(integer(x, "permutations", least=4, expected=_ORDERS)),
+    "samples": lambda x: integer(x, "samples", least=2),
+    "alpha": lambda x: real(x, "alpha", "a finite number > 0", lambda alpha: 0 < alpha < math.inf),
+    "keep": lambda x: real(x, "keep", "a number between 0 and 1", lambda keep: 0 < keep < 1),
+    "steps": lambda x: integer(x, "steps", least=1),
+    "batch": lambda x: integer(x, "batch", least=1),
+    "baseline": lambda x: None if x is None else integer(x, "baseline", least=0, expected="None or a token id"),
+    "layer": lambda x: integer(x, "layer"),
+    "whole_answer": lambda x: flag(x, "whole_answer"),
+    "checkpointing": lambda x: flag(x, "checkpointing"),
 }
 WITH_IMAGES = ("atman", "shapley", "lasso", "random")  # the others read token ids, which images do not have
 
@@ -119,6 +137,16 @@ class Method:
     options: dict[str, Any]
     function: Callable[..., Any]
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError if an option does not fit the model."""
+        layer, layers = self.options.get("layer"), getattr(decoder_of(model).config, "num_hidden_layers", None)
+        if layer is not None and layers is not None and not -layers <= layer < layers:
+            raise InputError(f"layer must be an index into {layers} layers, got {layer}")
+        baseline = self.options.get("baseline")
+        if baseline is not None:
+            vocabulary = int(model.get_input_embeddings().weight.shape[0])
+            integer(baseline, "baseline", most=vocabulary - 1, expected=f"None or a token id below {vocabulary}")
+
     def run(self, context: MethodContext, questions: Sequence[Question]) -> MethodOutcome:
         if self.name in OF_UNITS:
             return self.function(context, questions, **self.options)  # type: ignore[no-any-return]
@@ -144,7 +172,7 @@ def method(name: str, options: dict[str, Any]) -> Method:
     """The method of that name, with its options and the defaults of those not given.
 
     Raises:
-        InputError: there is no such method, or it has no such option.
+        InputError: there is no such method, it has no such option, or an option is outside its range.
 
     Example:
         >>> method("random", {"seed": 64}).options
@@ -160,17 +188,17 @@ def method(name: str, options: dict[str, Any]) -> Method:
     for option in options:
         if option not in defaults:
             raise InputError(f"method {name!r} has no option {option!r}; it has {', '.join(defaults) or 'none'}")
-    return Method(name, measure, defaults | options, function)
+    return Method(name, measure, {option: OPTIONS[option](x) for option, x in (defaults | options).items()}, function)
+
+
+def _even(number: int) -> int:
+    if number % 2:
+        raise InputError(f"permutations must be {_ORDERS}, got {number}")
+    return number
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of random numbers.
-
-    Raises:
-        InputError: seed is no integer from 0 to 2^63 − 1.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise InputError(f"seed must be an integer from 0 to 2^63 − 1, got {seed!r}")
+    """A generator of random numbers."""
     return torch.Generator().manual_seed(seed)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atman_kernels.errors import InputError
 from atman_kernels.explain.methods import TokenScores
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.gradients import Differentiable, differentiable_run, differentiation, target_gradients
@@ -26,16 +25,10 @@ def raw_attention(model: PreTrainedModel, question: Question, *, layer: int = -1
         scores (L, m) over the model's inputs, each column a distribution; log-probs (m,) of the target.
 
     Raises:
-        InputError: there is no such layer.
         UnsupportedModelError: the model does not give its attention weights.
     """
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise InputError(f"layer must be an integer, got {layer!r}")
     with torch.no_grad():
         run = _attended(model, question)
-    layers = len(run.attentions)
-    if not -layers <= layer < layers:
-        raise InputError(f"layer must be an index into {layers} layers, got {layer}")
     weights = run.attentions[layer][0].mean(0)  # (L, L), from queries to keys
     return TokenScores(weights[question.rows].T, run.logprobs[0])
 

@@ -14,9 +14,6 @@ def random(context: MethodContext, questions: Sequence[Question], *, seed: int =
 
     Args:
         seed: equal seeds give equal scores to equal numbers of units and target tokens.
-
-    Raises:
-        InputError: seed is no integer >= 0.
     """
     generator = seeded(seed)
     return MethodOutcome(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atman_kernels.errors import InputError
 from atman_kernels.explain.methods import TokenScores
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.gradients import differentiable_run, differentiation, input_embeddings, target_gradients
@@ -68,13 +67,7 @@ def integrated_gradients(
 
     Returns:
         scores (L, m or 1) over the model's inputs, in nats; log-probs (m,) of the target.
-
-    Raises:
-        InputError: steps or batch below 1, or a baseline outside the vocabulary.
     """
-    for name, value in (("steps", steps), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be an integer >= 1, got {value!r}")
     ids, rows, targets = question.ids[:-1], question.rows, question.targets
     with differentiation(model, checkpointing=checkpointing):
         end = input_embeddings(model, ids)  # (L, H)
@@ -116,9 +109,6 @@ def _baseline_embeddings(model: PreTrainedModel, question: Question, baseline: i
     """(L, H)"""
     if baseline is None:
         return torch.zeros_like(input_embeddings(model, question.ids[:-1]))
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if isinstance(baseline, bool) or not isinstance(baseline, int) or not 0 <= baseline < vocabulary:
-        raise InputError(f"baseline must be None or a token id below {vocabulary}, got {baseline!r}")
     return input_embeddings(model, torch.full_like(question.ids[:-1], baseline))
 
 

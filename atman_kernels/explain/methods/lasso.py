@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels.errors import InputError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
 from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.explain.question import Question
@@ -38,15 +37,8 @@ def lasso(
         seed: equal seeds give equal sets for equal numbers of units.
 
     Raises:
-        InputError: an option outside its range.
         ImportError: scikit-learn is not installed; the message says how to get it.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise InputError(f"samples must be an integer >= 2, got {samples!r}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-        raise InputError(f"alpha must be a finite number > 0, got {alpha!r}")
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep < 1:
-        raise InputError(f"keep must be a number between 0 and 1, got {keep!r}")
     _scikit_learn()  # before the model runs for nothing
     masks = [
         torch.rand(samples, len(question.units), generator=seeded(seed), dtype=torch.float32, device="cpu") >= keep
@@ -54,7 +46,7 @@ def lasso(
     ]
     outcome = run_subsets(context, questions, masks, "sampling sets")
     scores = [
-        _weights(~suppressed, _logit(logprobs.double().sum(dim=1)), logprobs.shape[1], float(alpha))
+        _weights(~suppressed, _logit(logprobs.double().sum(dim=1)), logprobs.shape[1], alpha)
         for suppressed, logprobs in zip(masks, outcome.perturbed, strict=True)
     ]
     return MethodOutcome(scores, outcome.unperturbed, cost(outcome.work), suppression(context))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atman_kernels.errors import InputError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
 from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.explain.question import Question
@@ -27,15 +26,7 @@ def shapley(
     Args:
         permutations: orders to draw, in pairs of opposite ones: even, at least 4. Standard errors fall with their root.
         seed: equal seeds give equal orders for equal numbers of units.
-
-    Raises:
-        InputError: permutations or seed outside their range.
     """
-    if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 4 or permutations % 2:
-        raise InputError(
-            f"permutations must be an even integer >= 4 (they are drawn in pairs of opposite order, and a standard "
-            f"error takes two pairs), got {permutations!r}"
-        )
     orders = [_orders(len(question.units), permutations, seeded(seed)) for question in questions]
     outcome = run_subsets(context, questions, [_suppressed_along(each) for each in orders], "sampling orders")
     scores, draws = [], []
