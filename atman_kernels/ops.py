@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels import autograd, backends
+from atman_kernels.arguments import choice, flag, integer, real
 from atman_kernels.errors import InputError
 from atman_kernels.formula import MODES, ScoreOptions
 from atman_kernels.pack import VariantPack
@@ -209,6 +210,7 @@ def _check_dense(
     _check_rank("value", value, 4, "(1|B, Hkv, Lk, Dv)")
     _check_alike("query", query, key=key, value=value)
     batch, q_heads, _, head_dim = query.shape
+    _check_head_dim(query)
     kv_batch, kv_heads, length, _ = key.shape
     _check_shape("key", key, (kv_batch, kv_heads, length, head_dim), "last dimension as in query")
     _check_shape("value", value, (kv_batch, kv_heads, length, value.shape[3]), "batch, heads and length as in key")
@@ -244,6 +246,7 @@ def _check_packed(
     _check_alike("query", query, key=key, value=value, base_key=base_key, base_value=base_value)
     _check_device("pack", pack.prefix_lengths, query)
     q_heads, rows, head_dim = query.shape
+    _check_head_dim(query)
     kv_heads, value_dim, base_length = key.shape[0], value.shape[2], base_key.shape[1]
     if rows != pack.num_rows:
         raise InputError(f"query has {rows} rows, but the pack has {pack.num_rows}")
@@ -286,6 +289,11 @@ def _check_alike(first: str, tensor: Tensor, **others: Tensor) -> None:
         if other.dtype != tensor.dtype:
             raise InputError(f"{name} must have {first}'s dtype {tensor.dtype}, got {other.dtype}")
         _check_device(name, other, tensor)
+
+
+def _check_head_dim(query: Tensor) -> None:
+    if query.shape[-1] == 0:
+        raise InputError(f"query must have a head dimension D >= 1, got shape {tuple(query.shape)}")
 
 
 def _check_heads(q_heads: int, kv_heads: int) -> None:
@@ -337,17 +345,19 @@ def _checked_options(
     softcap: float | None,
     return_lse: bool,
 ) -> ScoreOptions:
-    if mode not in MODES:
-        raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if type(mode) is not str or mode not in MODES:  # what is plain takes no call, of which an op has none to spare
+        mode = choice(mode, "mode", MODES)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InputError(f"scale must be a finite number, got {scale!r}")
-    if sliding_window is not None and not (isinstance(sliding_window, int) and sliding_window >= 1):
-        raise InputError(f"sliding_window must be an integer >= 1 or None, got {sliding_window!r}")
-    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
-        raise InputError(f"softcap must be positive and finite or None, got {softcap!r}")
-    return ScoreOptions(mode, bool(is_causal), float(scale), sliding_window, softcap, return_lse)
+    elif type(scale) is not float or not math.isfinite(scale):
+        scale = real(scale, "scale", "a finite number")
+    if sliding_window is not None:
+        sliding_window = integer(sliding_window, "sliding_window", least=1, expected="an integer >= 1 or None")
+    if softcap is not None:
+        softcap = real(softcap, "softcap", "positive and finite or None", lambda x: 0 < x < math.inf)
+    if type(is_causal) is not bool or type(return_lse) is not bool:
+        is_causal, return_lse = flag(is_causal, "is_causal"), flag(return_lse, "return_lse")
+    return ScoreOptions(mode, is_causal, scale, sliding_window, softcap, return_lse)
 
 
 def _check_sinks(sinks: Tensor | None, query: Tensor) -> None:

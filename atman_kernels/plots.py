@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atman_kernels.errors import InputError
+from atman_kernels.arguments import integer
 from atman_kernels.render import NEGATIVE, POSITIVE
 from atman_kernels.render.labels import label, signed
 
@@ -111,8 +111,7 @@ def heat(explanation: Explanation, top: int | None = 40, ax: Axes | None = None)
 
 def _largest(values: torch.Tensor, top: int) -> torch.Tensor:
     """Indices of the `top` values that are largest in absolute value."""
-    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
-        raise InputError(f"top must be a positive integer, got {top!r}")
+    top = integer(top, "top", least=1, expected="a positive integer")
     return torch.argsort(values.abs(), descending=True, stable=True)[:top]
 
 

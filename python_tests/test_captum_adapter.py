@@ -322,7 +322,7 @@ def test_refused_inputs(attribution, model, tokenizer):
         (TextTemplateInput(lambda a, b: f"w9 {b}", ["w5", "w6"]), {}, "no piece of its text"),
         (TextTemplateInput("{} w6", [""]), {}, "no piece of its text"),
         (torch.ones(1, 3), {}, "got Tensor"),
-        ("", {}, "empty text"),
+        ("", {}, "inp is empty"),
         (mine, {"units": "word"}, "its own units"),
         (SuppressedTextInput(PROMPT, other), {}, "another model|own units"),
         (SuppressedTextInput(PROMPT, ak.Explainer(model, tokenizer, progress=False)), {}, "own units and explainer"),

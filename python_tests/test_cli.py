@@ -270,7 +270,7 @@ def test_wrong_input(arguments, message, squad, monkeypatch):
     ("arguments", "message"),
     [
         (("--target", "", PROMPT), "target is empty"),
-        (("--target", " Pilot", "--versus", "", PROMPT), "versus must be a text"),
+        (("--target", " Pilot", "--versus", "", PROMPT), "versus is empty"),
         (("--layers", "7", "--target", " Pilot", PROMPT), "layer"),
         (("--factor", "nan", "--target", " Pilot", PROMPT), "factor"),
         (("--target", " Pilot", "~" * 1100), "positions"),

@@ -106,7 +106,7 @@ def test_written_as_png(explanation, grey, tmp_path):
         ({"image": "cat.png"}, "image must be a PIL image, got str"),
         ({"image": Image.new("RGB", (20, 40))}, "image is 20 × 40 pixels, but image 0 of the explanation was 40 × 20"),
         ({"index": 1}, "image 1 has no unit with a place in it"),
-        ({"target_token": 2}, r"target_token must be indices in \[0, 2\), got \[2\]"),
+        ({"target_token": 2}, r"target_token must be indices in \[0, 2\), got 2"),
         ({"target_token": []}, r"target_token must be indices in \[0, 2\), got \[\]"),
         ({"opacity": 0}, r"opacity must be in \(0, 1\], got 0"),
     ],

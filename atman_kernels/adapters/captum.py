@@ -23,16 +23,22 @@ from captum.attr import (  # type: ignore[import-untyped, unused-ignore]
     TextTemplateInput,
     TextTokenInput,
 )
+from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atman_kernels import arguments
 from atman_kernels.adapters.token_question import run_rows, suppressing, token_question, unit_factors
+from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
+from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
+from atman_kernels.explain.own_answer import generated
 from atman_kernels.explain.question import Question, UnitChoice, encode, special_flags
 from atman_kernels.explain.token_texts import token_texts_of
 from atman_kernels.hf.forward import evaluating
 from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.wrapped import unwrapped
 from atman_kernels.planning.units import Unit, split_units
 
 SUPPRESSION = "atman_suppression"  # the keyword under which a forward of the model carries its row of factors
@@ -190,17 +196,34 @@ class SuppressedLLMAttribution(LLMAttribution):
     def _asked(self, inp: Any, target: Any, gen_args: dict[str, Any] | None) -> SuppressedTextInput:
         if not isinstance(inp, SuppressedTextInput):
             raise InputError(f"inp must be a SuppressedTextInput, got {type(inp).__name__}")
-        if inp.explainer.model is not self.model:
+        if inp.explainer.model is not unwrapped(self.model):
             raise InputError("inp belongs to an explainer of another model than the attribution method")
         if target is not None and not isinstance(target, str | Tensor):
             raise InputError(f"target must be a text, token ids or None, got {type(target).__name__}")
         if target is not None and gen_args is not None:
             raise InputError("gen_args must be None where a target is given")
-        with evaluating(self.model):
-            ids = self._get_target_tokens(inp, target, gen_args=gen_args)
+        if target is None:
+            ids = self._own_answer(inp, gen_args)
+        else:
+            if isinstance(target, str):
+                target = text_or_empty(target, "target")
+            ids = self._get_target_tokens(inp, target)
         if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point():
             raise InputError(f"target must have at least one token, in one dimension; got shape {tuple(ids.shape)}")
         return inp.asking(ids)
+
+    def _own_answer(self, inp: SuppressedTextInput, gen_args: dict[str, Any] | None) -> Tensor:
+        """(m,) ids of what the model answers, as captum asks for it, and within its positions."""
+        options, model = dict(gen_args or DEFAULT_GEN_ARGS), inp.explainer.model
+        given = self._format_model_input(inp.to_model_input())
+        before, most = given["input_ids"].shape[1], language_positions(model)
+        check_length(before, most, "inp has")
+        check_ids(model, inp.tokenizer, given["input_ids"][0].tolist(), "inp")
+        wanted = options.pop("max_new_tokens", None) or options.pop("max_length", before + 20) - before
+        wanted = integer(wanted, "gen_args['max_new_tokens']", least=1)
+        with evaluating(model):
+            room = room_for_answer(before, most, wanted)
+            return torch.tensor(generated(model, inp.tokenizer, given, before, room, **options))
 
     def _forward_func(self, perturbed_tensor: Tensor, inp: SuppressedTextInput, *unused: Any, **options: Any) -> Tensor:
         """(n_rows, 1 + m), the whole answer's and each token's, or (n_rows,) for methods without token scores."""
@@ -235,7 +258,7 @@ class AtManAttribution(SuppressedLLMAttribution):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         self.explainer = Explainer(model, tokenizer, **settings)
-        super().__init__(FeatureAblation(model), tokenizer)
+        super().__init__(FeatureAblation(self.explainer.model), tokenizer)
 
     def attribute(  # type: ignore[override]
         self,
@@ -348,8 +371,7 @@ def _features(source: Any, tokenizer: Any, units: UnitChoice | None, language: s
 
 
 def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) -> _Features:
-    if not text:
-        raise InputError("inp is an empty text; expected at least one character")
+    text = arguments.text(text, "inp")
     encoded = encode(tokenizer, text, add_special_tokens=True)
     ids = encoded["input_ids"]
     found = split_units(

@@ -14,6 +14,7 @@ from inseq.attr.step_functions import probability_fn  # type: ignore[import-unty
 from inseq.data import CoarseFeatureAttributionStepOutput  # type: ignore[import-untyped, unused-ignore]
 
 from atman_kernels.adapters.token_question import run_rows, token_question, unit_factors
+from atman_kernels.arguments import text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.planning.units import Unit
@@ -64,8 +65,11 @@ class AtManAttribution(PerturbationAttributionRegistry):
         own = {name: value for name, value in kwargs.items() if name in SETTINGS}
         return own, {name: value for name, value in kwargs.items() if name not in own}
 
-    def prepare_and_attribute(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super().prepare_and_attribute(*args, **kwargs)
+    def prepare_and_attribute(self, sources: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, given in (("input_texts", sources), ("generated_texts", targets)):
+            for text in [given] if isinstance(given, str) else given if isinstance(given, list) else ():
+                text_or_empty(text, name)
+        outputs = super().prepare_and_attribute(sources, targets, *args, **kwargs)
         for output in outputs:
             output.info["attributed_fn"] = MEASURE
         return outputs

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atman_kernels.arguments import entries, flag, integer, real
 from atman_kernels.errors import InputError
 
 
@@ -53,6 +54,10 @@ def localisation(relevances: Sequence[Tensor], masks: Sequence[Tensor]) -> Local
     >>> pointing.summary()
     {'mAP': 0.75, 'mAP_IQ': 0.75, 'mAR': 0.5, 'mAR_IQ': 0.5}
     """
+    relevances, masks = (
+        list(given) if isinstance(given, Tensor) and given.ndim else entries(given, name, "tensors")
+        for name, given in (("relevances", relevances), ("masks", masks))
+    )
     if not len(relevances) or len(relevances) != len(masks):
         raise InputError(
             f"relevances, masks: got {len(relevances)} and {len(masks)}, expected as many of both and at least one"
@@ -131,8 +136,7 @@ def hit(relevance: Tensor, truth: Tensor, k: int = 1) -> bool:
     >>> hit(relevance, truth, k=1), hit(relevance, truth, k=2)
     (False, True)
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InputError(f"k: got {k!r}, expected an integer >= 1")
+    k = integer(k, "k", least=1)
     if not isinstance(truth, Tensor) or truth.dtype != torch.bool:
         raise InputError(f"truth: got {_described(truth)}, expected a bool tensor")
     x, _ = _checked_item(relevance, truth, "truth")
@@ -189,9 +193,8 @@ def faithfulness(relevance: Tensor, logprobs: Callable[[Tensor], Tensor], steps:
     ([4.0, 1.0, 0.0], [4.0, 3.0, 0.0], 1.0)
     """
     n = len(_checked_vector(relevance, "relevance"))
-    steps = n if steps is None else steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= n:
-        raise InputError(f"steps: got {steps!r}, expected None or an integer from 1 to {n}")
+    expected = f"None or an integer from 1 to {n}"
+    steps = n if steps is None else integer(steps, "steps", least=1, most=n, expected=expected)
     counts = torch.linspace(0, n, steps + 1, dtype=torch.float64, device="cpu").round().long()
     rank = relevance.detach().cpu().argsort(descending=True, stable=True).argsort()  # 0 = most relevant
     most = rank < counts[:, None]  # [points, n_units]
@@ -227,10 +230,9 @@ def confidence_interval(
     items = _checked_vector(values, "values").numpy()
     if len(items) < 2:
         raise InputError("values: got one item, expected at least two")
-    if not 0 < level < 1:
-        raise InputError(f"level: got {level!r}, expected a number between 0 and 1")
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise InputError(f"resamples: got {resamples!r}, expected an integer >= 1")
+    level = real(level, "level", "a number between 0 and 1", lambda x: 0 < x < 1)
+    resamples, seed = integer(resamples, "resamples", least=1), integer(seed, "seed", least=0)
+    interquartile = flag(interquartile, "interquartile")
     stats = _stats()
 
     def statistic(sample: Any, axis: int) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError
 
 Split = Literal["dev", "test"]
@@ -64,6 +65,8 @@ def read_items(file: str | Path) -> list[Item]:
             for paragraph in article["paragraphs"]
             for entry in paragraph["qas"]
         ]
+    except InputError as error:
+        raise InputError(f"{file} is not in SQuAD format: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not in SQuAD format ({type(error).__name__}: {error})") from error
 
@@ -85,14 +88,14 @@ def drawn(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
     Questions about one passage stay together, since they can be explained together.
 
     Raises:
-        InputError: seed is no integer >= 0.
+        InputError: seed or count is no integer >= 0.
 
     >>> items = [Item(str(i), "", f"passage {i // 2}", "", None, None) for i in range(6)]
     >>> [item.id for item in drawn(items, 3, seed=0)]
     ['0', '1', '4']
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
+    seed = integer(seed, "seed", least=0)
+    count = None if count is None else integer(count, "count", least=0, expected="an integer >= 0 or None")
     passages: dict[str, list[Item]] = {}
     for item in items:
         passages.setdefault(item.context, []).append(item)
@@ -129,6 +132,9 @@ def _item(entry: dict[str, Any], article: str, context: str) -> Item:
         ("answer", str | None),
         ("start", int | None),
     ):
-        if not isinstance(getattr(item, name), kind):
-            raise TypeError(f"{name} is {getattr(item, name)!r:.40}")
+        value = getattr(item, name)
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r:.40}")
+        if isinstance(value, str):
+            text_or_empty(value, f"{name} of {item.id!r}")
     return item

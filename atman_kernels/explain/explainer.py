@@ -54,7 +54,7 @@ class _Entry:
 def _entry(prompt: Any, target: Any, units: Any, versus: Any, images: Any) -> _Entry:
     """Raises InputError if one of them is of another form."""
     images = checked_images(images)
-    is_made = isinstance(prompt, Mapping) and "role" not in prompt  # by a processor
+    is_made = isinstance(prompt, Mapping) and "input_ids" in prompt  # by a processor
     if not is_made:
         prompt = text_or_empty(prompt, "prompt") if images and isinstance(prompt, str) else checked_prompt(prompt)
     return _Entry(

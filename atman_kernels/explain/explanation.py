@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from atman_kernels.arguments import entries, integer
 from atman_kernels.errors import InputError
 from atman_kernels.files import write_whole
 from atman_kernels.planning.units import Unit
@@ -118,8 +119,7 @@ class Explanation:
         Raises:
             InputError: k is not a positive integer.
         """
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise InputError(f"k must be a positive integer, got {k!r}")
+        k = integer(k, "k", least=1, expected="a positive integer")
         total = self.total
         order = torch.argsort(total, descending=True, stable=True)[:k].tolist()
         return [(self.units[i], float(total[i])) for i in order]
@@ -212,7 +212,9 @@ class Explanation:
         """
         from atman_kernels.render.picture import overlay
 
-        tokens = [target_token] if isinstance(target_token, int) else target_token
+        tokens: Any = target_token
+        if tokens is not None:
+            tokens = entries(tokens, "target_token", "indices") if hasattr(tokens, "__iter__") else [tokens]
         drawn = overlay(self, image, index, tokens, opacity)
         if path is not None:
             buffer = io.BytesIO()

@@ -70,12 +70,15 @@ def check_ids(model: Any, tokenizer: Any, ids: Sequence[int], name: str) -> None
     known = [_rows(model, "get_input_embeddings")]
     if name == "target":
         known.append(_rows(model, "get_output_embeddings"))
-    counts = [count for count in known if count is not None]
-    if counts and max(ids, default=-1) >= min(counts):
+    most = min((count for count in known if count is not None), default=None)
+    wrong = next((i for i in ids if i < 0 or (most is not None and i >= most)), None)
+    if wrong is not None and wrong < 0:
+        raise InputError(f"{name}: token ids must be >= 0, got {wrong}")
+    if wrong is not None:
         worst = max(ids)
         raise InputError(
-            f"{name}: token {tokenizer.convert_ids_to_tokens(worst)!r} has id {worst}, but {type(model).__name__} has "
-            f"embeddings for {min(counts)} ids; where tokens were added to the tokenizer, call "
+            f"{name}: token {tokenizer.convert_ids_to_tokens(wrong)!r} has id {wrong}, but {type(model).__name__} has "
+            f"embeddings for {most} ids; where tokens were added to the tokenizer, call "
             f"model.resize_token_embeddings({max(len(tokenizer), worst + 1)}) and train them"
         )
 

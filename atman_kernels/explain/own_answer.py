@@ -67,16 +67,28 @@ def generated(
         max_new_tokens: at most; see `limits.room_for_answer`.
         generate: in place of the model's own.
         options: more of `generate`'s.
+
+    Raises:
+        InputError: the config has stop strings that cannot be looked for with this tokenizer.
     """
     config = getattr(model, "generation_config", None)
     known = GenerationConfig()  # versions of transformers have some options and not others
     asked = {name: value for name, value in _GREEDY.items() if hasattr(known, name)}
     asked |= {"max_new_tokens": max_new_tokens, **options}
-    if getattr(config, "stop_strings", None):
+    stops = getattr(config, "stop_strings", None)
+    if stops:
         asked["tokenizer"] = tokenizer
     if asked.get("pad_token_id") is None and getattr(config, "pad_token_id", None) is None:  # it would say so
         asked["pad_token_id"] = next(iter([*_ids(tokenizer.pad_token_id), *sorted(end_ids(model, tokenizer)), 0]))
-    output = (generate or model.generate)(**inputs, **asked)
+    try:
+        output = (generate or model.generate)(**inputs, **asked)
+    except ValueError as error:
+        if not stops:
+            raise
+        said = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model.generation_config.stop_strings, {stops!r}, do not go with this model: {said}"
+        ) from error
     return output[0, before:].tolist()  # type: ignore[no-any-return]
 
 

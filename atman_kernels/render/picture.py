@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atman_kernels.arguments import integer, real
 from atman_kernels.errors import InputError
 from atman_kernels.render import NEGATIVE, POSITIVE
 from atman_kernels.render.labels import label
@@ -35,16 +36,17 @@ def overlay(
 
     See `Explanation.overlay`.
     """
-    if not 0 < opacity <= 1:
-        raise InputError(f"opacity must be in (0, 1], got {opacity!r}")
+    opacity = real(opacity, "opacity", "in (0, 1]", lambda x: 0 < x <= 1)
+    index = integer(index, "index", least=0)
     check_picture(explanation, image, index)
     if target_tokens is None:
         field = relevance(explanation, image.size, index, explanation.total)
         return _tinted(image, field, float(field.abs().max()) or 1.0, opacity)
     count = len(explanation.target_tokens)
-    wrong = [token for token in target_tokens if not (isinstance(token, int) and 0 <= token < count)]
-    if wrong or not target_tokens:
-        raise InputError(f"target_token must be indices in [0, {count}), got {wrong or list(target_tokens)}")
+    expected = f"indices in [0, {count})"
+    target_tokens = [integer(x, "target_token", least=0, most=count - 1, expected=expected) for x in target_tokens]
+    if not target_tokens:
+        raise InputError(f"target_token must be {expected}, got []")
     fields = [relevance(explanation, image.size, index, explanation.scores[:, token]) for token in target_tokens]
     scale = max(float(field.abs().max()) for field in fields) or 1.0  # one for all: panels are to be compared
     panels = [_tinted(image, field, scale, opacity) for field in fields]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atman_kernels.arguments import described, entries, integer, real, text_or_empty
 from atman_kernels.errors import InputError
 from atman_kernels.planning.units import Unit, split_units
 
@@ -30,10 +31,12 @@ class Occurrence:
     which: int | str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.of, str | re.Pattern):
-            raise InputError(f"Occurrence: of must be a text or a compiled regular expression, got {self.of!r}")
-        if self.which != "all" and (not isinstance(self.which, int) or isinstance(self.which, bool)):
-            raise InputError(f"Occurrence: which must be a number or 'all', got {self.which!r}")
+        if not isinstance(self.of, re.Pattern):
+            expected = "a text or a compiled regular expression"
+            object.__setattr__(self, "of", text_or_empty(self.of, "Occurrence: of", expected=expected))
+        if not isinstance(self.which, str) or self.which != "all":
+            which = integer(self.which, "Occurrence: which", expected="a number or 'all'")
+            object.__setattr__(self, "which", which)
 
 
 Span = str | re.Pattern[str] | Occurrence | tuple[int, int] | range
@@ -93,13 +96,8 @@ def resolve(spans: Spans, prompt: TokenizedText | int) -> tuple[SteeredSpan, ...
 
 
 def _checked_factor(span: Span, factor: Any) -> float:
-    try:
-        value = float(factor)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise InputError(f"spans: the factor of {_shown(span)} must be finite and >= 0, got {factor!r}")
-    return value
+    name = f"spans: the factor of {_shown(span)}"
+    return real(factor, name, "finite and >= 0", lambda x: 0 <= x < math.inf)
 
 
 def _units(span: Span, prompt: TokenizedText | int) -> Iterator[Unit]:
@@ -130,6 +128,8 @@ def occurrences(span: str | re.Pattern[str] | Occurrence, text: str) -> Iterator
     if not isinstance(wanted, str | re.Pattern) or isinstance(getattr(wanted, "pattern", ""), bytes):
         expected = "a text, a compiled regular expression of one, an Occurrence, (start, end), or a range of tokens"
         raise InputError(f"spans: got {span!r}, expected {expected}")
+    if isinstance(wanted, str):
+        text_or_empty(wanted, "spans")
     pattern = re.compile(re.escape(wanted)) if isinstance(wanted, str) else wanted
     found = [match.span() for match in pattern.finditer(text) if match.end() > match.start()]
     if not found:
@@ -151,11 +151,14 @@ def occurrences(span: str | re.Pattern[str] | Occurrence, text: str) -> Iterator
 
 
 def _checked_characters(span: tuple[Any, ...], prompt: TokenizedText) -> tuple[int, int]:
-    whole = len(span) == 2 and all(isinstance(x, int) for x in span)
-    if not whole or not 0 <= span[0] < span[1] <= len(prompt.text):
+    try:
+        start, end = (integer(x, "spans") for x in span)
+    except ValueError:
+        start = end = -1
+    if not 0 <= start < end <= len(prompt.text):
         limits = f"(start, end) with 0 <= start < end <= {len(prompt.text)}"
         raise InputError(f"spans: got {span!r}, expected {limits}")
-    return span[0], span[1]
+    return start, end
 
 
 def _of_tokens(span: range, prompt: TokenizedText | int) -> Unit:
@@ -184,9 +187,11 @@ def spans_by_prompt(spans: Spans | Sequence[Spans], prompts: int) -> Sequence[Sp
     """
     if isinstance(spans, Mapping):
         return [spans] * prompts
-    if not isinstance(spans, Sequence) or isinstance(spans, str) or len(spans) != prompts:
-        came = f"{len(spans)}" if isinstance(spans, Sequence) and not isinstance(spans, str) else type(spans).__name__
-        raise InputError(
-            f"spans must be one mapping {{span: factor}}, or one for each of {prompts} prompts, got {came}"
-        )
-    return spans
+    expected = f"one mapping {{span: factor}}, or one for each of {prompts} prompts"
+    try:
+        listed = entries(spans, "spans", "mappings")
+    except InputError:
+        raise InputError(f"spans must be {expected}, got {described(spans)}") from None
+    if len(listed) != prompts:
+        raise InputError(f"spans must be {expected}, got {len(listed)}")
+    return listed

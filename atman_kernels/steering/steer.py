@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from atman_kernels.arguments import described, entries, of_entry
 from atman_kernels.errors import InputError
+from atman_kernels.explain.limits import check_ids
 from atman_kernels.explain.question import Prompt, encode, prompt_text
 from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.suppression import suppressed
@@ -167,17 +169,15 @@ def _prepare(
 ) -> Steered:
     if isinstance(prompt, Mapping):
         return _prepare_inputs(model, tokenizer, prompt, spans)
-    one = isinstance(prompt, str) or (isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], dict))
-    prompts = [prompt] if one else prompt
-    if not isinstance(prompts, Sequence) or not prompts:
-        raise InputError(f"prompt must be a text, chat messages, or a list of prompts, got {prompt!r}")
-    tokenized = [_tokenized(tokenizer, each, chat) for each in prompts]
+    prompts, one = _listed(prompt)
+    tokenized = []
+    for index, each in enumerate(prompts):
+        with of_entry(None if one else f"prompt {index}"):
+            tokenized.append(_tokenized(model, tokenizer, each, chat))
     found = []
     for index, (each, wanted) in enumerate(zip(tokenized, spans_by_prompt(spans, len(prompts)), strict=True)):
-        try:
+        with of_entry(None if one else f"prompt {index}"):
             found.append(resolve(wanted, each))
-        except InputError as error:
-            raise error if one else InputError(f"prompt {index}: {error}") from None
     inputs = _padded(tokenized, _padding_id(tokenizer))
     texts = tuple(each.text for each in tokenized)
     return Steered(model, tokenizer, {k: v.to(model.device) for k, v in inputs.items()}, texts, tuple(found))
@@ -199,11 +199,26 @@ def _prepare_inputs(
     return Steered(model, tokenizer, inputs, (), found)
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> TokenizedText:
+def _listed(prompt: Any) -> tuple[list[Any], bool]:
+    """The prompts, and whether there is but one, which is then a text or chat messages."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    try:
+        prompts = entries(prompt, "prompt", "prompts")
+    except InputError:
+        prompts = []
+    if not prompts:
+        expected = "a text, chat messages, or a list of prompts"
+        raise InputError(f"prompt must be {expected}, got {described(prompt)}")
+    return ([prompts], True) if isinstance(prompts[0], Mapping) else (prompts, False)
+
+
+def _tokenized(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> TokenizedText:
     text, is_template = prompt_text(tokenizer, prompt, chat)
     encoded = encode(tokenizer, text, add_special_tokens=not is_template)
-    if not text or not encoded["input_ids"]:
+    if not encoded["input_ids"]:
         raise InputError("prompt is empty; expected a text with at least one token")
+    check_ids(model, tokenizer, encoded["input_ids"], "prompt")
     return TokenizedText(text, tuple(encoded["input_ids"]), tuple(map(tuple, encoded["offset_mapping"])))
 
 
