@@ -223,7 +223,7 @@ class SuppressedLLMAttribution(LLMAttribution):
         wanted = integer(wanted, "gen_args['max_new_tokens']", least=1)
         with evaluating(model):
             room = room_for_answer(before, most, wanted)
-            return torch.tensor(generated(model, inp.tokenizer, given, before, room, **options))
+            return torch.tensor(generated(model, inp.tokenizer, given, before, room, **options), device="cpu")
 
     def _forward_func(self, perturbed_tensor: Tensor, inp: SuppressedTextInput, *unused: Any, **options: Any) -> Tensor:
         """(n_rows, 1 + m), the whole answer's and each token's, or (n_rows,) for methods without token scores."""
