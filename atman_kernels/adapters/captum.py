@@ -219,8 +219,11 @@ class SuppressedLLMAttribution(LLMAttribution):
         before, most = given["input_ids"].shape[1], language_positions(model)
         check_length(before, most, "inp has")
         check_ids(model, inp.tokenizer, given["input_ids"][0].tolist(), "inp")
-        wanted = options.pop("max_new_tokens", None) or options.pop("max_length", before + 20) - before
-        wanted = integer(wanted, "gen_args['max_new_tokens']", least=1)
+        if (
+            "max_new_tokens" not in options
+        ):  # transformers counts the prompt in, and stops at 20 tokens if nothing is said
+            options["max_new_tokens"] = integer(options.pop("max_length", 20), "gen_args['max_length']") - before
+        wanted = integer(options.pop("max_new_tokens"), "gen_args['max_new_tokens']", least=1)
         with evaluating(model):
             room = room_for_answer(before, most, wanted)
             return torch.tensor(generated(model, inp.tokenizer, given, before, room, **options), device="cpu")

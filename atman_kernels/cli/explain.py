@@ -6,7 +6,7 @@ import click
 
 from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
 from atman_kernels.cli.output import Result, check_destinations, console, deliver, progress_is_seen, say
-from atman_kernels.cli.prompts import read_prompt, squad_question
+from atman_kernels.cli.prompts import check_texts, read_prompt, squad_question
 from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, layer_numbers
 from atman_kernels.errors import InputError
 
@@ -87,6 +87,7 @@ def command(
     atman explain --model smollm2 --squad dev-v1.1.json --item 7 --units word --html why.html
     """
     check_model_given(model, gguf)
+    check_texts({"--target": target, "--versus": versus})
     text, answer = _question(prompt, file, squad, item, target, chat)
     check_destinations(
         {"--html": html, "--json": json_file}, {"--file": file, "--squad": squad, "--gguf": gguf, "--model": model}

@@ -1,9 +1,11 @@
 """Where a prompt comes from: an argument, a file, standard input, or a question of a SQuAD-format file."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from atman_kernels import arguments
 from atman_kernels.cli.output import say
 from atman_kernels.errors import InputError
 
@@ -39,9 +41,14 @@ def read_prompt(text: str | None, file: str | None) -> str:
         prompt = _decoded(_bytes(file), file).rstrip("\r\n")
     else:
         prompt = text or ""
-    if not prompt.strip():
-        raise InputError("prompt is empty")
-    return prompt
+    return arguments.text(prompt, "prompt", blank=False)
+
+
+def check_texts(given: Mapping[str, str | Sequence[str] | None]) -> None:
+    """Raises InputError if an option's text, or one of several, holds what was not UTF-8 on the command line."""
+    for option, texts in given.items():
+        for text in [texts] if isinstance(texts, str) else texts or ():
+            arguments.text_or_empty(text, option)
 
 
 def squad_question(file: str, item: int) -> Question:

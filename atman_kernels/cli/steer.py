@@ -9,7 +9,7 @@ import click
 from atman_kernels.cli.explain import MODES
 from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
 from atman_kernels.cli.output import Result, check_destinations, deliver, show, shown, sign
-from atman_kernels.cli.prompts import read_prompt
+from atman_kernels.cli.prompts import check_texts, read_prompt
 from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, Temperature, layer_numbers, which
 from atman_kernels.errors import InputError
 from atman_kernels.render.characters import isolated
@@ -79,6 +79,7 @@ def command(
     atman steer --model smollm2 --chat --suppress Pilot --factor 0 "Our dog is called Pilot. What is his name?"
     """
     check_model_given(model, gguf)
+    check_texts({"--suppress": suppress, "--amplify": amplify})
     text = read_prompt(prompt, file)
     spans = _spans(suppress, amplify, factor, amplify_factor, regex, occurrence)
     if not chat:  # a template may add to the text; what it has not may be said before a model is loaded

@@ -50,6 +50,7 @@ FAMILIES: dict[str, str | None] = {
     "gpt_neox": None,
 }
 _LINEAR = (nn.Linear, Conv1D, nn.Embedding, nn.Dropout, nn.Identity)  # the gradient is the rule
+_EMPTY = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # no forward: what peft's adapters may use
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple({c if isinstance(c, type) else c[0] for c in ACT2CLS.values()})
 ROUNDING = 8  # how many epsilons of its dtype a normalisation may differ from what its rule takes it for
 
@@ -122,7 +123,7 @@ def _rules(decoder: PreTrainedModel) -> list[tuple[nn.Module, Callable[..., Tens
 
 
 def _passes_gradient(module: nn.Module) -> bool:
-    return isinstance(module, _LINEAR) or type(module).__name__.endswith("RotaryEmbedding")
+    return isinstance(module, _LINEAR + _EMPTY) or type(module).__name__.endswith("RotaryEmbedding")
 
 
 class _Secant(torch.autograd.Function):
