@@ -185,6 +185,31 @@ def test_a_transcript_ends_with_the_decoders_positions():
     assert 0 < len(found.target_tokens) <= most
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_steered_answer_ends_with_the_models_positions(family):
+    tokenizer, model = tiny_models.tokenizer(), small(family)
+    with ak.steer(model, tokenizer, [" ".join(["w5"] * 12), "w5 w6"], {}) as steered:
+        answers = steered.generate(max_new_tokens=10**9, eos_token_id=None)
+    assert [len(answer.split()) for answer in answers] == [5, 5]
+    with ak.steer(model, tokenizer, " ".join(["w5"] * 17), {}) as steered:
+        with pytest.raises(ak.InputError, match="prompt has 17 tokens, but the model has 16 positions"):
+            steered.generate(max_new_tokens=1)
+        with pytest.raises(ak.InputError, match="prompt has 17 tokens"):
+            steered.generate()
+
+
+def test_a_steered_answer_ends_with_a_stop_string(tiny_llama, tiny_tokenizer):
+    model = hf.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with ak.steer(model, tiny_tokenizer, "The dog", {}) as steered:
+        (plain,) = steered.generate(max_new_tokens=8)
+        end = next(character for character in plain if character.isascii())
+        (found,) = steered.generate(max_new_tokens=8, stop_strings=[end])
+        setting(model, {"stop_strings": [end]})
+        (again,) = steered.generate(max_new_tokens=8)
+    assert found == again == plain[: len(found)]
+    assert end in found
+
+
 # --- tokens that the model does not know ---
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from atman_kernels.arguments import described, entries, of_entry
+from atman_kernels.arguments import described, entries, integer, of_entry
 from atman_kernels.errors import InputError
-from atman_kernels.explain.limits import check_ids
+from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.explain.question import Prompt, encode, prompt_text
 from atman_kernels.hf.scope import Scope
-from atman_kernels.hf.suppression import suppressed
+from atman_kernels.hf.suppression import is_encoder_decoder, suppressed
+from atman_kernels.hf.wrapped import unwrapped
 from atman_kernels.steering.spans import Spans, SteeredSpan, TokenizedText, resolve, spans_by_prompt
 
 
@@ -106,10 +107,11 @@ class Steered:
 
         Args:
             skip_special_tokens: whether to leave marks like the end of the answer out of the texts.
-            options: as of the model's `generate`: max_new_tokens, do_sample, num_beams, streamer, ….
+            options: as of the model's `generate`: max_new_tokens, do_sample, num_beams, streamer, …. An answer ends
+                with the model's positions, however many tokens are asked for.
 
         Raises:
-            InputError: the `with ak.steer(…)` has been left.
+            InputError: the `with ak.steer(…)` has been left, or the prompt is longer than the model's positions.
         """
         streamer = options.get("streamer")
         try:
@@ -136,11 +138,28 @@ class Steered:
                 self._changed.notify_all()
 
     def _sequences(self, options: dict[str, Any]) -> Tensor:
-        if "pad_token_id" not in options and getattr(self._model.generation_config, "pad_token_id", None) is None:
+        config = self._model.generation_config
+        if "pad_token_id" not in options and getattr(config, "pad_token_id", None) is None:
             options = {**options, "pad_token_id": _padding_id(self._tokenizer)}
+        if options.get("stop_strings") or getattr(config, "stop_strings", None):
+            options = {"tokenizer": self._tokenizer, **options}
+        options = self._within_positions(options)
         until = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), _WhenLeft(self)])
         output = self._model.generate(**self.inputs, **{**options, "stopping_criteria": until})
         return output if isinstance(output, Tensor) else output.sequences
+
+    def _within_positions(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of `generate`, with answers that end where the model's positions do."""
+        model = unwrapped(self._model)
+        if is_encoder_decoder(model):
+            return options
+        before, most = self.inputs["input_ids"].shape[1], language_positions(model)
+        check_length(before, most, "prompt has")
+        wanted = options.get("max_new_tokens")
+        if wanted is None:
+            return options
+        wanted = integer(wanted, "max_new_tokens", least=1)
+        return {**options, "max_new_tokens": room_for_answer(before, most, wanted)}
 
     @contextmanager
     def _inside(self, scope: Scope) -> Iterator[None]:
