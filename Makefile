@@ -19,7 +19,7 @@ NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -nam
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help docs docs-serve kernel-hub demo test test-all test-oldest sanitize bench coverage-table gpu-check lint clean
+.PHONY: help docs docs-serve kernel-hub demo test test-all test-oldest sanitize bench coverage-table gpu-check gpu-bundle lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,7 +30,8 @@ help:
 	@echo "make sanitize  the compiled module under the address, undefined-behaviour and thread sanitizers"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
-	@echo "make gpu-check on a machine with a GPU and torch: the tests that need it, compute-sanitizer, benchmarks"
+	@echo "make gpu-check on a machine with a GPU and torch: benchmarks, tests that need it, compute-sanitizer, by value"
+	@echo "make gpu-bundle what gpu-check would compile there, in one archive to be carried there"
 	@echo "make docs      the documentation as a site in site/; docs-serve shows it while you write"
 	@echo "make kernel-hub the Triton and PyTorch parts as a package for Hugging Face's library kernels"
 	@echo "make lint      ruff (check, format) and mypy"
@@ -61,9 +62,21 @@ bench: $(STAMPS)/bench $(STAMPS)/demo
 coverage-table: $(STAMPS)/dev
 	$(BIN)/python python_tests/model_coverage.py
 
-# Installs nothing: a GPU machine comes with the torch that fits its driver. Options: make gpu-check ARGS="--only bench"
+# Installs nothing: a GPU machine comes with the torch that fits its driver. make gpu-check ARGS="--budget 330"
 gpu-check:
 	@$(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m benchmarks.gpu_check $(ARGS)
+
+# Compiled kernels are found by the very same Triton and Python alone: by default the oldest versions that we support.
+GPU_PINS ?= constraints-oldest.txt
+GPU_VENV := $(VENV)-gpu
+gpu-bundle: $(GPU_VENV)/stamps/bundle
+	$(GPU_VENV)/bin/python -m benchmarks.gpu.bundle make
+
+$(GPU_VENV)/stamps/bundle: $(GPU_PINS)
+	@echo "Installing torch with CUDA and Triton into $(GPU_VENV) (about 3 GB) ..."
+	@$(or $(PYTHON),python3.12) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip install -q --constraint $(GPU_PINS) torch triton transformers numpy psutil pybind11 setuptools tqdm
+	@mkdir -p $(@D) && touch $@
 
 kernel-hub: $(STAMPS)/dev
 	$(BIN)/python -m kernel_hub build/kernel-hub
@@ -82,7 +95,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist site atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-gpu build dist site atman_kernels/_C.*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is remade when the metadata, the pins or what is compiled change; otherwise the second run starts at once.

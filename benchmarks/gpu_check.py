@@ -1,20 +1,22 @@
-"""Everything that needs a GPU, in one command: tests, compute-sanitizer, benchmarks, a whole explanation.
+"""Everything that a GPU is wanted for, by value: small shapes, headlines, a whole explanation, peers, tuning, tests.
 
-    make gpu-check                                          # or: python -m benchmarks.gpu_check
-    python -m benchmarks.gpu_check --only tests,bench --minutes 9
-    python -m benchmarks.gpu_check --dry-run                # the same way through on a CPU, with tiny shapes
+    make gpu-check ARGS="--budget 330"                          # or: python -m benchmarks.gpu_check --budget 330
+    python -m benchmarks.gpu_check --list                       # the steps, what they take and which fit the budget
+    python -m benchmarks.gpu_check --budget 330 --resume DIR    # on another machine: what DIR's results leave to do
+    python -m benchmarks.gpu_check --pretend                    # the same way through, on a pretended CUDA device
 
-It works from a checkout with torch, Triton and transformers alone. What it has to leave out for want of something else
-it names, and then it does not report success.
+A step is a program of its own with a hard limit. What it found is in the output folder before the next one begins, and
+a figure as soon as it is measured. Nothing is installed; what was compiled beforehand comes from `make gpu-bundle`.
 
 Exit code: 0 everything passed. 1 something failed. 2 nothing could run, such as without a GPU. 3 nothing failed, but
 not everything ran.
 """
 
 import argparse
-import ast
 import contextlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,313 +24,331 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from atman_kernels import backends
+from benchmarks.gpu import bundle
 from benchmarks.gpu.__main__ import FAILED, NOTHING_RUN, PASSED, missing_gpu
-from benchmarks.gpu.cases import GROUPS
-from benchmarks.gpu.report import plain_table
-from benchmarks.gpu.results import write_json
-from benchmarks.machine import REPOSITORY, RESULTS, cpu_slug, environment, gpu_environment, gpu_slug
+from benchmarks.gpu.plan import Step, fits, plan
+from benchmarks.gpu.report import line, plain_table
+from benchmarks.gpu.results import MEASURED
+from benchmarks.machine import REPOSITORY, RESULTS, environment, gpu_environment
 
 INCOMPLETE = 3
-GPU_BACKENDS = ("triton", "cuda:plain", "cuda:hopper")
-TESTS = REPOSITORY / "python_tests"
-SHARED_SUITES = (
-    "test_backends.py",
-    "test_pack.py",
-    "test_op_registration.py",
-)  # each test once per backend, whose name is in the test's id
-MODEL_NEEDS = ("transformers", "psutil", "tqdm")
-SHARES = {"tests": 4.0, "sanitizer": 1.5, "bench": 5.0, "explain": 1.5}  # of the time that is left
-GRACE_SECONDS = 60  # for a program to finish what it is at when its time is up
-SANITIZER_ERRORS = 86  # the exit code by which compute-sanitizer says that it found some
+LEAVE_SECONDS = 8  # between what a program is told and its limit, to end in order
+LISTED_FAILURES = 40
+JOURNAL, LOG = "gpu-check.jsonl", "gpu-check.log"
+PRETENDED = "pretended CUDA"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One stage, or a part of it."""
+    """What became of a step."""
 
-    name: str
-    status: str  # passed | failed | incomplete: it could not run, or not all of it
+    step: str
+    status: str  # passed | failed | stopped: at its limit | incomplete: it could not run, or not all of it | left out
     seconds: float
     detail: str
+    failures: tuple[str, ...] = ()  # names of tests
+
+
+class Journal:
+    """One line per event, on disk before anything else happens: where it runs, a step begun, a step's outcome."""
+
+    def __init__(self, folder: Path, where: dict[str, Any]) -> None:
+        self.path, self.where = folder / JOURNAL, where
+        self._before = [json.loads(text) for text in _lines(self.path)]
+        self._write({"run": where})
+
+    def begin(self, step: Step) -> None:
+        self._write({"step": step.name, "status": "begun"})
+
+    def end(self, outcome: Outcome) -> None:
+        self._write(asdict(outcome) | {"gpu": self.where["gpu_name"], "commit": self.where["commit"]})
+
+    def done(self, step: Step) -> str | None:
+        """How a step ended before, if that is final: a figure on this kind of GPU only, a check anywhere."""
+        status = None
+        for event in self._before:
+            if event.get("step") == step.name and "gpu" in event:
+                there = not step.measures or event["gpu"] == self.where["gpu_name"]
+                status = event["status"] if there and event["status"] in ("passed", "failed") else status
+        return status
+
+    def _write(self, event: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete ones: the last may be cut off."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [part for part in text.split("\n")[:-1] if part]
+
+
+Execute = Callable[[Step, float], Outcome]
+
+
+def run_plan(
+    steps: Sequence[Step],
+    budget: float,
+    execute: Execute,
+    journal: Journal,
+    again: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """The steps in order, none begun with less time than it is planned to take, none running past the budget."""
+    ends = clock() + budget
+    statuses: dict[str, str] = {}
+    outcomes = []
+    for step in steps:
+        before = None if again else journal.done(step)
+        left = ends - clock()
+        if before is not None:
+            outcome = Outcome(step.name, before, 0.0, "in an earlier run")
+        elif lacking := [name for name in step.needs if find_spec(name) is None]:
+            outcome = Outcome(step.name, "incomplete", 0.0, f"not installed: {', '.join(lacking)}")
+        elif step.after is not None and statuses.get(step.after, journal_status(journal, step.after)) != "passed":
+            outcome = Outcome(step.name, "left out", 0.0, f"{step.after!r} has not passed")
+        elif left < step.planned:
+            outcome = Outcome(step.name, "left out", 0.0, f"takes about {step.planned:.0f} s, {max(left, 0):.0f} left")
+        else:
+            journal.begin(step)
+            outcome = execute(step, min(step.limit, left))
+            journal.end(outcome)
+        statuses[step.name] = outcome.status
+        outcomes.append(outcome)
+    return outcomes
+
+
+def journal_status(journal: Journal, name: str) -> str | None:
+    """Of a step that is not among those asked for."""
+    found = [step for step in plan() if step.name == name]
+    return journal.done(found[0]) if found else None
+
+
+# Programs --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Check:
-    """What the stages have in common."""
+class Programs:
+    """Runs steps as programs."""
 
-    options: argparse.Namespace
-    device: str
     output: Path
+    pretend: bool = False
+    variables: dict[str, str] | None = None
 
-    def run(self, name: str, command: Sequence[str], seconds: float, quiet: bool = False, **variables: str) -> Outcome:
-        """A program of its own, stopped with everything it started when its time is up."""
+    def __call__(self, step: Step, seconds: float) -> Outcome:
+        if step.wrapper and shutil.which(step.wrapper[0]) is None:
+            return Outcome(step.name, "incomplete", 0.0, f"{step.wrapper[0]} is not installed")
+        cached = bundle.cached_kernels(self._environment(step))
         started = time.monotonic()
-        print(f"\n--- {name}: {' '.join(command)} (at most {seconds:.0f} s)", flush=True)
-        last = ""
-        with (
-            self.log.open("a", encoding="utf-8", buffering=1) as log,  # by lines: several programs share it
-            subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **variables},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            ) as process,
-        ):
-            timed_out = threading.Event()
-            timer = threading.Timer(seconds, lambda: (timed_out.set(), _kill(process)))
-            timer.start()
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    log.write(f"[{name}] {line}")
-                    last = line.strip() or last
-                    if not quiet or line.startswith(("FAILED", "ERROR")):
-                        print(line, end="", flush=True)
-                code = process.wait()
-            finally:
-                timer.cancel()
-                _kill(process)
-        if quiet:
-            print(f"--- {name}: {last}", flush=True)
-        status = {PASSED: "passed", NOTHING_RUN: "incomplete"}.get(code, "failed")
-        if timed_out.is_set():
-            last = f"stopped after {seconds:.0f} s; {last}"
-        return Outcome(name, status, time.monotonic() - started, f"{last} (exit code {code})")
+        code, lines = self._run(step, seconds)
+        took = time.monotonic() - started
+        for partial in self.output.glob("*.partial"):
+            partial.unlink()
+        last = next((text for text in reversed(lines) if text.strip()), "").strip()
+        compiled = bundle.cached_kernels(self._environment(step)) - cached
+        notes = f"; {compiled} kernels compiled" if compiled > 0 else ""
+        failures = failed_tests(lines)
+        if code is None:
+            return Outcome(step.name, "stopped", took, f"after {seconds:.0f} s: {last}{notes}", failures)
+        known = {PASSED: "passed", NOTHING_RUN: "incomplete", 5: "incomplete"}
+        status = "failed" if failures else known.get(code, "failed")
+        return Outcome(step.name, status, took, f"{last} (exit code {code}){notes}", failures)
 
-    @property
-    def log(self) -> Path:
-        return self.output / "gpu-check.log"
+    def command(self, step: Step, seconds: float) -> list[str]:
+        filled = {"device": "cuda", "output": str(self.output), "seconds": f"{max(seconds - LEAVE_SECONDS, 1):.0f}"}
+        module, *arguments = [part.format(**filled) for part in step.command]
+        if self.pretend:
+            arguments = pretended_arguments(module, arguments)
+            return [sys.executable, "-m", "benchmarks.gpu.pretended_cuda", module, *arguments]
+        return [*step.wrapper, sys.executable, "-m", module, *arguments]
 
-    def backends(self) -> dict[str, str | None]:
-        """Those of this device, each with the reason why it cannot run, or None."""
-        names = ("cpu",) if self.options.dry_run else GPU_BACKENDS
-        return {name: backends.unavailable_reason(name, self.device) for name in names}
+    def _environment(self, step: Step) -> dict[str, str]:
+        return {**os.environ, "PYTHONUNBUFFERED": "1", **(self.variables or {}), **dict(step.variables)}
 
+    def _run(self, step: Step, seconds: float) -> tuple[int | None, list[str]]:
+        """Exit code, None if it was stopped; and what it printed. Its whole process group ends with it."""
+        command = self.command(step, seconds)
+        print(f"\n--- {step.part} {step.name} (at most {seconds:.0f} s): {' '.join(command[1:])}", flush=True)
+        lines: list[str] = []
+        quiet = "pytest" in step.command
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """The process and whatever it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        def read(stream: Any) -> None:
+            with (self.output / LOG).open("a", encoding="utf-8", buffering=1) as log, contextlib.suppress(ValueError):
+                for text in stream:
+                    log.write(f"[{step.name}] {text}")
+                    lines.append(text)
+                    if not quiet or FAILED_TEST.search(text):
+                        print(text, end="", flush=True)
 
-
-# Stages: (check, seconds) -> outcomes ----------------------------------------------------------------------------
-
-
-def run_tests(check: Check, seconds: float) -> list[Outcome]:
-    """`pytest -m gpu`, and the suites that every backend goes through; small shapes where those cannot run."""
-    running = [name for name, reason in check.backends().items() if reason is None]
-    if find_spec("pytest") is None:
-        left_out = Outcome("pytest", "incomplete", 0.0, "pytest is not installed: the small shapes alone were checked")
-        return [left_out, *_small_shapes(check, running, seconds)]
-    usable, unusable = [], {}
-    for path in sorted(TESTS.glob("test_*.py")):
-        lacking = missing_modules(path)
-        if lacking:
-            unusable[path.name] = lacking
-        else:
-            usable.append(path)
-    shared = [path for path in usable if path.name in SHARED_SUITES]
-    dry = ["--collect-only"] if check.options.dry_run else []
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *dry]
-    if find_spec("xdist") is not None:
-        pytest += ["-n", str(min(8, os.cpu_count() or 1))]
-    commands = {"tests marked gpu": [*pytest, "-m", "gpu", *map(str, usable)]}
-    for backend in dict.fromkeys(name.partition(":")[0] for name in running):
-        for path in shared:
-            commands[f"{path.stem} {backend}"] = [*pytest, "-k", backend, str(path)]
-    ends = time.monotonic() + seconds
-
-    def run(name: str) -> Outcome:
-        return _judged_pytest(check.run(name, commands[name], max(5.0, ends - time.monotonic()), quiet=True))
-
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each compiles its kernels on one core
-        outcomes = list(pool.map(run, commands))
-    if unusable:
-        reasons = ", ".join(f"{name} ({', '.join(sorted(lacking))})" for name, lacking in unusable.items())
-        outcomes.append(
-            Outcome("tests left out", "incomplete", 0.0, f"modules that they import are missing: {reasons}")
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=self._environment(step),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
-    if len(shared) < len(SHARED_SUITES):
-        outcomes += _small_shapes(check, running, max(5.0, ends - time.monotonic()))
-    return outcomes
+        reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
+        reader.start()
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a process that was killed
+            process.wait(5)
+        reader.join(2)
+        return code, lines
 
 
-def _judged_pytest(outcome: Outcome) -> Outcome:
-    """pytest's exit code 5 says that no test was selected; 2, that it was interrupted or could not collect."""
-    codes = {"(exit code 5)": "incomplete", "(exit code 2)": "failed"}
-    status = next((status for code, status in codes.items() if code in outcome.detail), outcome.status)
-    return Outcome(outcome.name, status, outcome.seconds, outcome.detail)
+# As pytest says it: in the end ("FAILED test - why"), at once ("test FAILED"), at once from several processes.
+FAILED_TEST = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?\s*$|^(\S+::.*?) (?:FAILED|ERROR)\b"
+)
 
 
-def missing_modules(path: Path, seen: set[Path] | None = None) -> set[str]:
-    """Top-level modules that a test file, or a helper beside it, imports and that are not installed."""
-    seen = set() if seen is None else seen
-    if path in seen:
-        return set()
-    seen.add(path)
-    lacking: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-        for name in {name.split(".")[0] for name in names}:
-            helper = path.parent / f"{name}.py"
-            if helper.is_file():
-                lacking |= missing_modules(helper, seen)
-            elif name not in sys.modules and find_spec(name) is None:
-                lacking.add(name)
-    return lacking
+def failed_tests(lines: Sequence[str]) -> tuple[str, ...]:
+    """Their names, from what pytest prints while it runs: one that is killed prints no summary."""
+    found = [match[1] or match[2] for text in lines if (match := FAILED_TEST.search(text.rstrip()))]
+    crashed = [match[1] for text in lines if (match := re.search(r"crashed while running '([^']+)'", text))]
+    return tuple(dict.fromkeys(name.strip() for name in (*found, *crashed)))
 
 
-def _small_shapes(check: Check, running: Sequence[str], seconds: float) -> list[Outcome]:
-    return [
-        check.run(
-            f"small shapes {backend}",
-            [sys.executable, "-m", "benchmarks.gpu.small_shapes", backend, "--device", check.device],
-            seconds / len(running),
-        )
-        for backend in running
-    ]
+def pretended_arguments(module: str, arguments: list[str]) -> list[str]:
+    """The same program with tiny shapes, a fraction of a second per row, and a few tests."""
+    if module == "benchmarks.gpu":
+        arguments = [*arguments, "--preset", "tiny", "--cases", "*", "--no-compile", "--seconds-per-row", "0.001"]
+    if module == "benchmarks.gpu.explanation":
+        arguments = [*arguments, "--preset", "tiny", "--rounds", "1"]
+    if module == "benchmarks.gpu.small_shapes":
+        arguments = [*arguments, "--first", "4"]
+    if module == "benchmarks.gpu.tuning":
+        arguments = [*arguments, "--tiny"]
+    if module == "pytest":
+        with_value = [i for i, part in enumerate(arguments) if part in ("-n", "--timeout", "--timeout-method")]
+        skipped = {j for i in with_value for j in (i, i + 1)}
+        # these launch kernels or record gradients
+        suites = ("test_triton.py", "test_op_registration.py", "test_cuda_build.py")
+        kept = [part for i, part in enumerate(arguments) if i not in skipped and not part.endswith(suites)]
+        arguments = [*kept, "-k", "triton and (test_packs and 64 and bfloat16 and two_bases)"]
+    return arguments
 
 
-def run_sanitizer(check: Check, seconds: float) -> list[Outcome]:
-    """compute-sanitizer over calls at small shapes, after the same calls without it, which compiles the kernels."""
-    running = [name for name, reason in check.backends().items() if reason is None]
-    ends = time.monotonic() + seconds
-    outcomes = _small_shapes(check, running, seconds / 2)
-    program = find_sanitizer()
-    if program is None:
-        return [*outcomes, Outcome("sanitizer", "incomplete", 0.0, "compute-sanitizer is not installed")]
-    if check.options.dry_run:
-        return [*outcomes, Outcome("sanitizer", "incomplete", 0.0, "compute-sanitizer watches GPUs only")]
-    commands = [(tool, backend) for backend in running for tool in check.options.sanitizer_tools.split(",")]
-    for i, (tool, backend) in enumerate(commands):
-        command = [program, "--tool", tool, "--error-exitcode", str(SANITIZER_ERRORS), "--print-limit", "20"]
-        if tool == "memcheck":
-            command += ["--report-api-errors", "no"]  # torch asks the driver questions whose answer may be an error
-        left = max(30.0, (ends - time.monotonic()) / (len(commands) - i))
-        command += [sys.executable, "-m", "benchmarks.gpu.small_shapes", backend, "--seconds", f"{left:.0f}"]
-        # torch's allocator hands out parts of large blocks, between which nothing is out of bounds
-        no_pool = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        outcomes.append(check.run(f"{tool} {backend}", command, left + GRACE_SECONDS, **no_pool))
-    return outcomes
-
-
-def find_sanitizer() -> str | None:
-    """compute-sanitizer on the path, or where CUDA puts it."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [str(Path(home, folder)) for home in homes if home for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
-
-
-def run_bench(check: Check, seconds: float) -> list[Outcome]:
-    """One process per group of shapes: a fault in one leaves the device usable for the next."""
-    options, outcomes = check.options, []
-    ends = time.monotonic() + seconds
-    groups = options.groups.split(",")
-    for i, group in enumerate(groups):
-        left = max(30.0, (ends - time.monotonic()) / (len(groups) - i))
-        command = [sys.executable, "-m", "benchmarks.gpu", "--groups", group, "--output", str(check.output)]
-        command += ["--minutes", f"{left / 60:.2f}", "--device", check.device, "--preset", options.preset]
-        if options.dry_run:
-            command += ["--no-compile", "--seconds-per-row", "0.01"]
-        if i or options.resume:
-            command.append("--resume")
-        outcomes.append(check.run(f"bench {group}", command, left + GRACE_SECONDS))
-    return outcomes
-
-
-def run_explain(check: Check, seconds: float) -> list[Outcome]:
-    """A whole explanation by a model of 8 billion parameters."""
-    lacking = [name for name in MODEL_NEEDS if find_spec(name) is None]
-    if lacking:
-        return [Outcome("explain", "incomplete", 0.0, f"not installed: {', '.join(lacking)}")]
-    command = [sys.executable, "-m", "benchmarks.gpu.explanation", "--device", check.device]
-    command += ["--output", str(check.output), "--minutes", f"{seconds / 60:.2f}"]
-    command += ["--preset", "tiny"] if check.options.dry_run else []
-    return [check.run("explain", command, seconds + GRACE_SECONDS)]
-
-
-STAGES: dict[str, Callable[[Check, float], list[Outcome]]] = {
-    "tests": run_tests,
-    "sanitizer": run_sanitizer,
-    "bench": run_bench,
-    "explain": run_explain,
-}
-
-
-# Program --------------------------------------------------------------------------------------------------------
+# Program ---------------------------------------------------------------------------------------------------------
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(STAGES), help="stages, separated by commas")
-    parser.add_argument("--minutes", type=float, default=25.0, help="for everything together")
-    parser.add_argument("--preset", default=None, help="shapes of the benchmarks: quick, full, tiny")
-    parser.add_argument("--groups", default=",".join(GROUPS), help="groups of shapes, separated by commas")
-    parser.add_argument("--sanitizer-tools", default="memcheck", help="such as memcheck,racecheck,synccheck")
-    parser.add_argument("--resume", action="store_true", help="keep what the benchmarks' result file holds")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files and logs")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes; tests are only collected")
+    parser.add_argument("--budget", type=float, default=1500.0, help="seconds for everything together [%(default).0f]")
+    parser.add_argument("--only", default="*", help="steps, by letter, name or pattern, separated by commas")
+    parser.add_argument("--list", action="store_true", help="name the steps with their seconds, and stop")
+    parser.add_argument("--resume", nargs="?", type=Path, const=Path(), metavar="DIR",
+                        help="go on after the results in DIR, or in the output folder")  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="with --resume: run the steps that are done as well")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the results [$OUT, or benchmarks/results]")
+    parser.add_argument("--bundle", type=Path, default=bundle.ARCHIVE, help="what make gpu-bundle made [%(default)s]")
+    parser.add_argument("--pretend", action="store_true", help="on a pretended CUDA device, with tiny shapes")
     options = parser.parse_args(given)
-    options.preset = options.preset or ("tiny" if options.dry_run else "quick")
-    for option, known in (("only", STAGES), ("groups", GROUPS)):
-        for name in getattr(options, option).split(","):
-            if name not in known:
-                parser.error(f"--{option}: {name!r} is none of {', '.join(known)}")
+    options.output = options.output or Path(os.environ.get("OUT") or RESULTS)
+    options.steps = chosen(options.only.split(","))
+    if not options.steps:
+        parser.error(f"--only: {options.only!r} is none of {', '.join(f'{s.part} ({s.name})' for s in plan())}")
     return options
+
+
+def chosen(patterns: Sequence[str]) -> list[Step]:
+    return [step for step in plan() if any(p == step.part or fnmatch(step.name, p) for p in patterns)]
+
+
+def listing(steps: Sequence[Step], budget: float) -> str:
+    """The steps with their seconds, and how far a call of the budget comes."""
+    reached = {step.name for step in fits(steps, budget)}
+    body = [
+        [s.part, s.name, "yes" if s.name in reached else "", f"{s.planned:.0f}", f"{s.limit:.0f}", s.after or ""]
+        for s in steps
+    ]
+    head = ("", "step", f"in {budget:.0f} s", "planned s", "limit s", "after")
+    total = sum(s.planned for s in steps)
+    return plain_table(head, body, texts=3) + f"\nall together: {total:.0f} s planned"
 
 
 def main(given: list[str] | None = None) -> int:
     options = arguments(given)
-    reason = None if options.dry_run else missing_gpu()
+    if options.list:
+        print(listing(options.steps, options.budget))
+        return PASSED
+    reason = None if options.pretend else missing_gpu()
     if reason is not None:
-        print(f"no GPU check: {reason}. --dry-run goes through the same steps on the CPU", file=sys.stderr)
+        print(f"no GPU check: {reason}. --pretend goes through the same steps on the CPU", file=sys.stderr)
         return NOTHING_RUN
-    options.output.mkdir(parents=True, exist_ok=True)
-    check = Check(options, "cpu" if options.dry_run else "cuda", options.output.resolve())
-    check.log.write_text("")
-    where = environment() | ({} if options.dry_run else {"gpu": gpu_environment()})
-    stages = [name for name in STAGES if name in options.only.split(",")]
-    outcomes = [
-        Outcome(f"backend {name}", "incomplete", 0.0, reason) for name, reason in check.backends().items() if reason
-    ]
-    ends = time.monotonic() + 60 * options.minutes
-    path = check.output / f"gpu-check-{cpu_slug() if options.dry_run else gpu_slug()}.json"
-    for i, name in enumerate(stages):
-        share = SHARES[name] / sum(SHARES[later] for later in stages[i:])
-        left = (ends - time.monotonic()) * share
-        if left < 1:
-            outcomes.append(Outcome(name, "incomplete", 0.0, "the time budget was used up"))
-            continue
-        outcomes += STAGES[name](check, left)
-        record = {"environment": where, "dry_run": options.dry_run, "outcomes": [asdict(o) for o in outcomes]}
-        write_json(path, record)
-    body = [[o.name, o.status, f"{o.seconds:.0f} s", o.detail] for o in outcomes]
-    print("\n" + plain_table(("stage", "status", "time", "detail"), body, texts=4))
-    print(f"written to {path}")
+    output = options.output.resolve()
+    prepare_output(output, options.resume)
+    unpacked = bundle.unpack(options.bundle)
+    gpu = {"name": PRETENDED} if options.pretend else gpu_environment()
+    where = environment() | {"gpu": gpu, "gpu_name": gpu["name"], "budget": options.budget, "bundle": unpacked.record()}
+    for objection in unpacked.objections:
+        print(f"bundle: {objection}", flush=True)
+    journal = Journal(output, where)
+    programs = Programs(output, options.pretend, unpacked.variables)
+    outcomes = run_plan(options.steps, options.budget, programs, journal, options.again)
+    print(summary(outcomes, output))
     return verdict(outcomes)
+
+
+def prepare_output(output: Path, resume: Path | None) -> None:
+    """An output folder with the results to go on after, and without those that are not."""
+    output.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        for stale in (JOURNAL, LOG):
+            (output / stale).unlink(missing_ok=True)
+        for stale_rows in output.glob("gpu-ops-*.json"):  # of an earlier run; what is committed has another folder
+            if output != RESULTS.resolve():
+                stale_rows.unlink()
+        return
+    source = resume.resolve() if resume != Path() else output
+    if not (source / JOURNAL).is_file():
+        sys.exit(f"--resume: there is no {JOURNAL} in {source}")
+    if source != output:
+        for path in source.iterdir():
+            if path.is_file():
+                shutil.copy2(path, output / path.name)
+
+
+def summary(outcomes: Sequence[Outcome], output: Path) -> str:
+    """What a reader of the last lines needs: figures, failures, steps."""
+    parts = []
+    for path in sorted(output.glob("gpu-ops-*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        parts.append("\n".join(line(row, rows) for row in rows if row["status"] == MEASURED))
+    for outcome in outcomes:
+        shown = outcome.failures[:LISTED_FAILURES]
+        more = len(outcome.failures) - len(shown)
+        parts += [f"{outcome.step} failed: {name}" for name in shown] + ([f"and {more} more"] if more else [])
+    body = [[o.step, o.status, f"{o.seconds:.0f} s", o.detail[:160]] for o in outcomes]
+    return "\n" + "\n".join([*parts, plain_table(("step", "status", "time", "detail"), body, texts=4)])
 
 
 def verdict(outcomes: Sequence[Outcome]) -> int:
     statuses = {outcome.status for outcome in outcomes}
-    if "failed" in statuses:
+    if statuses & {"failed", "stopped"}:
         return FAILED
     if "passed" not in statuses:
         return NOTHING_RUN
-    return INCOMPLETE if "incomplete" in statuses else PASSED
+    return PASSED if statuses == {"passed"} else INCOMPLETE
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Where a benchmark ran: versions, processor, commit, date. Imports torch only, so that it works on a bare machine."""
 
+import hashlib
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,14 @@ import torch
 COMMIT_VARIABLE = "ATMAN_COMMIT"
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
+PROVENANCE = REPOSITORY / "build" / "gpu-bundle" / "provenance.json"  # brought by benchmarks.gpu.bundle
+# What decides a result, by name: patterns of files under the repository.
+SOURCES = {
+    "triton": ("atman_kernels/backends/triton/*.py",),
+    "cuda": ("csrc/*.h", "csrc/tensor.cpp", "csrc/cuda/**/*", "benchmarks/ladder/*.cu"),
+    "tables": ("atman_kernels/backends/triton/configs/*.json",),
+    "package": ("atman_kernels/**/*.py",),
+}
 # Instruction sets that decide how fast matrix products are.
 _FEATURES = {"avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "sve"}
 _STATE = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
@@ -25,7 +36,8 @@ def environment() -> dict[str, Any]:
     cpu, features = _cpu()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
+        "sources": sources(),
         "cpu": cpu,
         "cpu_features": features,
         "cpu_count": os.cpu_count(),
@@ -111,7 +123,23 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def sources() -> dict[str, str]:
+    """Name -> hash of the files that decide a result."""
+    return {name: _hash(patterns) for name, patterns in SOURCES.items()}
+
+
+@cache
+def _hash(patterns: tuple[str, ...]) -> str:
+    found = sorted({path for pattern in patterns for path in REPOSITORY.glob(pattern) if path.is_file()})
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(f"{path.relative_to(REPOSITORY).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """The commit of this tree: by the environment, git or a bundle; "-dirty" if the package is not as it was then."""
     if COMMIT_VARIABLE in os.environ:  # a copy of the tree without its history
         return os.environ[COMMIT_VARIABLE]
 
@@ -122,4 +150,12 @@ def _commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "atman_kernels") else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        return _bundled_commit()
+
+
+def _bundled_commit() -> str | None:
+    if not PROVENANCE.is_file():
         return None
+    made = json.loads(PROVENANCE.read_text(encoding="utf-8"))
+    same = made["sources"]["package"] == sources()["package"]
+    return made["commit"] if same or made["commit"] is None else f"{made['commit'].removesuffix('-dirty')}-dirty"

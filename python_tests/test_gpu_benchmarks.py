@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,21 @@ import torch
 
 from atman_kernels import backends
 from atman_kernels.formula import window_visible
-from benchmarks import gpu_check
+from benchmarks import gpu_check, machine
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import cases, contenders, explanation, flex, masks, problems, report, runner, small_shapes
+from benchmarks.gpu import (
+    bundle,
+    cases,
+    contenders,
+    explanation,
+    flex,
+    masks,
+    plan,
+    problems,
+    report,
+    runner,
+    small_shapes,
+)
 from benchmarks.gpu.agreement import Truth
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.timing import Rates, Stopwatch
@@ -107,6 +119,8 @@ def test_shared_prefixes() -> None:
 
 def test_presets() -> None:
     for name, make in cases.PRESETS.items():
+        if name == "headline":
+            continue
         shapes = make()
         assert len({shape.name for shape in shapes}) == len(shapes), name
         assert {shape.group for shape in shapes} == set(cases.GROUPS), name
@@ -501,94 +515,290 @@ def test_without_a_gpu(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(MISSING_GPU) in capsys.readouterr().err
 
 
-def outcome(status: str, detail: str = "") -> gpu_check.Outcome:
-    return gpu_check.Outcome("x", status, 0.0, detail)
+STEP = plan.Step("x", "a", ("module",), planned=1.0, limit=2.0)
+
+
+def outcome(status: str, step: str = "x") -> gpu_check.Outcome:
+    return gpu_check.Outcome(step, status, 0.0, "")
 
 
 @pytest.mark.parametrize(
     ("statuses", "code"),
-    [(["passed"], 0), (["passed", "failed"], 1), (["incomplete"], 2), ([], 2), (["passed", "incomplete"], 3)],
-)
+    [(["passed"], 0), (["passed", "failed"], 1), (["passed", "stopped"], 1), (["incomplete"], 2), ([], 2),
+     (["passed", "incomplete"], 3), (["passed", "left out"], 3)],
+)  # fmt: skip
 def test_verdict(statuses: list[str], code: int) -> None:
     assert gpu_check.verdict([outcome(status) for status in statuses]) == code
 
 
-@pytest.fixture
-def dry_check(tmp_path: Path) -> gpu_check.Check:
-    options = gpu_check.arguments(["--dry-run", "--groups", "decode"])
-    return gpu_check.Check(options, "cpu", tmp_path)
+WHERE = {"gpu_name": "H100", "commit": "c"}
 
 
-def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--dry-run", "--only", "sanitizer,bench", "--groups", "decode", "--output", str(tmp_path)]
-    assert gpu_check.main(arguments) == gpu_check.INCOMPLETE, "there is no GPU to watch"
-    record = json.loads(next(tmp_path.glob("gpu-check-*.json")).read_text())
-    assert [(o["name"], o["status"]) for o in record["outcomes"]] == [
-        ("small shapes cpu", "passed"),
-        ("sanitizer", "incomplete"),
-        ("bench decode", "passed"),
+def journal(folder: Path, gpu: str = "H100") -> gpu_check.Journal:
+    return gpu_check.Journal(folder, WHERE | {"gpu_name": gpu})
+
+
+class Simulated:
+    """Runs a plan in no time: each step takes what it is planned to, or what it is said to take."""
+
+    def __init__(self, **taking: float) -> None:
+        self.now, self.taking = 0.0, {name.replace("_", " "): seconds for name, seconds in taking.items()}
+        self.began: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def __call__(self, step: plan.Step, seconds: float) -> gpu_check.Outcome:
+        self.began.append(step.name)
+        took = min(self.taking.get(step.name, step.planned), seconds)
+        self.now += took
+        status = "stopped" if took == seconds else "passed"
+        return gpu_check.Outcome(step.name, status, took, "")
+
+
+def simulate(folder: Path, budget: float, gpu: str = "H100", **taking: float) -> Simulated:
+    simulated = Simulated(**taking)
+    steps = [replace(step, needs=()) for step in plan.plan()]
+    gpu_check.run_plan(steps, budget, simulated, journal(folder, gpu), clock=simulated.clock)
+    return simulated
+
+
+def test_two_calls_of_330_seconds_are_enough(tmp_path: Path) -> None:
+    """Fifteen minutes with two starts: what matters most in the first call, the rest but extra shapes in the second."""
+    first = simulate(tmp_path, 330)
+    parts = {step.name: step.part for step in plan.plan()}
+    assert {name for name, part in parts.items() if part in "abcd"} <= set(first.began)
+    assert first.now <= 330
+    second = simulate(tmp_path, 330)
+    assert second.now <= 330
+    assert not set(first.began) & set(second.began)
+    left = set(parts) - set(first.began) - set(second.began)
+    assert left <= {"more shapes", "memcheck hopper", "shapes plain", "ladder"}, left
+    assert [parts[name] for name in first.began] == sorted(parts[name] for name in first.began), "by value"
+
+
+def test_a_hang_costs_its_step(tmp_path: Path) -> None:
+    run = simulate(tmp_path, 330, smoke_hopper=1e9)
+    assert "rows hopper" not in run.began, "what rests on it is not begun"
+    assert {"headline 128", "headline 64", "explanation"} <= set(run.began)
+    again = simulate(tmp_path, 330)
+    assert again.began[0] == "smoke hopper", "what was stopped is tried again"
+    assert "headline 128" not in again.began
+
+
+def test_nothing_runs_past_the_budget(tmp_path: Path) -> None:
+    slow = {step.name.replace(" ", "_"): 1e9 for step in plan.plan()}
+    assert simulate(tmp_path, 200, **slow).now <= 200
+    (tmp_path / "none").mkdir()
+    assert simulate(tmp_path / "none", 5).began == [], "with less than a step takes it is not begun"
+
+
+def test_figures_hold_for_one_kind_of_gpu(tmp_path: Path) -> None:
+    first = simulate(tmp_path, 330)
+    elsewhere = simulate(tmp_path, 330, gpu="H200")
+    assert "headline 128" in elsewhere.began
+    assert "shapes triton" in first.began
+    assert "shapes triton" not in elsewhere.began
+
+
+def test_plans_are_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = plan.plan()
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    for i, step in enumerate(steps):
+        assert step.planned < step.limit, step
+        assert step.after is None or step.after in names[:i], step
+    monkeypatch.setattr(plan, "find_spec", lambda name: object())
+    assert {"-n", "4", "--timeout"} <= set(plan._pytest(4))
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    assert not {"-n", "--timeout"} & set(plan._pytest(4))
+    assert all((gpu_check.REPOSITORY / "python_tests" / name).is_file() for name in plan.SUITES)
+
+
+def test_what_was_begun_and_what_ended_is_on_disk_at_once(tmp_path: Path) -> None:
+    seen = []
+
+    def execute(step: plan.Step, seconds: float) -> gpu_check.Outcome:
+        seen.extend(json.loads(text) for text in (tmp_path / gpu_check.JOURNAL).read_text().splitlines())
+        return outcome("passed", step.name)
+
+    gpu_check.run_plan([STEP], 10, execute, journal(tmp_path))
+    assert seen == [{"run": WHERE}, {"step": "x", "status": "begun"}]
+    with (tmp_path / gpu_check.JOURNAL).open("a") as file:
+        file.write('{"step": "cut o')  # the machine was taken away
+    assert journal(tmp_path).done(STEP) == "passed"
+
+
+def programs(folder: Path, code: str, **step: Any) -> tuple[gpu_check.Programs, plan.Step]:
+    """A step whose program is this code."""
+    made = gpu_check.Programs(folder)
+    object.__setattr__(made, "command", lambda *_: [sys.executable, "-c", code])
+    return made, replace(STEP, **step)
+
+
+def test_a_program_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    endless = "subprocess.run([sys.executable, '-c', 'while 1: 0'])"
+    execute, step = programs(tmp_path, f"import subprocess, sys; print('started', flush=True); {endless}")
+    (tmp_path / "rows.json.partial").write_text("{")
+    came = execute(step, 1.5)
+    assert (came.status, came.detail) == ("stopped", "after 2 s: started")
+    assert came.seconds < 20
+    assert (tmp_path / gpu_check.LOG).read_text() == "[x] started\n"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_exit_codes_of_programs(tmp_path: Path) -> None:
+    for code, status in ((0, "passed"), (1, "failed"), (2, "incomplete"), (5, "incomplete"), (-11, "failed")):
+        kill = "import os; os.kill(os.getpid(), 11)" if code < 0 else f"raise SystemExit({code})"
+        execute, step = programs(tmp_path, kill)
+        assert execute(step, 60).status == status, code
+
+
+def test_failures_have_names_when_pytest_is_killed(tmp_path: Path) -> None:
+    said = [
+        "[gw3] [ 12%] PASSED python_tests/test_a.py::test_fine[1-x] ",
+        "[gw3] [ 12%] FAILED python_tests/test_a.py::test_x[torch.float16-a b] ",
+        "python_tests/test_b.py::test_y FAILED                     [ 50%]",
+        "FAILED python_tests/test_b.py::test_y - AssertionError: off",
+        "worker 'gw1' crashed while running 'python_tests/test_c.py::test_z'",
     ]
-    assert next(tmp_path.glob("gpu-ops-*.json")).is_file()
-    assert "bench decode" in capsys.readouterr().out
+    execute, step = programs(tmp_path, f"for text in {said!r}: print(text, flush=True)\nwhile 1: 0")
+    came = execute(step, 1.5)
+    assert came.status == "stopped"
+    assert came.failures == (
+        "python_tests/test_a.py::test_x[torch.float16-a b]",
+        "python_tests/test_b.py::test_y",
+        "python_tests/test_c.py::test_z",
+    )
+    assert "x failed: python_tests/test_b.py::test_y" in gpu_check.summary([came], tmp_path)
 
 
-def test_a_program_that_takes_too_long_is_stopped(dry_check: gpu_check.Check, tmp_path: Path) -> None:
-    code = "import subprocess, sys; print('started', flush=True); subprocess.run([sys.executable, '-c', 'while 1: 0'])"
-    came = dry_check.run("endless", [sys.executable, "-c", code], seconds=1.5)
-    assert came.status == "failed"
-    assert "stopped after" in came.detail
-    assert "started" in came.detail
-    assert came.seconds < 30
-    assert (tmp_path / "gpu-check.log").read_text() == "[endless] started\n"
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    (came,) = gpu_check.run_plan([replace(STEP, needs=("no_such_module",))], 10, Simulated(), journal(tmp_path))
+    assert (came.status, came.detail) == ("incomplete", "not installed: no_such_module")
+    came = gpu_check.Programs(tmp_path)(replace(STEP, wrapper=("no-such-program",)), 10)
+    assert (came.status, came.detail) == ("incomplete", "no-such-program is not installed")
 
 
-def test_exit_codes_of_programs(dry_check: gpu_check.Check) -> None:
-    for code, status in ((0, "passed"), (1, "failed"), (2, "incomplete"), (86, "failed")):
-        came = dry_check.run("exits", [sys.executable, "-c", f"raise SystemExit({code})"], seconds=60)
-        assert came.status == status, code
+def pretended(folder: Path, only: str, *options: str) -> dict[str, dict[str, Any]]:
+    """Step -> its outcome, of a run on a device that is not there."""
+    gpu_check.main(["--pretend", "--only", only, "--output", str(folder), "--bundle", str(folder / "none"), *options])
+    events = [json.loads(text) for text in (folder / gpu_check.JOURNAL).read_text().splitlines()]
+    return {event["step"]: event for event in events if "gpu" in event}
 
 
-def test_pytest_that_selects_nothing_is_no_success() -> None:
-    assert gpu_check._judged_pytest(outcome("failed", "no tests ran (exit code 5)")).status == "incomplete"
-    assert gpu_check._judged_pytest(outcome("incomplete", "errors (exit code 2)")).status == "failed"
-    assert gpu_check._judged_pytest(outcome("passed", "3 passed (exit code 0)")).status == "passed"
+def test_pretended_run(tmp_path: Path) -> None:
+    """Commands as they are on a GPU, in programs of their own, and on from another folder."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    came = pretended(first, "smoke hopper,tuning")
+    assert {name: event["status"] for name, event in came.items()} == {"smoke hopper": "passed", "tuning": "passed"}
+    lines = (first / "gpu-tuning-nvidia-h100-80gb-hbm3-pretended.jsonl").read_text().splitlines()
+    assert [json.loads(line)["status"] for line in lines[1:]] == ["ok"] * (len(lines) - 1)
+    assert len(lines) > 20
+    pretended(second, "tuning,shapes plain", "--resume", str(first))
+    begun = [json.loads(text) for text in (second / gpu_check.JOURNAL).read_text().splitlines()]
+    assert [event["step"] for event in begun if event.get("status") == "begun"] == [
+        "smoke hopper",
+        "tuning",
+        "shapes plain",
+    ]
 
 
-def test_missing_modules_are_found_in_helpers_too(tmp_path: Path) -> None:
-    (tmp_path / "helper.py").write_text("import no_such_module_a.part\nfrom test_it import *\n")
-    (tmp_path / "test_it.py").write_text("import json\nimport helper\nfrom no_such_module_b import c\n")
-    assert gpu_check.missing_modules(tmp_path / "test_it.py") == {"no_such_module_a", "no_such_module_b"}
-    assert gpu_check.missing_modules(gpu_check.TESTS / "test_backends.py") == set()
+@pytest.mark.slow
+def test_pretended_run_of_everything(tmp_path: Path) -> None:
+    came = pretended(tmp_path, "*")
+    left_out = {name for name, event in came.items() if event["status"] != "passed"}
+    assert left_out <= {"memcheck triton", "memcheck hopper", "ladder"}, "what is not here"
+    assert {step.name for step in plan.plan()} == set(came)
+    (rows,) = tmp_path.glob("gpu-ops-*.json")
+    found = {(row["contender"], row["status"]) for row in json.loads(rows.read_text())["rows"]}
+    assert {("triton", "ok"), ("cuda:hopper", "ok"), ("flash", "ok"), ("cudnn", "ok"), ("sdpa_bias", "ok")} <= found
+    assert len(list(tmp_path.iterdir())) <= 8, "no more files come back"
 
 
-def test_without_pytest_the_small_shapes_remain(dry_check: gpu_check.Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
-    outcomes = gpu_check.run_tests(dry_check, seconds=60)
-    assert [(o.name, o.status) for o in outcomes] == [("pytest", "incomplete"), ("small shapes cpu", "passed")]
-    assert "pytest is not installed" in outcomes[0].detail
+# The bundle ------------------------------------------------------------------------------------------------------
 
 
-def test_tests_that_cannot_be_imported_are_named(dry_check: gpu_check.Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = {}
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """A bundle with nothing real in it."""
+    folder = tmp_path / "made"
+    kernel = folder / "triton-cache" / "AB12"
+    kernel.mkdir(parents=True)
+    (kernel / "attention.cubin").write_bytes(b"code")
+    (kernel / "attention.ttir").write_text("left behind")
+    group = {"child_paths": {"attention.cubin": str(kernel / "attention.cubin")}}
+    (kernel / "__grp__attention.json").write_text(json.dumps(group))
+    assert bundle.slim(folder / "triton-cache") == 1
+    (folder / "_cuda.so").write_text("module")
+    (folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("module")
+    (folder / "ladder").write_text("program")
+    made = {"commit": "abc", "sources": machine.sources(), "python": sysconfig.get_config_var("EXT_SUFFIX")}
+    made["triton"] = bundle.version("triton")
+    (folder / bundle.PROVENANCE.name).write_text(json.dumps(made))
+    bundle.write_archive(tmp_path / "bundle.tar.gz", folder, [path.name for path in folder.iterdir()])
+    return tmp_path / "bundle.tar.gz"
 
-    def recorded(self: Any, name: str, command: list[str], *_: Any, **__: Any) -> gpu_check.Outcome:
-        commands[name] = command
-        return outcome("passed")
 
-    monkeypatch.setattr(gpu_check.Check, "run", recorded)
-    monkeypatch.setattr(gpu_check, "missing_modules", lambda path: {"hypothesis"} if "pack" in path.name else set())
-    outcomes = gpu_check.run_tests(dry_check, seconds=60)
-    left_out = next(o for o in outcomes if o.name == "tests left out")
-    assert left_out.status == "incomplete"
-    assert "test_pack.py (hypothesis)" in left_out.detail
-    # the small shapes stand in for the suite that is missing
-    assert set(commands) == {"tests marked gpu", "test_backends cpu", "test_op_registration cpu", "small shapes cpu"}
-    assert not any("test_pack" in part for command in commands.values() for part in command)
+def test_a_bundle_is_unpacked(archive: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    unpacked = bundle.unpack(archive, tmp_path / "place", package)
+    assert unpacked.parts == ("kernels", "module", "ladder")
+    assert unpacked.objections == ()
+    cache = Path(unpacked.variables["TRITON_CACHE_DIR"])
+    group = json.loads((cache / "AB12" / "__grp__attention.json").read_text())
+    assert Path(group["child_paths"]["attention.cubin"]).read_bytes() == b"code", "paths hold where it is now"
+    assert not (cache / "AB12" / "attention.ttir").exists()
+    assert bundle.cached_kernels(unpacked.variables) == 1
+    assert [path.name for path in package.iterdir()] == [f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"]
 
 
-def test_missing_needs_of_the_explanation(dry_check: gpu_check.Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name == "psutil" else object())
-    assert gpu_check.run_explain(dry_check, seconds=60)[0].detail == "not installed: psutil"
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("triton", ("module", "ladder")), ("cuda", ("kernels",)), ("tables", ("kernels", "module", "ladder"))],
+)
+def test_a_bundle_that_is_older_than_its_sources(
+    name: str, left: tuple[str, ...], archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "sources", lambda: machine.sources() | {name: "changed since"})
+    unpacked = bundle.unpack(archive, tmp_path / "place", tmp_path)
+    assert unpacked.parts == left
+    assert all("older than" in objection for objection in unpacked.objections)
+    assert len(unpacked.objections) == 3 - len(left)
+    assert ("TRITON_CACHE_DIR" in unpacked.variables) == ("kernels" in left)
+    assert bundle.check(archive) == (0 if len(left) == 3 else 1)
+
+
+def test_a_bundle_for_another_python_or_triton(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "version", lambda name: "0.1")
+    monkeypatch.setattr(bundle.sysconfig, "get_config_var", lambda name: ".cpython-399.so")
+    unpacked = bundle.unpack(archive, tmp_path / "place", tmp_path)
+    assert unpacked.parts == ("ladder",)
+    assert "they are Triton" in unpacked.objections[0]
+    assert "not for .cpython-399.so" in unpacked.objections[1]
+
+
+def test_the_bundle_that_lies_here_is_as_new_as_its_sources() -> None:
+    if not bundle.ARCHIVE.is_file():
+        pytest.skip("make gpu-bundle has not been run")
+    assert bundle.check(bundle.ARCHIVE) == 0, "make gpu-bundle makes it anew"
+
+
+def test_the_commit_is_known_without_git(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(machine.COMMIT_VARIABLE, raising=False)
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(OSError("no git")))
+    monkeypatch.setattr(machine, "PROVENANCE", tmp_path / "place" / "provenance.json")
+    assert machine.commit() is None
+    bundle.unpack(archive, tmp_path / "place", tmp_path)
+    assert machine.commit() == "abc"
+    monkeypatch.setattr(machine, "sources", lambda: {"package": "another"})
+    assert machine.commit() == "abc-dirty"
+
+
+def test_newest_glibc_of_a_program(tmp_path: Path) -> None:
+    (tmp_path / "program").write_bytes(b"\x00GLIBC_2.2.5\x00GLIBC_2.34\x00GLIBC_2.4\x00")
+    assert bundle.glibc(tmp_path / "program") == (2, 34)
 
 
 def test_nothing_but_torch_is_imported() -> None:
@@ -597,7 +807,7 @@ def test_nothing_but_torch_is_imported() -> None:
         "import sys\n"
         "for name in ('click', 'rich', 'pytest', 'pytest_benchmark', 'hypothesis', 'psutil', 'transformers'):\n"
         "    sys.modules[name] = None\n"  # importing it raises
-        "import benchmarks.gpu_check, benchmarks.gpu.__main__, benchmarks.gpu.small_shapes\n"
+        "import benchmarks.gpu_check, benchmarks.gpu.__main__, benchmarks.gpu.small_shapes, benchmarks.gpu.bundle\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=gpu_check.REPOSITORY, check=True, timeout=120)
 
@@ -697,11 +907,15 @@ def test_question_has_a_token_per_word() -> None:
     assert [tuple(o) for o in encoded["offset_mapping"]] == [question.span(i, i + 1) for i in range(12)]
 
 
-def test_options_of_gpu_check(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(gpu_check.arguments(["--only", "bench"]), Namespace)
+def test_options_of_gpu_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", "/where/it/comes/back")
+    options = gpu_check.arguments(["--only", "c,smoke*"])
+    assert [step.name for step in options.steps] == ["smoke hopper", "headline 128", "headline 64"]
+    assert options.output == Path("/where/it/comes/back")
     with pytest.raises(SystemExit):
         gpu_check.arguments(["--only", "benches"])
-    assert "'benches' is none of tests, sanitizer, bench, explain" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        gpu_check.arguments(["--groups", "prefil"])
-    assert "'prefil' is none of prefill, packs, shared, decode" in capsys.readouterr().err
+    assert "'benches' is none of a (shapes triton), b (smoke hopper)" in capsys.readouterr().err
+    assert gpu_check.main(["--list", "--budget", "330"]) == 0
+    listed = capsys.readouterr().out
+    assert "in 330 s" in listed
+    assert all(step.name in listed for step in plan.plan())

@@ -113,8 +113,10 @@ def tune(dry_run: bool, regimes: tuple[str, ...], dtypes: tuple[str, ...], dims:
     if not dry_run:
         check_destinations({"the package's table": str(path)})
     say(f"{torch.cuda.get_device_name(device)}, {len(wanted)} of {len(table)} entries of {name}")
-    for found in tuning.tune(table, wanted, device):
+    for found in tuning.tune(table, wanted, device, processes=os.cpu_count() or 1):
         table[found.key] = found.new
+        if not dry_run:  # what was found stays found if the next one is never reached
+            write_whole(path, configs.dump(table).encode("utf-8"))
         old, new = (
             f"{_tile(tile)} {milliseconds:.3f} ms"
             for tile, milliseconds in ((found.old, found.old_milliseconds), (found.new, found.new_milliseconds))
@@ -123,7 +125,6 @@ def tune(dry_run: bool, regimes: tuple[str, ...], dtypes: tuple[str, ...], dims:
     if dry_run:
         say("nothing was written")
         return
-    write_whole(path, configs.dump(table).encode("utf-8"))
     say(f"wrote {path}")
 
 

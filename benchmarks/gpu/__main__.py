@@ -50,6 +50,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default="*", help="a pattern for the names of shapes, such as 'prefill-16k-*'")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--minutes", type=float, default=60.0, help="start nothing after so many")
+    parser.add_argument("--seconds", type=float, help="the same in seconds")
     parser.add_argument("--seconds-per-row", type=float, default=0.5, help="repeat a call for about so long")
     parser.add_argument("--resume", action="store_true", help="keep what the result file holds, measure the rest")
     parser.add_argument("--no-compile", action="store_true", help="FlexAttention uncompiled: right, but no rival")
@@ -114,7 +115,7 @@ def measure(
         header |= {"gpu": gpu_environment(), "gpu_name": torch.cuda.get_device_name()}
     slug = gpu_slug() if options.device == "cuda" else cpu_slug()
     results = Results(options.output / f"gpu-ops-{slug}.json", header, options.resume)
-    stopwatch = Stopwatch(device, options.seconds_per_row)
+    stopwatch = Stopwatch(device, options.seconds_per_row, small=options.preset == "tiny")
     dtype = getattr(torch, options.dtype)
     rates = stopwatch.rates(dtype)
     states: dict[str, Any] = {}  # after every shape: clocks, power, temperature
@@ -129,7 +130,7 @@ def measure(
     def say(row: Row) -> None:
         print(f"{time.monotonic() - started:5.0f} s  {line(row, results.rows)}", flush=True)
 
-    runner = Runner(device, dtype, stopwatch, rates, results, started + 60 * options.minutes, say)
+    runner = Runner(device, dtype, stopwatch, rates, results, started + (options.seconds or 60 * options.minutes), say)
     lost = False
     try:
         for shape in shapes:

@@ -1,7 +1,7 @@
 """What is measured: shapes, how much each has to compute and move at least, and which of them a preset names."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -185,6 +185,16 @@ def _quick() -> list[Shape]:
     ]
 
 
+def _headline() -> list[Shape]:
+    """What the first minutes on a GPU are for, at head dimensions 128 and 64."""
+    k = 1024
+    made: list[Shape] = []
+    for heads in (LLAMA, replace(LLAMA, dim=64)):
+        made += [prefill(16 * k, True, heads), exact(1 * k, heads), shared(8 * k, 256, 8, heads),
+                 decode(32 * k, 8, heads), exact(4 * k, heads)]  # fmt: skip
+    return made
+
+
 def _full() -> list[Shape]:
     k = 1024
     lengths, prefixes = (1, 2, 4, 8, 16, 32), (1, 8, 32, 128)
@@ -209,7 +219,7 @@ def _tiny() -> list[Shape]:
     ]
 
 
-PRESETS = {"quick": _quick, "full": _full, "tiny": _tiny}
+PRESETS = {"headline": _headline, "quick": _quick, "full": _full, "tiny": _tiny}
 GROUPS = ("prefill", "packs", "shared", "decode")
 
 

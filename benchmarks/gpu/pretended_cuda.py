@@ -113,8 +113,9 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
     if name.startswith("atman_kernels.") and on_device and "backward" not in name:
-        args[-1] = "reference"
-    result = func(*args, **kwargs)
+        result = _ours(func, args)
+    else:
+        result = func(*args, **kwargs)
     known = {id(t.held): t for t in on_device}
 
     def placed(value: Any) -> Any:
@@ -123,6 +124,14 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else Pretended(value)
 
     return tree_map(placed, result)
+
+
+def by_reference(func: Any, arguments: list[Any]) -> Any:
+    """How our ops compute unless `install` is told otherwise; the last argument is the backend."""
+    return func(*arguments[:-1], "reference")
+
+
+_ours: Callable[[Any, list[Any]], Any] = by_reference
 
 
 def _plain(value: Any) -> bool:
@@ -204,8 +213,10 @@ for _name in ("_sleep", "set_sync_debug_mode"):
     CUDA[_name] = _constant(None)
 
 
-def install() -> None:
-    """From here on this process, and none that it starts, has a CUDA device."""
+def install(ours: Callable[[Any, list[Any]], Any] = by_reference) -> None:
+    """From here on this process, and none that it starts, has a CUDA device. `ours` computes our ops."""
+    global _ours
+    _ours = ours
     torch.version.cuda = torch.version.cuda or "13.0"
     torch.inference_mode = _NoGrad  # type: ignore[misc, assignment]
     for name, stand_in in CUDA.items():
@@ -286,7 +297,7 @@ def _patch_backends() -> None:
         from atman_kernels.backends.triton import launch
     except ImportError:  # no Triton here
         return
-    launch.run = lambda kernel, grid, arguments: None
+    launch.run = lambda *_, **__: None
 
 
 def main(module: ModuleType | str, arguments: list[str]) -> None:

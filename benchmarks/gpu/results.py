@@ -14,7 +14,7 @@ MEASURED = "ok"
 STATUSES = (MEASURED, "wrong", "error", "unsupported", "skipped")
 FINAL = (MEASURED, "unsupported")  # what a resumed run does not try again
 _KEY = ("case", "contender", "factor", "mode")
-# Rows measured under another of these are not comparable, and a resumed run drops them.
+# Rows measured under another of these are not comparable, and a resumed run begins anew, beside them.
 _SAME = ("commit", "versions", "python", "gpu_name", "dtype")
 
 
@@ -30,6 +30,9 @@ class Results:
             if before.get("schema") == SCHEMA and all(before["header"].get(k) == header.get(k) for k in _SAME):
                 self.runs = before["runs"]
                 self._rows = {_key(row): row for row in before["rows"]}
+            else:
+                until = str(header.get("date", "now"))[:19].replace(":", "")
+                path.rename(path.with_name(f"{path.stem}-until-{until}.json"))
 
     @property
     def rows(self) -> list[Row]:

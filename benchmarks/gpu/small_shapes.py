@@ -1,6 +1,7 @@
 """Both ops at small, odd shapes with every option, against the reference backend in float64 on the CPU.
 
     python -m benchmarks.gpu.small_shapes triton          # also what compute-sanitizer watches: it is slow
+    python -m benchmarks.gpu.small_shapes triton --dtype bfloat16,float16,float32
 
 It needs torch and the package alone: on a machine without pytest it is the check of the ops that remains. Exit code:
 0 all are right, 1 some are not, 2 not all were tried.
@@ -92,10 +93,12 @@ def _combinations(sinks: Tensor, everything: bool) -> Iterator[tuple[str, Argume
             yield f"{MODES[i % 3]}, {name}", given | {"mode": MODES[i % 3]}
 
 
-def check(backend: str, device: str, dtype: torch.dtype, seconds: float = math.inf) -> tuple[list[str], int]:
+def check(
+    backend: str, device: str, dtype: torch.dtype, seconds: float = math.inf, first: int | None = None
+) -> tuple[list[str], int]:
     """What went wrong, one line each, and how many calls were not made: none is begun after so many seconds."""
     failures, done, started = [], 0, time.monotonic()
-    every = list(calls(dtype))
+    every = list(calls(dtype))[:first]
     for name, op, arguments in every:
         if time.monotonic() - started > seconds:
             break
@@ -149,16 +152,24 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu.small_shapes", description=__doc__.splitlines()[0])
     parser.add_argument("backend", help=f"one of {', '.join(backends.NAMES)}, or one with a variant, as in cuda:hopper")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--first", type=int, help="only so many calls")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no call after so many")
     options = parser.parse_args(given)
+    dtypes = options.dtype.split(",")
+    if unknown := [name for name in dtypes if name not in DTYPES]:
+        parser.error(f"--dtype: {unknown[0]!r} is none of {', '.join(DTYPES)}")
     if options.backend.partition(":")[0] not in backends.NAMES:
         parser.error(f"backend must be one of {', '.join(backends.NAMES)}, got {options.backend!r}")
     if reason := backends.unavailable_reason(options.backend, options.device):
         print(f"{options.backend} cannot run on {options.device}: {reason}", file=sys.stderr)
         return 2
-    failures, left = check(options.backend, options.device, DTYPES[options.dtype], options.seconds)
-    return 1 if failures else 2 if left else 0
+    failed, left, ends = 0, 0, time.monotonic() + options.seconds
+    for dtype in dtypes:
+        seconds = ends - time.monotonic() if options.seconds < math.inf else math.inf
+        failures, not_made = check(options.backend, options.device, DTYPES[dtype], seconds, options.first)
+        failed, left = failed + len(failures), left + not_made
+    return 1 if failed else 2 if left else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 WARM_UP = 3
 LEAST_REPEATS, MOST_REPEATS = 5, 50
-AHEAD_CYCLES = 1_000_000  # of the GPU's clock: about half a millisecond in which the host queues the call
+AHEAD_CYCLES = 4_000_000  # of the GPU's clock: about two milliseconds in which the host queues the call
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,15 @@ class Timing:
 
 
 class Stopwatch:
-    """Times calls on one device."""
+    """Times calls on one device; `small`, to see that everything runs, does not bother to keep it busy."""
 
-    def __init__(self, device: torch.device, seconds_per_call: float = 0.5) -> None:
+    def __init__(self, device: torch.device, seconds_per_call: float = 0.5, small: bool = False) -> None:
         self.device, self.seconds = device, seconds_per_call
         self.cuda = device.type == "cuda"
+        self.small = small or not self.cuda
         if self.cuda:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self._flush = torch.empty(max(2 * cache, 128 << 20), dtype=torch.int8, device=device)
+            self._flush = torch.empty(1 if small else max(2 * cache, 128 << 20), dtype=torch.int8, device=device)
 
     def time(self, call: Callable[[], Any]) -> Timing:
         """Warm up, then repeat for about `seconds_per_call`."""
@@ -92,10 +93,10 @@ class Stopwatch:
         return torch.cuda.max_memory_allocated() - before
 
     def rates(self, dtype: torch.dtype) -> Rates:
-        size = 8192 if self.cuda else 512
+        size = 512 if self.small else 8192
         left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         product = self.time(lambda: left @ right)
-        source = torch.randn((1 << 30) if self.cuda else (1 << 22), device=self.device)
+        source = torch.randn((1 << 20) if self.small else (1 << 30), device=self.device)
         target = torch.empty_like(source)
         copy = self.time(lambda: target.copy_(source))
         return Rates(2 * size**3 / (product.ms / 1e3), 2 * source.numel() * source.element_size() / (copy.ms / 1e3))
