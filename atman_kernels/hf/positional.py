@@ -20,7 +20,8 @@ class Positional:
 
     def __init__(self, name: str, tensor: Tensor, beyond: float | bool) -> None:
         self.name, self.tensor, self.beyond = name, tensor, beyond
-        self.neutral = bool((tensor == beyond).all())  # nothing differs from what lies beyond
+        # nothing differs from what lies beyond; a tensor that is to be differentiated may, after the next step
+        self.neutral = not tensor.requires_grad and bool((tensor == beyond).all())
         self._last: tuple[tuple[object, ...], Tensor] | None = None  # the same for all layers of a forward
 
     def at(self, batch: int, first: int, count: int, device: torch.device) -> Tensor:
@@ -33,7 +34,11 @@ class Positional:
                 raise InputError(f"{self.name} has {rows} rows, which does not divide the model's batch of {batch}")
             fitted = self.tensor[..., first : first + count].to(device).repeat_interleave(batch // rows, dim=0)
             padding = (0, count - fitted.shape[-1])
-            last = self._last = (wanted, torch.nn.functional.pad(fitted, padding, value=self.beyond))
+            last = (wanted, torch.nn.functional.pad(fitted, padding, value=self.beyond))
+            if (
+                not self.tensor.requires_grad
+            ):  # a graph is gone after its backward, and the tensor changes between steps
+                self._last = last
         return last[1]
 
 
@@ -56,7 +61,7 @@ class LayerFactors:
 
 
 def checked_factor(factor: Tensor, name: str = "factor") -> Tensor:
-    """The factor as float32.
+    """The factor as float32 (float64 stays), with its graph if it requires a gradient.
 
     Raises:
         InputError: it is not a floating point tensor (B, L) or (B, Hq, L), or not finite and >= 0 everywhere.
@@ -68,7 +73,7 @@ def checked_factor(factor: Tensor, name: str = "factor") -> Tensor:
         raise InputError(f"{name} must have at least one row, got shape {tuple(factor.shape)}")
     if factor.numel() and not bool(((factor >= 0) & factor.isfinite()).all()):
         raise InputError(f"{name} must be finite and >= 0 everywhere; it holds negative, infinite or NaN entries")
-    return factor.detach().float()
+    return factor if factor.dtype == torch.float64 else factor.float()
 
 
 def checked_queries(queries: Queries) -> Positional | None:
