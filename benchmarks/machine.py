@@ -123,12 +123,17 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache
 def sources() -> dict[str, str]:
-    """Name -> hash of the files that decide a result."""
+    """Name -> hash of the files that decide a result, as they were when this was first asked for."""
+    return hashes()
+
+
+def hashes() -> dict[str, str]:
+    """The same of the files as they are."""
     return {name: _hash(patterns) for name, patterns in SOURCES.items()}
 
 
-@cache
 def _hash(patterns: tuple[str, ...]) -> str:
     found = sorted({path for pattern in patterns for path in REPOSITORY.glob(pattern) if path.is_file()})
     digest = hashlib.sha256()

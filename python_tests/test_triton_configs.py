@@ -120,6 +120,52 @@ def test_tuning_ignores_what_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found.new for found in tuning.tune({key: old}, [key], torch.device("cuda"))] == [old]
 
 
+def test_times_are_told_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atman_kernels.backends.triton import tuning
+
+    told: list[tuple[KernelConfig, float]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(tuning, "workload", lambda key, device: None)
+    monkeypatch.setattr(tuning, "fits", lambda key, config, capability: config.num_stages == 2)
+
+    def milliseconds(call: object, config: KernelConfig) -> float:
+        if len(told) == 3:
+            raise KeyboardInterrupt
+        return 1.0 / config.block_n
+
+    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    key, old = Key("16-bit", "decode", 64), KernelConfig(16, 16, 4, 1)
+    with pytest.raises(KeyboardInterrupt):
+        list(tuning.tune({key: old}, [key], torch.device("cuda"), tried=lambda key, *found: told.append(found)))
+    assert told[0] == (old, 1 / 16)
+    assert len(told) == 3
+
+
+def test_a_call_is_timed_while_the_gpu_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a short call would be timed with the host's work for it."""
+    from atman_kernels.backends.triton import tuning
+
+    happened: list[str] = []
+    event = SimpleNamespace(
+        record=lambda: happened.append("record"), synchronize=lambda: None, elapsed_time=lambda other: 1.0
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append("busy"))
+    assert tuning.milliseconds(lambda: happened.append("call"), KernelConfig(16, 16, 4, 1)) == 1.0
+    assert happened == ["call"] * tuning.WARMUP + ["busy", "record", "call", "record"] * tuning.ROUNDS
+
+
+def test_hand_picked_configurations() -> None:
+    from atman_kernels.backends.triton import tuning
+
+    for name in configs.ARCHITECTURES:
+        table = configs.load(name)
+        found = tuning.hand_picked(table)
+        assert {(key.regime, key.head_dim) for key, _ in found} == set(product(configs.REGIMES, (64, 128)))
+        assert len(set(found)) == len(found) <= 30, "minutes are few"
+        assert all(config.block_m * config.block_n <= 128 * 128 for _, config in found)
+
+
 # --- availability ---
 
 

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import PROVENANCE, REPOSITORY, commit, sources
+from benchmarks.machine import PROVENANCE, REPOSITORY, commit, hashes, sources
 
 ARCHIVE = REPOSITORY / "build" / "gpu-bundle.tar.gz"
 PLACE = PROVENANCE.parent  # where it is unpacked
@@ -107,6 +107,7 @@ def cached_kernels(environment: dict[str, str]) -> int:
 def make(archive: Path, jobs: int) -> None:
     """Build everything with the Python that runs this, and put it into an archive."""
     archive.parent.mkdir(parents=True, exist_ok=True)
+    made_from = sources()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("compiling the CUDA module and the ladder", flush=True)
@@ -115,9 +116,11 @@ def make(archive: Path, jobs: int) -> None:
         cache = folder / "triton-cache"
         compile_kernels(cache, jobs)
         kernels = slim(cache)
+        if hashes() != made_from:
+            sys.exit("the sources have changed meanwhile: once more")
         made = {
             "commit": commit(),
-            "sources": sources(),
+            "sources": made_from,
             "python": sysconfig.get_config_var("EXT_SUFFIX"),
             "triton": version("triton"),
             "torch": version("torch"),
