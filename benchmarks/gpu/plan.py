@@ -94,7 +94,8 @@ def plan(sanitizer: str | None = "compute-sanitizer", cores: int | None = None) 
 
 def _pytest(cores: int | None) -> tuple[str, ...]:
     """The tests that need a GPU, each named as it ends; on several cores, with a limit for each, where that can be."""
-    command = ["pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command = ["pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-k", "not any_combination"]  # each of its examples is compiled anew: minutes
     if find_spec("xdist") is not None:
         command += ["-n", str(min(12, cores or os.cpu_count() or 1))]
     if find_spec("pytest_timeout") is not None:
