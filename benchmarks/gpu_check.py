@@ -234,7 +234,7 @@ def pretended_arguments(module: str, arguments: list[str]) -> list[str]:
         arguments = [*arguments, "--preset", "tiny", "--rounds", "1"]
     if module == "benchmarks.gpu.small_shapes":
         arguments = [*arguments, "--first", "4"]
-    if module == "benchmarks.gpu.tuning":
+    if module in ("benchmarks.gpu.tuning", "benchmarks.gpu.backward"):
         arguments = [*arguments, "--tiny"]
     if module == "pytest":
         with_value = [i for i, part in enumerate(arguments) if part in ("-n", "--timeout", "--timeout-method")]

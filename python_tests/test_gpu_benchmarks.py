@@ -18,6 +18,7 @@ from atman_kernels.formula import window_visible
 from benchmarks import gpu_check, machine
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import (
+    backward,
     bundle,
     cases,
     contenders,
@@ -708,12 +709,43 @@ def test_pretended_run(tmp_path: Path) -> None:
 def test_pretended_run_of_everything(tmp_path: Path) -> None:
     came = pretended(tmp_path, "*")
     left_out = {name for name, event in came.items() if event["status"] != "passed"}
-    assert left_out <= {"memcheck triton", "memcheck hopper", "ladder"}, "what is not here"
+    assert left_out <= {"memcheck triton", "memcheck hopper", "ladder", "backward"}, "what is not here"
     assert {step.name for step in plan.plan()} == set(came)
     (rows,) = tmp_path.glob("gpu-ops-*.json")
     found = {(row["contender"], row["status"]) for row in json.loads(rows.read_text())["rows"]}
     assert {("triton", "ok"), ("cuda:hopper", "ok"), ("flash", "ok"), ("cudnn", "ok"), ("sdpa_bias", "ok")} <= found
     assert len(list(tmp_path.iterdir())) <= 8, "no more files come back"
+
+
+# Gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", ["none", "sparse"])
+@pytest.mark.parametrize("pair", backward.shapes(tiny=True), ids=lambda pair: pair[0].name)
+def test_gradients_are_held_against_the_formula(pair: tuple[cases.Shape, cases.Shape], factor: str) -> None:
+    problem, setting = problems.build(pair[1], torch.bfloat16, CPU), contenders.Setting(factor)
+    call, grad = backward.prepared(contenders.CONTENDERS["cpu"], problem, setting)
+    found = call()
+    for whole in (True, False):
+        assert backward.objection(found, problem, setting, grad, whole) is None
+    other = contenders.Setting("none" if factor == "sparse" else "sparse")
+    for whole in (True, False):
+        assert "rounding explains" in str(backward.objection(found, problem, other, grad, whole))
+    names = backward.PACK_TENSORS if isinstance(problem, problems.PackProblem) else backward.DENSE_TENSORS
+    for i, name in enumerate(names):
+        wrong = (*found[:i], found[i] * 1.1, *found[i + 1 :])
+        assert name in str(backward.objection(wrong, problem, setting, grad, whole=True))
+
+
+def test_wrong_gradients_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = contenders.CONTENDERS["cpu"]
+    pair = backward.shapes(tiny=True)[1]
+    right = backward.measure(contender, pair, Stopwatch(CPU, 0.0))
+    assert [row["status"] for row in right] == ["ok", "ok"]
+    monkeypatch.setitem(contenders.CONTENDERS, "cpu", replace(contender, prepare=without_suppression))
+    wrong = backward.measure(contenders.CONTENDERS["cpu"], pair, Stopwatch(CPU, 0.0))
+    assert [row["status"] for row in wrong] == ["ok", "wrong"]
+    assert "ms" not in wrong[1]
 
 
 # The bundle ------------------------------------------------------------------------------------------------------

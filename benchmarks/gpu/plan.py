@@ -58,7 +58,7 @@ def plan(sanitizer: str | None = "compute-sanitizer", cores: int | None = None) 
     every_dtype = ("--dtype", "bfloat16,float16,float32")
     memcheck = (sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "86",
                 "--print-limit", "20", "--report-api-errors", "no")  # fmt: skip
-    steps = [
+    return [
         Step("shapes triton", "a", (*shapes, "triton", *every_dtype), 35, 75),
         Step("smoke hopper", "b", (*shapes, "cuda:hopper"), 12, 20),
         Step("rows hopper", "b", (*headline, "--contenders", "cuda:hopper"), 40, 80, after="smoke hopper",
@@ -72,8 +72,8 @@ def plan(sanitizer: str | None = "compute-sanitizer", cores: int | None = None) 
               "--seconds", "{seconds}"), 95, 150, measures=True, needs=("transformers", "psutil", "tqdm")),
         Step("peers 128", "e", (*headline, "--cases", "*x128*", "--contenders", "flex,sdpa_bias"), 60, 110,
              measures=True),
-        Step("backward", "e", ("benchmarks.gpu.backward", "--device", "{device}", "--output", "{output}"), 40, 70,
-             measures=True, needs=("benchmarks.gpu.backward",)),
+        Step("backward", "e", ("benchmarks.gpu.backward", "--output", "{output}", "--seconds", "{seconds}"), 45, 80,
+             measures=True),
         Step("peers 64", "e", (*headline, "--cases", "*x64*", "--contenders", "flex,sdpa_bias"), 50, 100,
              measures=True),
         Step("tuning", "f",
@@ -89,7 +89,6 @@ def plan(sanitizer: str | None = "compute-sanitizer", cores: int | None = None) 
         Step("more shapes", "i", (*ops, "--preset", "quick", "--contenders", f"triton,{CEILINGS}"), 120, 300,
              measures=True),
     ]  # fmt: skip
-    return [step for step in steps if step.name != "backward" or find_spec("benchmarks.gpu.backward") is not None]
 
 
 def _pytest(cores: int | None) -> tuple[str, ...]:

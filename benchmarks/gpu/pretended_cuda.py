@@ -112,10 +112,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         stays = isinstance(given[0], Pretended)
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
-    if name.startswith("atman_kernels.") and on_device and "backward" not in name:
-        result = _ours(func, args)
-    else:
-        result = func(*args, **kwargs)
+    is_ours = name.startswith("atman_kernels.") and on_device
+    result = _ours(func, args) if is_ours else func(*args, **kwargs)
     known = {id(t.held): t for t in on_device}
 
     def placed(value: Any) -> Any:
@@ -127,8 +125,9 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def by_reference(func: Any, arguments: list[Any]) -> Any:
-    """How our ops compute unless `install` is told otherwise; the last argument is the backend."""
-    return func(*arguments[:-1], "reference")
+    """How our ops compute unless `install` is told otherwise."""
+    place = [argument.name for argument in func._schema.arguments].index("backend")
+    return func(*arguments[:place], "reference", *arguments[place + 1 :])
 
 
 _ours: Callable[[Any, list[Any]], Any] = by_reference
