@@ -695,7 +695,7 @@ def test_pretended_run(tmp_path: Path) -> None:
     assert {name: event["status"] for name, event in came.items()} == {"smoke hopper": "passed", "tuning": "passed"}
     lines = (first / "gpu-tuning-nvidia-h100-80gb-hbm3-pretended.jsonl").read_text().splitlines()
     assert [json.loads(line)["status"] for line in lines[1:]] == ["ok"] * (len(lines) - 1)
-    assert len(lines) > 20
+    assert len(lines) > 15
     pretended(second, "tuning,shapes plain", "--resume", str(first))
     begun = [json.loads(text) for text in (second / gpu_check.JOURNAL).read_text().splitlines()]
     assert [event["step"] for event in begun if event.get("status") == "begun"] == [
