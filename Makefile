@@ -19,7 +19,7 @@ NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -nam
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help docs docs-serve kernel-hub demo test test-all test-oldest sanitize bench coverage-table gpu-check gpu-bundle lint clean
+.PHONY: help docs docs-serve kernel-hub wheel extras demo test test-all test-oldest sanitize bench coverage-table gpu-check gpu-bundle lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,8 @@ help:
 	@echo "make gpu-bundle what gpu-check would compile there, in one archive to be carried there"
 	@echo "make docs      the documentation as a site in site/; docs-serve shows it while you write"
 	@echo "make kernel-hub the Triton and PyTorch parts as a package for Hugging Face's library kernels"
+	@echo "make wheel     source archive and wheels in dist/, each installed into an empty environment and tried"
+	@echo "make extras    each extra installed alone, and what it promises imported"
 	@echo "make lint      ruff (check, format) and mypy"
 	@echo "make clean     remove the environment and all caches"
 
@@ -81,6 +83,9 @@ $(GPU_VENV)/stamps/bundle: $(GPU_PINS)
 kernel-hub: $(STAMPS)/dev
 	$(BIN)/python -m kernel_hub build/kernel-hub
 
+wheel extras: $(STAMPS)/dev
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python .ci/environments.py $@
+
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 
 docs: $(STAMPS)/docs
@@ -112,12 +117,12 @@ HEADERS = $(wildcard $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig
 $(STAMPS)/dev: export ATMAN_KERNELS_BUILD ?= $(if $(and $(shell command -v $(firstword $(CXX))),$(HEADERS)),cpu,none)
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 	@echo "Installing atman-kernels for development ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,hub,images,inseq,lasso,plots,triton]'
+	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,triton]'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/dev
 	@echo "Installing what the benchmarks compare with ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,hub,images,inseq,lasso,plots,triton]'
+	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,triton]'
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/torch pyproject.toml $(PINS)

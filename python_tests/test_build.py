@@ -18,7 +18,19 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SOURCES = ("atman_kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FOLDERS = ("atman_kernels", "csrc", "python_tests", "docs", "benchmarks", "examples", "kernel_hub", ".ci", ".github")
+FILES = (
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "Makefile",
+    "CHANGELOG.md",
+    "CITATION.cff",
+)
+FILES += ("CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md", "constraints.txt", "constraints-oldest.txt")
+FILES += ("mkdocs.yml", ".gitignore", ".pre-commit-config.yaml")
 INSTRUCTIONS = {  # kernel: what it must contain, and what it must not
     "plain": (r"\bmulps\b|\bfmul\b", r"%[yz]mm|\bv[a-z]+[ps][sd]\b"),
     "avx2": (r"\bvfmadd\d+ps\b.*%ymm", r"%zmm|%k[1-7]\b"),
@@ -56,7 +68,7 @@ def sources(tmp_path: Path) -> Path:
 
 def copy_sources(to: Path) -> Path:
     to.mkdir()
-    for name in SOURCES:
+    for name in (*FOLDERS, *FILES):
         if (REPOSITORY / name).is_dir():
             shutil.copytree(REPOSITORY / name, to / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
@@ -113,11 +125,11 @@ def test_the_archive_has_all_sources_and_nothing_else(built: Path) -> None:
     root = only(built / "unpacked", "*")
     with tarfile.open(only(built / "sdist", "*.tar.gz")) as archive:
         names = {Path(member.name).relative_to(root.name).as_posix() for member in archive if member.isfile()}
-    for folder in ("csrc", "atman_kernels"):
+    for folder in FOLDERS:
         files = (x.relative_to(REPOSITORY).as_posix() for x in (REPOSITORY / folder).rglob("*") if x.is_file())
-        assert {x for x in files if not x.endswith((".so", ".pyc"))} <= names
+        assert {x for x in files if not x.endswith((".so", ".pyc", ".log"))} <= names
     tops = {name.partition("/")[0] for name in names}
-    assert tops <= {*SOURCES, "PKG-INFO", "setup.cfg", "atman_kernels.egg-info"}
+    assert tops == {*FOLDERS, *FILES, "PKG-INFO", "setup.cfg", "atman_kernels.egg-info"}
 
 
 def test_the_wheel_has_the_package_and_nothing_else(built: Path) -> None:

@@ -59,3 +59,33 @@ def test_a_unit_is_public_and_comes_without_transformers():
     assert not re.search(r"'(transformers|rich|jinja2|triton)'", loaded)
     assert ak.Unit("a", 0, 1, (0,)).text == "a"
     assert callable(ak.load_model)
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_a_workflow_calls_targets_that_exist(file):
+    targets = set(re.findall(r"^([\w-]+(?: [\w-]+)*):", text("Makefile"), re.MULTILINE))
+    targets = {name for line in targets for name in line.split()}
+    workflow = file.read_text(encoding="utf-8")
+    called = {
+        name for line in re.findall(r"run: make ([^\n]*)", workflow) for name in re.findall(r"(?<!\S)[a-z-]+", line)
+    }
+    called |= set(re.findall(r"target: ([a-z-]+)", workflow))
+    assert called, "a workflow that calls no target can be run nowhere else"
+    assert called <= targets
+
+
+def test_the_linter_of_workflows_finds_nothing():
+    zizmor = shutil.which("zizmor", path=str(Path(sys.executable).parent))
+    if zizmor is None:
+        pytest.skip("zizmor is not installed")
+    done = subprocess.run([zizmor, "--offline", *map(str, WORKFLOWS)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_extra_is_tried():
+    space: dict = {"__file__": str(ROOT / ".ci" / "environments.py"), "__name__": "environments"}
+    exec(compile(text(".ci/environments.py"), "environments.py", "exec"), space)
+    assert set(space["PROMISES"]) == set(tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"])
