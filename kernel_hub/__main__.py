@@ -20,16 +20,31 @@ NAME, VERSION = "suppressed-attention", 1  # a new version number is for changes
 VARIANT = Path("build") / "torch-universal"
 OWN = Path(__file__).parent / "package"
 SOURCE = Path(atman_kernels.__file__).parent
-# What the ops stand on; the compiled modules are not among it.
-PARTS = ("errors.py", "formula.py", "native.py", "pack.py", "autograd.py", "ops.py", "backends")
 NOT_NEEDED = {"backends/triton/offline.py", "backends/triton/tuning.py"}  # for those who tune it
+
+
+def parts(module: str = "ops") -> set[str]:
+    """The modules that the ops stand on, and what these stand on, by their first names; of the compiled ones none."""
+    found, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        place = SOURCE / name
+        for path in place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+            code = path.read_text(encoding="utf-8")
+            named = re.findall(r"^ *from atman_kernels\.(\w+)", code, flags=re.MULTILINE)
+            for line in re.findall(r"^ *from atman_kernels import (.*)", code, flags=re.MULTILINE):
+                named += re.findall(r"\w+", line)
+            waiting |= {x for x in named if (SOURCE / x).is_dir() or (SOURCE / f"{x}.py").is_file()} - found
+    return found
 
 
 def sources() -> dict[str, str]:
     """Path in the package → text, imports relative; the ops' namespace is still the package's own."""
     found = {path.name: path.read_text(encoding="utf-8") for path in OWN.iterdir() if path.is_file()}
-    for part in PARTS:
-        for path in [SOURCE / part] if (SOURCE / part).is_file() else sorted((SOURCE / part).rglob("*")):
+    for part in parts():
+        place = SOURCE / part
+        for path in place.rglob("*") if place.is_dir() else [place.with_suffix(".py")]:
             name = path.relative_to(SOURCE).as_posix()
             if path.suffix in (".py", ".json") and name not in NOT_NEEDED:
                 text = path.read_text(encoding="utf-8")
