@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,15 +87,12 @@ def test_every_page_is_in_the_navigation():
 
 
 @pytest.mark.slow
-def test_the_site_builds_and_a_broken_link_stops_it(tmp_path):
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
 
-    def build(out: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(tmp_path / out)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    done = build("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     html = (tmp_path / "site" / "reference" / "explaining.html").read_text(encoding="utf-8")
     assert "Score every unit of a prompt" in html
@@ -102,3 +100,22 @@ def test_the_site_builds_and_a_broken_link_stops_it(tmp_path):
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?(https?:[^\"\s>]+)", page.read_text(encoding="utf-8"))
         loaded += re.findall(r"<link rel=\"?(?:stylesheet|preconnect)\"?[^>]*https?:[^>]+", page.read_text("utf-8"))
         assert not loaded, f"{page.name} loads from elsewhere"
+
+
+def test_links_out_of_the_docs_lead_on_and_a_broken_one_stops_the_build():
+    plugins = pytest.importorskip("mkdocs.exceptions")
+    space: dict = {"__file__": str(DOCS / "_site" / "outside.py"), "__name__": "outside"}
+    exec(compile(Path(space["__file__"]).read_text(encoding="utf-8"), "outside.py", "exec"), space)
+
+    def turned(text: str, page: str) -> str:
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+        return space["on_page_markdown"](text, page, SimpleNamespace(repo_url="https://host/repo"), None)
+
+    assert turned("[x](../CHANGELOG.md#a)", "cost.md") == "[x](project/changelog.md#a)"
+    assert turned("[x](../../csrc/README.md)", "tutorials/timing.md") == "[x](../project/native.md)"
+    assert turned("[x](docs/cost.md)", "project/contributing.md") == "[x](../cost.md)"
+    assert turned("[x](../Makefile)", "cost.md") == "[x](https://host/repo/blob/main/Makefile)"
+    assert turned("[x](../csrc)", "cost.md") == "[x](https://host/repo/tree/main/csrc)"
+    assert turned("`[x](nowhere.md)` [y](https://a.b)", "cost.md") == "`[x](nowhere.md)` [y](https://a.b)"
+    with pytest.raises(plugins.PluginError, match="not there"):
+        turned("[x](nowhere.md)", "cost.md")
