@@ -48,8 +48,7 @@ def feature_calls(key: Key, config: KernelConfig) -> Iterator[Call]:
     for call in calls(key, config):
         for changes in FEATURES:
             changed = replace(call, **changes)
-            value_dim = changed.value_dim or changed.head_dim
-            yield replace(changed, config=configs.fitted(config, changed.head_dim, value_dim, changed.bias))
+            yield replace(changed, config=changed.fitted(config))
         if call.kind == "dense":
             yield replace(call, key_mask=True)
 

@@ -57,9 +57,9 @@ def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     before = launch.run
 
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *ready: Any) -> Any:
         found.append((kernel.fn.__name__, arguments))
-        before(kernel, grid, arguments)
+        return before(kernel, grid, arguments, *ready)
 
     launch.run = run
     try:
@@ -133,6 +133,14 @@ def test_many_variants_of_one_token() -> None:
 # --- suppression ---
 
 
+def term_rows(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `prepare_factors` leaves: (rows, chunks) flags, (rows, chunks) reach, (rows, positions) terms."""
+    words, pitch = arguments["words"], arguments["pitch"]
+    rows = arguments["terms"][: words * pitch].view(words, pitch)
+    header = rows[:, : launch.HEADER].view(torch.int64)
+    return header[:, : launch.CHUNKS], header[:, launch.CHUNKS :], rows[:, launch.HEADER :]
+
+
 @pytest.mark.parametrize("kind", ["dense", "packed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_unflagged_blocks_equal_flagged_ones_bit_for_bit(mode: str, kind: str) -> None:
@@ -144,10 +152,16 @@ def test_unflagged_blocks_equal_flagged_ones_bit_for_bit(mode: str, kind: str) -
     call = case.build(torch.float16, "keys", DEVICE)
     before = launch.run
 
-    def all_flags(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        if arguments.get("terms") is not None and "query" in arguments:
-            arguments = arguments | {"touched": torch.full_like(arguments["touched"], -1)}
-        before(kernel, grid, arguments)
+    def all_flags(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *ready: Any) -> Any:
+        prepares = kernel.fn.__name__ == "prepare_factors"
+        if prepares:  # terms are written where flags are set
+            arguments["terms"].fill_(1.0 if mode == "multiplicative" else 0.0)
+        done = before(kernel, grid, arguments, *ready)
+        if prepares:
+            flags, reach, _ = term_rows(arguments)
+            flags.fill_(-1)
+            reach.fill_(2**31 - 1)
+        return done
 
     config = KernelConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
     with configs.forced(config, 1):
@@ -161,20 +175,29 @@ def test_unflagged_blocks_equal_flagged_ones_bit_for_bit(mode: str, kind: str) -
     assert_same_bits(flagged_lse, lse, "lse")
 
 
-@pytest.mark.parametrize("length", [64 * 128, 64 * 128 + 1, 70 * 128])
+@pytest.mark.parametrize("length", [100, 64 * 128, 64 * 128 + 1, 70 * 128, 300 * 128])
 def test_flags_reach_over_long_sequences(length: int) -> None:
-    """One factor at each end of each flag's stretch, and nowhere else."""
+    """One factor at each end of each flag's stretch, and nowhere else; terms where there is a flag, and only there."""
     shift = launch.touched_shift(length)
-    factor = torch.ones(3, length, device=DEVICE)
-    factor[0, length - 1] = 0.5
-    factor[1, (1 << shift) - 1] = 0.5
-    prepared = launch._prepared(factor, None, 1.0, "multiplicative")
-    expected = [[(length - 1) >> shift], [0], []]
-    words = [[i for i in range(64) if word >> i & 1] for (word,) in prepared["touched"].tolist()]
-    assert words == expected
     assert 64 << shift >= length
-    terms = prepared["terms"][: 3 * prepared["positions"]].reshape(3, -1)[:, :length]
-    assert_same_bits(terms, factor)
+    factor = torch.ones(4, length, device=DEVICE)
+    factor[0, length - 1] = 0.5
+    factor[1, min(length, 1 << shift) - 1] = 0.5
+    factor[2, 0] = factor[2, length // 2] = 0.5
+    case = DenseCase(batch=4, key_batch=1, query_heads=1, kv_heads=1, query_length=1, key_length=length, head_dim=16)
+    with configs.forced(splits=1), launches() as found:
+        run_dense("triton", case.build(torch.float32, "keys", DEVICE) | {"factor": factor})
+    made = next(arguments for name, arguments in found if name == "prepare_factors")
+    flags, reach, terms = term_rows(made)
+    words = [[i for i in range(64) if any(word >> i & 1 for word in row)] for row in flags.tolist()]
+    assert words == [[(length - 1) >> shift], [0], sorted({0, length // 2 >> shift}), []]
+    where = [(min(r >> 32 for r in row), max(r & 2**32 - 1 for r in row)) for row in reach.tolist()]
+    assert where == [(length - 1, length), (min(length, 1 << shift) - 1, min(length, 1 << shift)),
+                     (0, length // 2 + 1), (2**31 - 1, 0)]  # fmt: skip
+    terms = terms[:, :length]
+    flagged = torch.tensor([[position >> shift in row for position in range(length)] for row in words], device=DEVICE)
+    assert_within(terms[flagged].cpu(), (factor.log2() / made["unit"])[flagged].cpu(), few_roundings(torch.float32))
+    assert terms[~flagged].isnan().all(), "poison that nobody wrote over"
 
 
 def test_a_factor_far_out_is_found() -> None:
@@ -289,11 +312,13 @@ def test_unsupported_calls_say_what_would_do() -> None:
 def _call(kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, dict[str, Any]]:
     if kind == "dense":
         return run_dense, DENSE_CASES["odd_113_203"].build(dtype, "keys", "cuda")
+    if kind == "decode":
+        return run_dense, DenseCase(query_length=1, key_length=3000, is_causal=True).build(dtype, "keys", "cuda")
     return run_packed, PACK_CASES["long_suffixes"].build(dtype, "keys", "cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("kind", ["dense", "packed", "decode"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_captured_graph_follows_its_inputs(mode: str, kind: str) -> None:
     torch.use_deterministic_algorithms(False)

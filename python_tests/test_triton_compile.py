@@ -1,6 +1,8 @@
 """The Triton kernels compile for GPUs that are not here, fit into their registers and their shared memory."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +13,13 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from atman_kernels.backends.triton import configs, offline
+from triton import JITFunction
+
+from atman_kernels import ops
+from atman_kernels.backends.triton import configs, launch, offline
 from atman_kernels.backends.triton.configs import KernelConfig, Key
 from atman_kernels.backends.triton.offline import Call, compile_call
-from benchmarks import compile_report
+from benchmarks import compile_report, host_time
 
 DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
 UNLIKE: tuple[dict[str, Any], ...] = ({}, {"factor": False}, {"mode": "shifted"})
@@ -80,11 +85,98 @@ def test_the_report_hears_the_assembler(monkeypatch: pytest.MonkeyPatch) -> None
     assert not row["fits"]
 
 
+@contextmanager
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[Any], list[str]]]:
+    """Nothing runs; what reaches the launcher, and the kernels whose arguments Triton looked at."""
+    arguments: list[Any] = []
+    looked: list[str] = []
+    before = JITFunction.run
+
+    def run(kernel: Any, *given: Any, **options: Any) -> Any:
+        looked.append(kernel.fn.__name__)
+        return before(kernel, *given, **options)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(host_time._Launcher, "__call__", lambda launcher, *given: arguments.append(given))
+    with host_time.nothing_runs(), torch.no_grad():
+        yield arguments, looked
+
+
+def known(arguments: tuple[Any, ...]) -> list[Any]:
+    """What two launches of a plan have in common: not the addresses, and not the profiler's dictionary."""
+    return [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in arguments[:6] + arguments[7:]]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("dense", ["attention"]),
+        ("decode, factors, split", ["prepare_factors", "attention", "merge"]),
+        ("pack, factors", ["prepare_factors", "attention"]),
+    ],
+)
+def test_a_known_kind_of_call_only_launches(name: str, kernels: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton looks at arguments the first time; what it is given then is what the launcher is given ever after."""
+    call = host_time.calls()[name]
+    monkeypatch.setattr(launch, "_plans", {})
+    with launched(monkeypatch) as (arguments, looked):
+        call()
+        assert looked == kernels
+        first = [known(given) for given in arguments]
+        arguments.clear()
+        call()
+        assert looked == kernels
+        assert [known(given) for given in arguments] == first
+
+
+def test_another_kind_of_call_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton would compile anew for: shapes, strides, dtypes, alignment, options, forced configurations."""
+    monkeypatch.setattr(launch, "_plans", {})
+    room = torch.zeros(3, 1, 2, 33, 64)
+    query = room[0, :, :, :32].half()
+    factor = torch.ones(1, 32)
+    misaligned = torch.zeros(query.numel() + 1, dtype=torch.float16)[1:].view(query.shape)
+    turned = query.mT.contiguous().mT
+
+    def call(query: torch.Tensor = query, key: torch.Tensor = query, **options: Any) -> Any:
+        return ops.suppressed_attention(query, key, key, **options, backend="triton")
+
+    calls: list[Callable[[], Any]] = [
+        call,
+        lambda: call(query[:, :, :31]),
+        lambda: call(turned),
+        lambda: call(misaligned),
+        lambda: call(query.bfloat16(), query.bfloat16()),
+        lambda: call(is_causal=True),
+        lambda: call(scale=0.5),
+        lambda: call(factor=factor),
+        lambda: call(factor=factor, mode="shifted"),
+        lambda: call(factor=factor.half()),
+        lambda: call(sinks=torch.zeros(2)),
+        lambda: call(return_lse=True),
+    ]
+    with launched(monkeypatch):
+        for number, each in enumerate(calls, 1):
+            each()
+            each()
+            assert len(launch._plans) == number
+        with configs.forced(KernelConfig(16, 32, 4, 1)):
+            call()
+        assert len(launch._plans) == len(calls) + 1
+
+
+def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "MOST_PLANS", 2)
+    with launched(monkeypatch):
+        for rows in (1, 2, 3, 4, 5):
+            ops.suppressed_attention(*[torch.zeros(1, 1, rows, 16)] * 3, backend="triton")
+            assert len(launch._plans) <= 2
+
+
 def test_nothing_is_left_behind() -> None:
     """A process that compiled for other GPUs still knows its own."""
     from triton.runtime.driver import driver
-
-    from atman_kernels.backends.triton import launch
 
     before = driver._active, launch.run
     compile_call(90, Call("dense", torch.float16, 16))

@@ -23,6 +23,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_
 DECODE_ROWS = 64  # the tallest tile of the decode regime
 LEAST_SHARE = 256  # keys that are worth a split of their own
 MOST_SPLITS = 64
+LEAST_SCALE = 1e-6  # from here on scaling is left to the exponent
 
 
 @dataclass(frozen=True)
@@ -79,27 +80,44 @@ def regime(rows: int, is_packed: bool) -> str:
 
 
 def choose(
-    table: Table, element_size: int, regime: str, head_dim: int, value_dim: int, rows: int, has_bias: bool = False
+    table: Table,
+    element_size: int,
+    regime: str,
+    head_dim: int,
+    value_dim: int,
+    rows: int,
+    has_bias: bool = False,
+    holds_terms: bool = False,
 ) -> KernelConfig:
     """A table's entry, with a tile no taller than the power of two that holds the call's rows (group folded in)."""
     dtype = "16-bit" if element_size == 2 else "32-bit"
     dim = max(padded(head_dim), padded(value_dim))
-    found = fitted(table[Key(dtype, regime, dim)], head_dim, value_dim, has_bias)
+    found = fitted(table[Key(dtype, regime, dim)], head_dim, value_dim, has_bias, holds_terms)
     return replace(found, block_m=min(found.block_m, padded(rows)))
 
 
-def fitted(config: KernelConfig, head_dim: int, value_dim: int, has_bias: bool) -> KernelConfig:
+def fitted(
+    config: KernelConfig, head_dim: int, value_dim: int, has_bias: bool, holds_terms: bool = False
+) -> KernelConfig:
     """What is left of an entry beside what else a thread's registers hold.
 
-    A bias is one more number, and one more address, per row and key. Loads of a head dimension that is padded are
-    masked, and the fewer of them are under way at once, the better.
+    A bias is one more number, and one more address, per row and key; terms of single rows, see `holds_terms`, are one
+    more number. Loads of a head dimension that is padded are masked, and the fewer of them are under way at once, the
+    better.
     """
     if padded(head_dim) != head_dim or padded(value_dim) != value_dim:
         config = replace(config, num_stages=min(config.num_stages, 2))
+    if holds_terms and max(head_dim, value_dim) > 64:
+        config = replace(config, block_n=min(config.block_n, 32))
     if has_bias:
         most_rows = 64 if max(head_dim, value_dim) <= 64 else 32
         config = replace(config, block_m=min(config.block_m, most_rows), block_n=min(config.block_n, 32))
     return config
+
+
+def holds_terms(is_packed: bool, has_factors: bool, mode: str, softcap: float | None, scale: float) -> bool:
+    """Whether terms of single rows are held beside the scores, as in packs where they are not simply added first."""
+    return is_packed and has_factors and not (mode == "log_additive" and softcap is None and scale >= LEAST_SCALE)
 
 
 def choose_splits(programs: int, keys: int, processors: int) -> int:

@@ -19,13 +19,23 @@ from atman_kernels.backends.triton.primitives import (
     suppress,
     suppression_term,
     tanh,
+    untouched_term,
     visible_positions,
 )
 
 FAR: tl.constexpr = tl.constexpr(2**31 - 1)  # beyond every index
 OWN: tl.constexpr = tl.constexpr(2**31 - 2)  # in place of where a base starts: a variant's own rows
 ALIGNED: tl.constexpr = tl.constexpr(4)  # terms that are read at once
-FLAGS: tl.constexpr = tl.constexpr(64)  # in a word of `touched`
+FLAGS: tl.constexpr = tl.constexpr(64)  # of one row of factors
+CHUNKS: tl.constexpr = tl.constexpr(4)  # parts of a row of factors, each with a program that flags it
+HEADER: tl.constexpr = tl.constexpr(4 * CHUNKS.value)  # float32 before a row of terms: two words for each chunk
+
+
+@triton.jit
+def _is_flagged(p_flags, flag):
+    """Whether a flag is set, from pointers to the headers of rows of terms, in bytes."""
+    byte = flag // (FLAGS // CHUNKS) * 8 + flag // 8
+    return (tl.load(p_flags + byte) >> (flag % 8).to(tl.uint8) & 1) != 0
 
 
 @triton.jit
@@ -41,8 +51,9 @@ def _sweep(
     num_splits,
     origin,  # index of the key at position 0
     terms,  # None, or pointer to the terms of the first row
-    term_rows,  # None if all rows have the same terms; else ([BLOCK_M] which each row has, first 0; their stride)
-    flags,  # None without terms; else (flags of all rows, touched_shift)
+    term_rows,  # None if all rows have the same terms; else (whether they do, distance of two rows of terms,
+    # [BLOCK_M] which each row has, the first of them 0)
+    flags,  # None without terms; else (flags of all rows, touched_shift, positions [first, last) that are not 1)
     key_mask,  # None, or (pointer to one sequence's, stride)
     bias,  # None, or (pointer, [BLOCK_M] offset of key 0, stride)
     row_minimum,  # [BLOCK_M], read by "shifted"
@@ -50,10 +61,12 @@ def _sweep(
     inner_scale,
     MODE: tl.constexpr,
     MINIMUM_PASS: tl.constexpr,
+    SPARSE_TERMS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -72,15 +85,17 @@ def _sweep(
     stop = tl.minimum(stop, start + share)
 
     if term_rows is not None:
-        row_word, positions = term_rows
-        one_term_row = tl.max(row_word) == 0
+        one_term_row, pitch, row_word = term_rows
     if flags is not None:
-        touched, touched_shift = flags
+        touched, touched_shift, touched_first, touched_last = flags
+        untouched: tl.constexpr = untouched_term(MODE)
     if key_mask is not None:
         p_mask, mask_stride = key_mask
     if bias is not None:
         p_bias, bias_row, bias_stride = bias
         bias_unit = 1 / (unit * LN_2)
+    # Terms of single rows that are only added go where the product's sums begin: registers are what there is least of.
+    ADDED_FIRST: tl.constexpr = term_rows is not None and MODE == "log_additive" and not SOFTCAP and inner_scale is None
     hidden = float("inf") if MINIMUM_PASS else float("-inf")
 
     o_n = tl.arange(0, BLOCK_N)
@@ -97,27 +112,38 @@ def _sweep(
         if terms is not None:
             position = tl.multiple_of(block - origin, ALIGNED)
             p_terms = terms + position + o_n
-            # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags
+            # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags: the second's begin at `border`
             first_flag = tl.cast(position >> touched_shift, tl.int64)
             last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
+            border = tl.multiple_of((last_flag << touched_shift).to(tl.int32), 16)
+            before_border = position + o_n < border
             flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
+            flagged &= (position < touched_last) & (position + BLOCK_N > touched_first)
             shared = flagged
             if term_rows is not None:
                 shared = flagged & one_term_row
                 gathered = flagged & (not one_term_row)
-                row_terms = tl.zeros([query.shape[0], BLOCK_N], tl.float32)
+                row_terms = tl.full([BLOCK_M, BLOCK_N], untouched, tl.float32)
                 if gathered:
-                    o_terms = (
-                        row_word.to(tl.int64) * positions
-                    )  # here, so that 64 bits per row do not stay in registers
-                    row_terms = tl.load(o_terms[:, None] + p_terms[None, :])
+                    o_row = row_word.to(tl.int64) * pitch  # here, so that 64 bits per row do not stay in registers
+                    p_row_terms = o_row[:, None] + p_terms[None, :]
+                    if SPARSE_TERMS:
+                        p_flags = (terms - HEADER).to(tl.pointer_type(tl.uint8)) + o_row * 4
+                        in_first = _is_flagged(p_flags, first_flag)[:, None] & before_border[None, :]
+                        there = in_first | (_is_flagged(p_flags, last_flag)[:, None] & ~before_border[None, :])
+                        row_terms = tl.load(p_row_terms, mask=there, other=untouched)
+                    else:
+                        row_terms = tl.load(p_row_terms)
         if bias is not None:
             o_bias = bias_row[:, None] + keys.to(tl.int64)[None, :] * bias_stride
             b_bias = tl.load(p_bias + o_bias, mask=sees(keys, first, last), other=float("-inf")).to(tl.float32)
 
         p_block = p_key + tl.cast(block, tl.int64) * key_row_stride
         b_key = tl.load(p_block, mask=in_reach[:, None] & (o_d[None, :] < D), other=0.0)
-        scores = tl.dot(query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if ADDED_FIRST:
+            scores = tl.dot(query, tl.trans(b_key), row_terms, input_precision=PRECISION)
+        else:
+            scores = tl.dot(query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if inner_scale is not None:
             scores *= inner_scale
         if SOFTCAP:
@@ -127,8 +153,14 @@ def _sweep(
 
         if terms is not None:
             if shared:
-                scores = suppress(scores, tl.load(p_terms)[None, :], row_minimum, MODE)
-            if term_rows is not None:  # noqa: SIM102, the first is decided when compiling
+                if SPARSE_TERMS:
+                    in_first, in_last = (touched >> first_flag & 1) != 0, (touched >> last_flag & 1) != 0
+                    there = (before_border & in_first) | (~before_border & in_last)
+                    b_terms = tl.load(p_terms, mask=there, other=untouched)
+                else:
+                    b_terms = tl.load(p_terms)
+                scores = suppress(scores, b_terms[None, :], row_minimum, MODE)
+            if term_rows is not None and not ADDED_FIRST:  # noqa: SIM102, the first is decided when compiling
                 if gathered:
                     scores = suppress(scores, row_terms, row_minimum, MODE)
         if (block < full_start) | (block + BLOCK_N > full_stop):
@@ -166,11 +198,10 @@ def attention(
     prefix_lengths,  # (V,)
     base_starts,  # (V,)
     row_variant,  # (rows,)
-    terms,  # (V|B, TERM_HEADS, positions) float32 from `prepare_factors`, or None; so are the next four
-    touched,  # (V|B, TERM_HEADS) int64
+    terms,  # (V|B, TERM_HEADS, pitch) float32 from `prepare_factors`, or None; so are the next three
     touched_shift,
-    positions,  # a multiple of 16, which the compiler is told
-    own_terms,  # (TERM_HEADS, rows) float32 from `prepare_own_factors`; None for a dense batch
+    pitch,  # a multiple of 16, which the compiler is told
+    own_terms,  # (TERM_HEADS, rows) float32, from there as well; None for a dense batch
     key_mask,  # (B, keys) uint8, or None
     key_mask_strides,
     bias,  # (1|B, 1|Hq, 1|rows, 1|keys), of a pack (1, 1|Hq, 1|P, 1|P) over positions, or None
@@ -194,6 +225,7 @@ def attention(
     TERM_HEADS: tl.constexpr,  # 1, or HEADS; then GROUP is 1
     MODE: tl.constexpr,
     MINIMUM_PASS: tl.constexpr,
+    SPARSE_TERMS: tl.constexpr,  # whether terms are there only where a flag is set
     IS_CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -267,8 +299,19 @@ def attention(
     if terms is not None:
         word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
         first_word = tl.min(word)
-        p_terms = terms + first_word * positions
-        b_touched = tl.reduce_or(tl.load(touched + word), 0)
+        p_terms = terms + first_word * pitch + HEADER
+        p_flags = (terms + word * pitch).to(tl.pointer_type(tl.int64))
+        row_touched = tl.zeros([BLOCK_M], tl.int64)
+        row_first = tl.full([BLOCK_M], FAR, tl.int64)
+        row_last = tl.zeros([BLOCK_M], tl.int64)
+        for chunk in tl.static_range(CHUNKS):
+            row_touched |= tl.load(p_flags + chunk)
+            reach = tl.load(p_flags + CHUNKS + chunk)
+            row_first = tl.minimum(row_first, reach >> 32)
+            row_last = tl.maximum(row_last, reach & FAR)
+        b_touched = tl.reduce_or(row_touched, 0)
+        touched_first, touched_last = tl.min(row_first).to(tl.int32), tl.max(row_last).to(tl.int32)
+        one_term_row = tl.max(word) == first_word
     if suffix_starts is not None:
         own_first, own_last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
         shift = prefix - suffix_start  # from an index to its position
@@ -288,7 +331,7 @@ def attention(
         part_bias = None
         if terms is not None:
             part_terms = p_terms
-            flags = (b_touched, touched_shift)
+            flags = (b_touched, touched_shift, touched_first, touched_last)
         if bias is not None:
             part_bias = (bias, bias_row - tl.cast(part, tl.int64) * bias_strides[3], bias_strides[3])
         if suffix_starts is not None:
@@ -306,8 +349,13 @@ def attention(
             origin = tl.where(own, 0, part)
             if terms is not None:
                 part_terms = tl.where(own, own_terms + tl.min(head) % TERM_HEADS * rows, p_terms)
-                term_rows = (tl.where(own, 0, (word - first_word).to(tl.int32)), positions)
-                flags = (tl.where(own, -1, b_touched), tl.where(own, 31, touched_shift))  # one flag for all: read them
+                term_rows = (own | one_term_row, pitch, (word - first_word).to(tl.int32))
+                flags = (  # one flag for all: read them
+                    tl.where(own, -1, b_touched),
+                    tl.where(own, 31, touched_shift),
+                    tl.where(own, 0, touched_first),
+                    tl.where(own, FAR, touched_last),
+                )
             if bias is not None:
                 own_bias_row = bias_row + shift.to(tl.int64) * bias_strides[3]
                 part_bias = (bias, tl.where(own, own_bias_row, part_bias[1]), bias_strides[3])
@@ -332,10 +380,12 @@ def attention(
             inner_scale,
             MODE,
             MINIMUM_PASS,
+            SPARSE_TERMS,
             SOFTCAP,
             PRECISION,
             D,
             DV,
+            BLOCK_M,
             BLOCK_N,
             BLOCK_D,
             BLOCK_DV,
@@ -394,54 +444,81 @@ def merge(
         tl.store(lse + row + tl.arange(0, 1), (extreme + tl.log2(total)) * LN_2)
 
 
-@triton.jit(do_not_specialize=["length", "touched_shift"])
+@triton.jit(do_not_specialize=["rows", "length", "touched_shift", "words"])
 def prepare_factors(
     factor,  # (V, H, length)
     factor_strides,
-    terms,  # (V, H, positions) float32, contiguous: what `suppress` wants to know of each factor
-    touched,  # (V, H) int64, contiguous
+    terms,  # (V, H, pitch) float32, contiguous: a header, see `_flag`, and what `suppress` wants of each factor
     length,
-    positions,
+    pitch,
+    words,  # V * H
     touched_shift,
     unit,
-    HEADS: tl.constexpr,
-    MODE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row of factors. Bit i of touched: is one of [i << touched_shift, (i + 1) << touched_shift) not 1?"""
-    word = tl.program_id(0).to(tl.int64)
-    p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
-    flag = tl.arange(0, FLAGS)
-    found = tl.zeros([FLAGS], tl.int32)
-    for begin in range(0, 1 << touched_shift, BLOCK):
-        position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
-        exists = position < length
-        b_factor = tl.load(p_factor + position.to(tl.int64) * factor_strides[2], mask=exists, other=1.0).to(tl.float32)
-        found |= tl.max((b_factor != 1).to(tl.int32), 1)
-        tl.store(terms + word * positions + position, suppression_term(b_factor, unit, MODE), mask=exists)
-    tl.store(touched + word, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def prepare_own_factors(
-    factor,  # (V, H, length)
-    factor_strides,
-    own_terms,  # (H, rows) float32, contiguous
+    own_terms,  # (H, rows) float32, contiguous; None for a dense batch, as is the rest
     suffix_starts,
     prefix_lengths,
     row_variant,
     rows,
-    unit,
     HEADS: tl.constexpr,
     MODE: tl.constexpr,
+    SPARSE_TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
+):
+    """What the kernel reads of factors, one chunk of a row of them per program; then the own rows' terms."""
+    program = tl.program_id(0)
+    if program < words * CHUNKS:
+        word, chunk = tl.cast(program // CHUNKS, tl.int64), program % CHUNKS
+        p_factor = factor + word // HEADS * factor_strides[0] + word % HEADS * factor_strides[1]
+        header = terms + word * pitch
+        _flag(p_factor, factor_strides[2], header, chunk, length, touched_shift, unit, MODE, SPARSE_TERMS, BLOCK)
+    elif own_terms is not None:
+        program -= words * CHUNKS
+        head = tl.cast(program % HEADS, tl.int64)
+        row = program // HEADS * OWN_BLOCK + tl.arange(0, OWN_BLOCK)
+        exists = row < rows
+        variant = tl.load(row_variant + row, mask=exists, other=0)
+        position = tl.load(prefix_lengths + variant) + row - tl.load(suffix_starts + variant)
+        o_factor = variant.to(tl.int64) * factor_strides[0] + position.to(tl.int64) * factor_strides[2]
+        b_factor = tl.load(factor + head * factor_strides[1] + o_factor, mask=exists, other=1.0).to(tl.float32)
+        tl.store(own_terms + head * rows + row, suppression_term(b_factor, unit, MODE), mask=exists)
+
+
+@triton.jit
+def _flag(
+    factor,  # one row of them
+    stride,
+    header,  # of the row of terms
+    chunk,
+    length,
+    touched_shift,
+    unit,
+    MODE: tl.constexpr,
+    SPARSE_TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The terms of a pack's own rows as keys: they are seen by their own variant only, so each has but one."""
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    row = tl.program_id(0) // HEADS * BLOCK + tl.arange(0, BLOCK)
-    exists = row < rows
-    variant = tl.load(row_variant + row, mask=exists, other=0)
-    position = tl.load(prefix_lengths + variant) + row - tl.load(suffix_starts + variant)
-    o_factor = variant.to(tl.int64) * factor_strides[0] + position.to(tl.int64) * factor_strides[2]
-    b_factor = tl.load(factor + head * factor_strides[1] + o_factor, mask=exists, other=1.0).to(tl.float32)
-    tl.store(own_terms + head * rows + row, suppression_term(b_factor, unit, MODE), mask=exists)
+    """Bit i of the flags: is one of the factors [i << touched_shift, (i + 1) << touched_shift) not 1?
+
+    Terms are written where a flag is set, or everywhere. The header has a word with its own flags from each chunk, then
+    one with where what is not 1 begins (upper half) and ends.
+    """
+    flag = chunk * (FLAGS // CHUNKS) + tl.arange(0, FLAGS // CHUNKS)
+    found = tl.zeros([FLAGS // CHUNKS], tl.int32)
+    first, last = tl.full([FLAGS // CHUNKS], FAR, tl.int32), tl.zeros([FLAGS // CHUNKS], tl.int32)
+    for begin in range(0, 1 << touched_shift, BLOCK):
+        position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
+        b_factor = tl.load(factor + position.to(tl.int64) * stride, mask=position < length, other=1.0).to(tl.float32)
+        is_touched = b_factor != 1
+        found |= tl.max(is_touched.to(tl.int32), 1)
+        first = tl.minimum(first, tl.min(tl.where(is_touched, position, FAR), 1))
+        last = tl.maximum(last, tl.max(tl.where(is_touched, position + 1, 0), 1))
+    for begin in range(0, 1 << touched_shift, BLOCK):
+        position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
+        wanted = position < length
+        if SPARSE_TERMS:
+            wanted &= (found != 0)[:, None]
+        b_factor = tl.load(factor + position.to(tl.int64) * stride, mask=wanted, other=1.0).to(tl.float32)
+        tl.store(header + HEADER + position, suppression_term(b_factor, unit, MODE), mask=wanted)
+    p_flags = header.to(tl.pointer_type(tl.int64)) + chunk
+    tl.store(p_flags, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))
+    tl.store(p_flags + CHUNKS, tl.min(first).to(tl.int64) << 32 | tl.max(last).to(tl.int64))

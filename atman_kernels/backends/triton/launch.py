@@ -1,8 +1,12 @@
-"""From validated tensors to launches: strides, units, splits and grids. Nothing here waits for the device."""
+"""From validated tensors to launches: strides, units, splits and grids. Nothing here waits for the device.
+
+What follows from shapes, strides and options alone is a plan. It is made once and kept, so that a call of a kind that
+was there before costs the host little more than its launches.
+"""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,12 +21,14 @@ INTERPRETED = type(forward.attention).__name__ == "InterpretedFunction"
 # What the interpreter stands for: a device of few processors, so that small calls are split there too.
 INTERPRETED_ARCHITECTURE, INTERPRETED_PROCESSORS = "sm_90", 4
 MOST_REGISTERS = 255  # of a thread: told so, the assembler does not spill to fit more blocks on a processor
-LEAST_SCALE = 1e-6
 LARGEST_WINDOW = 1 << 30  # positions plus a window stay within 32 bits
-POSITIONS_STEP = 16  # the alignment that Triton recognizes in an argument
+ALIGNMENT = 16  # what Triton recognizes: of a number, and of an address in bytes
 MOST_KEYS = 128  # of a block
 OWN_BLOCK = 256
-PREPARED_BLOCK = 64  # times 64 flags: factors that are read at once
+PREPARED_BLOCK = 512  # times the flags of a chunk: factors that are read at once, at most
+CHUNKS, HEADER = forward.CHUNKS.value, forward.HEADER.value
+MOST_PLANS = 1024
+LAYOUT = ("suffix_starts", "prefix_lengths", "base_starts", "row_variant")
 
 
 @dataclass(frozen=True)
@@ -57,45 +63,140 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, rows, Dv) and lse (B, Hq, rows), or an empty lse if nobody wants one."""
     batch, heads, rows, _ = query.shape
-    _, kv_heads, keys, value_dim = value.shape
-    output = query.new_empty(batch, heads, rows, value_dim)
+    output = query.new_empty((batch, heads, rows, value.shape[3]))
     lse = query.new_empty((batch, heads, rows) if options.return_lse else (0,), dtype=torch.float32)
     if rows == 0 or batch == 0 or heads == 0:
         return output, lse
     if INTERPRETED and query.dtype == torch.bfloat16:  # it gets products of bfloat16 wrong
         query, key, value = query.float(), key.float(), value.float()
         if layout is not None:
-            layout = Layout(layout.own_key.float(), layout.own_value.float(), *_indices(layout))
-
-    per_head = extras.factor is not None and extras.factor.ndim == 3
-    group = 1 if per_head else heads // kv_heads  # rows of a tile differ in their factors by variant only
-    config = _config(query, value_dim, group, layout is not None, extras.bias is not None)
-    tiles = -(-rows * group // config.block_m)
-    programs = tiles * (heads // group) * batch
-    splits = _splits(query.device, programs, keys)
-    arguments = _arguments(query, key, value, layout, extras, options, config, group, tiles, splits)
-    grid = (programs * splits,)
+            layout = replace(layout, own_key=layout.own_key.float(), own_value=layout.own_value.float())
+    tensors = _named(query, key, value, layout, extras)
+    plan = _plan_for(tensors, options)
     with _on(query.device):
-        if extras.factor is not None:
-            arguments |= _prepared(extras.factor, layout, arguments["unit"], options.mode)
-        if options.mode == "shifted" and extras.factor is not None:
-            minimum = query.new_empty((splits, batch, heads, rows), dtype=torch.float32)
-            arguments["minimum"] = minimum
-            without = {"terms": None, "sinks": None}
-            run(forward.attention, grid, arguments | without | {"MINIMUM_PASS": True})
-        if splits == 1:
-            arguments |= {"output": output, "lse": lse if options.return_lse else None}
-            run(forward.attention, grid, arguments)
-        else:
-            partial = query.new_empty((splits, batch, heads, rows, value_dim), dtype=torch.float32)
-            partial_lse = query.new_empty((splits, batch, heads, rows), dtype=torch.float32)
-            run(forward.attention, grid, arguments | {"output": partial, "lse": partial_lse, "sinks": None})
-            _merge(partial, partial_lse, extras.sinks, output, lse if options.return_lse else None)
+        plan.launch(tensors, output, lse if options.return_lse else None)
     return output, lse
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    kernel[grid](**arguments)
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> Any:
+    """Puts a kernel on the current stream.
+
+    `ready` is what this function returned for arguments of the same kind: alike in all but the addresses of tensors,
+    and these aligned alike. It spares Triton a look at each of them.
+    """
+    if ready is None:
+        return kernel[grid](**arguments)
+    ready[grid](*[arguments[name] for name in kernel.arg_names])
+    return ready
+
+
+@dataclass
+class Step:
+    """A launch but for its tensors."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    ready: Any = None
+
+    def __call__(self, tensors: dict[str, Tensor | None]) -> None:
+        arguments = self.arguments | tensors
+        if self.ready is None:
+            self.ready = run(self.kernel, self.grid, arguments)
+        else:
+            run(self.kernel, self.grid, arguments, self.ready)
+
+
+Room = dict[str, tuple[tuple[int, ...], torch.dtype]]  # what is to be allocated
+
+
+@dataclass
+class Plan:
+    """The launches of one kind of call, in their order, and the room that they want beside inputs and output."""
+
+    attention: Step
+    prepare: Step | None = None
+    prepared: Room = field(default_factory=dict)
+    minimum_pass: Step | None = None
+    minimum: Room = field(default_factory=dict)
+    merge: Step | None = None
+    partial: Room = field(default_factory=dict)
+
+    def launch(self, tensors: dict[str, Tensor | None], output: Tensor, lse: Tensor | None) -> None:
+        inputs = tensors.copy()
+        factor, sinks = inputs.pop("factor"), inputs["sinks"]
+        if self.prepare is not None:
+            assert factor is not None
+            made = _allocated(self.prepared, factor)
+            layout = {name: inputs[name] for name in LAYOUT if name != "base_starts"}
+            self.prepare({"factor": factor, **layout, **made})
+            inputs |= made
+        if self.minimum_pass is not None:
+            inputs |= _allocated(self.minimum, output)
+            self.minimum_pass(inputs | {"terms": None, "own_terms": None, "sinks": None})
+        if self.merge is None:
+            self.attention(inputs | {"output": output, "lse": lse})
+        else:
+            partial = _allocated(self.partial, output)
+            self.attention(inputs | {"output": partial["partial"], "lse": partial["partial_lse"], "sinks": None})
+            self.merge({**partial, "sinks": sinks, "output": output, "lse": lse})
+
+
+_plans: dict[Any, Plan] = {}
+
+
+def _plan_for(tensors: dict[str, Tensor | None], options: ScoreOptions) -> Plan:
+    """The plan for all calls of this kind; it holds no tensor."""
+    query = tensors["query"]
+    assert query is not None
+    precision = float32_precision() if query.dtype == torch.float32 else None
+    kind = (query.device, options, configs.forced_now(), precision, *map(_layout_in_memory, tensors.values()))
+    plan = _plans.get(kind)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[kind] = _make_plan(tensors, options)
+    return plan
+
+
+def _layout_in_memory(tensor: Tensor | None) -> Any:
+    """All of a tensor that a launch depends on but its address."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % ALIGNMENT == 0
+
+
+def _make_plan(tensors: dict[str, Any], options: ScoreOptions) -> Plan:
+    query, value, factor = tensors["query"], tensors["value"], tensors["factor"]
+    batch, heads, rows, _ = query.shape
+    _, kv_heads, keys, value_dim = value.shape
+    per_head = factor is not None and factor.ndim == 3
+    group = 1 if per_head else heads // kv_heads  # rows of a tile differ in their factors by variant only
+    config = _config(tensors, options, group)
+    tiles = -(-rows * group // config.block_m)
+    programs = tiles * (heads // group) * batch
+    splits = _splits(query.device, programs, keys)
+    grid = (programs * splits, 1, 1)
+    arguments = _arguments(tensors, options, config, group, tiles, splits)
+    plan = Plan(Step(forward.attention, grid, arguments))
+    results = (splits, batch, heads, rows)
+    if factor is not None:
+        # Who looks at a row's flags before he reads its terms needs registers: only where there are enough of them.
+        is_sparse = splits == 1 and not configs.holds_terms(True, True, options.mode, options.softcap, options.scale)
+        plan.prepare, plan.prepared = _prepare(tensors, arguments["unit"], options.mode, is_sparse)
+        arguments |= {name: plan.prepare.arguments[name] for name in ("pitch", "touched_shift", "SPARSE_TERMS")}
+        arguments["TERM_HEADS"] = plan.prepare.arguments["HEADS"]
+        if options.mode == "shifted":
+            plan.minimum = {"minimum": (results, torch.float32)}
+            plan.minimum_pass = Step(forward.attention, grid, arguments | {"MINIMUM_PASS": True})
+    if splits > 1:
+        plan.partial = {"partial": ((*results, value_dim), torch.float32), "partial_lse": (results, torch.float32)}
+        plan.merge = _merge(tensors["sinks"], results, value_dim)
+    return plan
+
+
+def _allocated(room: Room, like: Tensor) -> dict[str, Tensor]:
+    return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in room.items()}
 
 
 def score_units(scale: float, softcap: float | None) -> tuple[float, float | None]:
@@ -111,7 +212,7 @@ def score_units(scale: float, softcap: float | None) -> tuple[float, float | Non
     """
     if softcap is not None:
         return softcap * LOG2_E, scale / softcap
-    if scale < LEAST_SCALE:
+    if scale < configs.LEAST_SCALE:
         return LOG2_E, scale
     return scale * LOG2_E, None
 
@@ -121,46 +222,36 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def _named(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, extras: Extras
+) -> dict[str, Tensor | None]:
+    """The tensors of a call under the kernels' names for them."""
+    named = {"query": query, "key": key, "value": value, "own_key": None, "own_value": None}
+    if layout is None:
+        named |= dict.fromkeys(LAYOUT)
+    else:
+        named |= {"own_key": layout.own_key, "own_value": layout.own_value}
+        named |= {name: getattr(layout, name).contiguous() for name in LAYOUT}
+    mask = None if extras.key_mask is None else extras.key_mask.view(torch.uint8)
+    return named | {"factor": extras.factor, "key_mask": mask, "sinks": extras.sinks, "bias": extras.bias}
+
+
 def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout | None,
-    extras: Extras,
-    options: ScoreOptions,
-    config: KernelConfig,
-    group: int,
-    tiles: int,
-    splits: int,
+    tensors: dict[str, Any], options: ScoreOptions, config: KernelConfig, group: int, tiles: int, splits: int
 ) -> dict[str, Any]:
-    """What the passes over one call have in common."""
-    batch, heads, rows, dim = query.shape
-    _, kv_heads, keys, value_dim = value.shape
+    """What the passes over one call have in common, but for tensors: those that are not there are None."""
+    batch, heads, rows, dim = tensors["query"].shape
+    _, kv_heads, keys, value_dim = tensors["value"].shape
     unit, inner_scale = score_units(options.scale, options.softcap)
-    window = options.sliding_window
-    own_key, own_value = (layout.own_key, layout.own_value) if layout else (None, None)
-    indices = _indices(layout) if layout else (None,) * 4
-    names = ("suffix_starts", "prefix_lengths", "base_starts", "row_variant")
+    window, sinks = options.sliding_window, tensors["sinks"]
+    strided = ("query", "key", "value", "own_key", "own_value", "bias")
     return {
-        **_with_strides("query", query, 4),
-        **_with_strides("key", key, 4),
-        **_with_strides("value", value, 4),
-        **_with_strides("own_key", own_key, 4),
-        **_with_strides("own_value", own_value, 4),
-        **dict(zip(names, indices, strict=True)),
-        "terms": None,
-        "touched": None,
+        **{f"{name}_strides": _strides(tensors[name], 4) for name in strided},
+        "key_mask_strides": _strides(tensors["key_mask"], 2),
+        "sinks_stride": 0 if sinks is None else sinks.stride(0),
+        **dict.fromkeys(("terms", "own_terms", "minimum", "output", "lse")),
         "touched_shift": 0,
-        "positions": 0,
-        "own_terms": None,
-        "TERM_HEADS": 1,
-        **_with_strides("key_mask", None if extras.key_mask is None else extras.key_mask.view(torch.uint8), 2),
-        **_with_strides("bias", extras.bias, 4),
-        "sinks": extras.sinks,
-        "sinks_stride": 0 if extras.sinks is None else extras.sinks.stride(0),
-        "minimum": None,
-        "output": None,
-        "lse": None,
+        "pitch": 0,
         "rows": rows,
         "keys": keys,
         "num_tiles": tiles,
@@ -172,8 +263,10 @@ def _arguments(
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "GROUP": group,
+        "TERM_HEADS": 1,
         "MODE": options.mode,
         "MINIMUM_PASS": False,
+        "SPARSE_TERMS": False,
         "IS_CAUSAL": options.is_causal,
         "SOFTCAP": options.softcap is not None,
         "PRECISION": float32_precision(),
@@ -189,60 +282,42 @@ def _arguments(
     }
 
 
-def _indices(layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return layout.suffix_starts, layout.prefix_lengths, layout.base_starts, layout.row_variant
-
-
-def _with_strides(name: str, tensor: Tensor | None, rank: int) -> dict[str, Any]:
-    """A tensor and its strides as arguments; an axis of length 1 is broadcast."""
+def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
+    """An axis of length 1 is broadcast."""
     if tensor is None:
-        return {name: None, f"{name}_strides": (0,) * rank}
-    strides = tuple(s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return {name: tensor, f"{name}_strides": strides}
+        return (0,) * rank
+    return tuple(s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _prepared(factor: Tensor, layout: Layout | None, unit: float, mode: str) -> dict[str, Any]:
+def _prepare(tensors: dict[str, Any], unit: float, mode: str, is_sparse: bool) -> tuple[Step, Room]:
     """Factors as the kernel wants them, with flags that tell which of them are 1: made anew in every call."""
-    factor = factor if factor.ndim == 3 else factor.unsqueeze(1)
-    variants, heads, length = factor.shape
-    positions = -(-length // POSITIONS_STEP) * POSITIONS_STEP
+    factor, row_variant = tensors["factor"], tensors["row_variant"]
+    variants, heads, length = factor.shape if factor.ndim == 3 else (factor.shape[0], 1, factor.shape[1])
+    strides = _strides(factor, factor.ndim)
+    words, pitch = variants * heads, HEADER + -(-length // ALIGNMENT) * ALIGNMENT
     # A block of keys may reach past the last position, and what it reads there is masked afterwards.
-    terms = factor.new_empty(variants * heads * positions + MOST_KEYS, dtype=torch.float32)
-    touched = factor.new_empty((variants, heads), dtype=torch.int64)
-    shift = touched_shift(length)
-    common = {**_with_strides("factor", factor, 3), "unit": unit, "HEADS": heads, "MODE": mode}
-    run(
-        forward.prepare_factors,
-        (variants * heads,),
-        common
-        | {
-            "terms": terms,
-            "touched": touched,
-            "length": length,
-            "positions": positions,
-            "touched_shift": shift,
-            "BLOCK": PREPARED_BLOCK,
-        },
-    )
-    prepared = {"terms": terms, "touched": touched, "touched_shift": shift, "positions": positions, "TERM_HEADS": heads}
-    if layout is None:
-        return prepared
-    rows = layout.row_variant.shape[0]
-    own_terms = factor.new_empty(heads * rows + MOST_KEYS, dtype=torch.float32)
-    run(
-        forward.prepare_own_factors,
-        (heads * -(-rows // OWN_BLOCK),),
-        common
-        | {
-            "own_terms": own_terms,
-            "suffix_starts": layout.suffix_starts,
-            "prefix_lengths": layout.prefix_lengths,
-            "row_variant": layout.row_variant,
-            "rows": rows,
-            "BLOCK": OWN_BLOCK,
-        },
-    )
-    return prepared | {"own_terms": own_terms}
+    room: Room = {"terms": ((words * pitch + MOST_KEYS,), torch.float32)}
+    shift, programs, rows = touched_shift(length), words * CHUNKS, 0
+    if row_variant is not None:
+        rows = row_variant.shape[0]
+        room["own_terms"] = ((heads * rows + MOST_KEYS,), torch.float32)
+        programs += heads * -(-rows // OWN_BLOCK)
+    arguments = {
+        "factor_strides": strides if factor.ndim == 3 else (strides[0], 0, strides[1]),
+        "own_terms": None,
+        "length": length,
+        "pitch": pitch,
+        "words": words,
+        "touched_shift": shift,
+        "unit": unit,
+        "rows": rows,
+        "HEADS": heads,
+        "MODE": mode,
+        "SPARSE_TERMS": is_sparse,
+        "BLOCK": min(1 << shift, PREPARED_BLOCK),
+        "OWN_BLOCK": OWN_BLOCK,
+    }
+    return Step(forward.prepare_factors, (programs, 1, 1), arguments), room
 
 
 def touched_shift(length: int) -> int:
@@ -255,42 +330,43 @@ def touched_shift(length: int) -> int:
     return max(7, ((length - 1) >> 6).bit_length())
 
 
-def _merge(partial: Tensor, partial_lse: Tensor, sinks: Tensor | None, output: Tensor, lse: Tensor | None) -> None:
-    splits, batch, heads, rows, value_dim = partial.shape
+def _merge(sinks: Tensor | None, results: tuple[int, ...], value_dim: int) -> Step:
+    splits, batch, heads, rows = results
     all_rows = batch * heads * rows
-    run(
-        forward.merge,
-        (all_rows,),
-        {
-            "partial": partial,
-            "partial_lse": partial_lse,
-            "sinks": sinks,
-            "sinks_stride": 0 if sinks is None else sinks.stride(0),
-            "output": output,
-            "lse": lse,
-            "all_rows": all_rows,
-            "rows": rows,
-            "num_splits": splits,
-            "HEADS": heads,
-            "DV": value_dim,
-            "BLOCK_SPLITS": 1 << (splits - 1).bit_length(),
-            "BLOCK_DV": configs.padded(value_dim),
-        },
-    )
+    arguments = {
+        "sinks_stride": 0 if sinks is None else sinks.stride(0),
+        "all_rows": all_rows,
+        "rows": rows,
+        "num_splits": splits,
+        "HEADS": heads,
+        "DV": value_dim,
+        "BLOCK_SPLITS": 1 << (splits - 1).bit_length(),
+        "BLOCK_DV": configs.padded(value_dim),
+    }
+    return Step(forward.merge, (all_rows, 1, 1), arguments)
 
 
-def _config(query: Tensor, value_dim: int, group: int, is_packed: bool, has_bias: bool) -> KernelConfig:
+def _config(tensors: dict[str, Any], options: ScoreOptions, group: int) -> KernelConfig:
     forced = configs.forced_now().config
     if forced is not None:
         return forced
-    _, _, rows, dim = query.shape
+    query, is_packed = tensors["query"], tensors["own_key"] is not None
+    rows, (dim, value_dim) = query.shape[2] * group, (query.shape[3], tensors["value"].shape[3])
     if INTERPRETED:
         name = INTERPRETED_ARCHITECTURE
     else:
         name = configs.architecture(torch.cuda.get_device_capability(query.device))
-    regime = configs.regime(rows * group, is_packed)
     return configs.choose(
-        configs.load(name), query.element_size(), regime, dim, value_dim, rows * group, has_bias=has_bias
+        configs.load(name),
+        query.element_size(),
+        configs.regime(rows, is_packed),
+        dim,
+        value_dim,
+        rows,
+        has_bias=tensors["bias"] is not None,
+        holds_terms=configs.holds_terms(
+            is_packed, tensors["factor"] is not None, options.mode, options.softcap, options.scale
+        ),
     )
 
 

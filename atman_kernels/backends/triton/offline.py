@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from atman_kernels.backends.triton import configs, launch
-from atman_kernels.backends.triton.configs import KernelConfig
+from atman_kernels.backends.triton.configs import KernelConfig, Key
 from atman_kernels.formula import ScoreOptions
 
 SERIALIZED = "wgmma.mma_async instructions are serialized"
 BATCH, HEADS, KV_HEADS, ROWS, KEYS, VARIANTS = 2, 8, 2, 256, 512, 16
+SCALE = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Call:
     key_mask: bool = False
     bias: bool = False
 
+    def fitted(self, config: KernelConfig) -> KernelConfig:
+        """What such a call makes of a table's entry."""
+        holds_terms = configs.holds_terms(self.kind == "packed", self.factor, self.mode, self.softcap, SCALE)
+        return configs.fitted(config, self.head_dim, self.value_dim or self.head_dim, self.bias, holds_terms)
+
     def launch(self) -> None:
         """The call on tensors of the right kinds; their values do not matter where nothing runs."""
         value_dim = self.value_dim or self.head_dim
@@ -85,7 +91,7 @@ class Call:
             zeros(HEADS) if self.sinks else None,
             zeros(1, HEADS, ROWS, KEYS) if self.bias else None,
         )
-        options = ScoreOptions(self.mode, self.is_causal, 0.1, self.sliding_window, self.softcap, True)
+        options = ScoreOptions(self.mode, self.is_causal, SCALE, self.sliding_window, self.softcap, True)
         query, key = zeros(batch, HEADS, ROWS, self.head_dim), zeros(batch, KV_HEADS, KEYS, self.head_dim)
         value = zeros(batch, KV_HEADS, KEYS, value_dim)
         with configs.forced(self.config, self.splits):
@@ -98,8 +104,9 @@ def compile_call(capability: int, call: Call) -> list[Compiled]:
         raise RuntimeError("kernels are interpreted in this process; compile without TRITON_INTERPRET")
     if call.config is None:
         table = configs.load(configs.architecture(divmod(capability, 10)))
-        dims = call.head_dim, call.value_dim or call.head_dim
-        call = replace(call, config=configs.choose(table, call.dtype.itemsize, call.kind, *dims, ROWS, call.bias))
+        dim = max(configs.padded(call.head_dim), configs.padded(call.value_dim or call.head_dim))
+        dtype = "16-bit" if call.dtype.itemsize == 2 else "32-bit"
+        call = replace(call, config=call.fitted(table[Key(dtype, call.kind, dim)]))
     with _target(capability), _collected() as kernels:
         call.launch()
     return [_measured(kernel) for kernel in kernels]
@@ -121,7 +128,11 @@ def _collected() -> Iterator[list[Any]]:
     """Launches compile, and run nothing."""
     kernels: list[Any] = []
     before = launch.run
-    launch.run = lambda kernel, grid, arguments: kernels.append(kernel.warmup(grid=grid, **arguments))
+
+    def compiled(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> None:
+        kernels.append(kernel.warmup(grid=grid, **arguments))
+
+    launch.run = compiled
     try:
         yield kernels
     finally:

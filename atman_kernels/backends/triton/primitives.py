@@ -51,6 +51,12 @@ def suppression_term(factor, unit, MODE: tl.constexpr):
         return factor - 1
 
 
+@triton.constexpr_function
+def untouched_term(mode):
+    """The term of a factor of 1."""
+    return 1.0 if mode == "multiplicative" else 0.0
+
+
 @triton.jit
 def suppress(scores, term, row_minimum, MODE: tl.constexpr):
     """`formula.suppress_scores`: [M, N] scores, [1|M, N] terms. The term of a factor of 1 changes no bit."""
