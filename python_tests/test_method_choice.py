@@ -106,7 +106,7 @@ def test_random_scores_go_by_their_seed(explainer):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "lime"}, "method must be one of 'atman', 'shapley', .*, got 'lime'"),
+        ({"method": "lime"}, "method must be one of 'atman', 'linear', 'shapley', .*, got 'lime'"),
         ({"method": ["atman"]}, "method must be one of"),
         ({"method": "rollout", "steps": 3}, "method 'rollout' has no option 'steps'; it has none"),
         (

@@ -27,6 +27,7 @@ from atman_kernels.hf.interface import decoder_of
 # name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
 OF_UNITS: dict[str, tuple[str, str | None]] = {
     "atman": ("perturbation", None),
+    "linear": ("linear", "loss rise to first order, in nats"),
     "shapley": ("shapley", "Shapley value of the log-probability, in nats"),
     "lasso": ("lasso", "weight in a sparse linear model of the answer's log-odds, in nats"),
     "random": ("chance", "random number"),

@@ -1,0 +1,206 @@
+"""Every unit's suppression to first order: what it changes in each attention output, times the gradient there.
+
+Suppression turns a row's weights p into w p / Σ w p, where w is what the factor of each key makes of its weight: c for
+"log_additive", exp(s' − s) for the others. So the row's output o = Σ p v changes by exactly
+
+    Δo = Σ (w − 1) p (v − o) / (1 + Σ (w − 1) p)
+
+with sums over the keys of the unit; for one key that is removed, −p / (1 − p) · (v − o). What that does to the answer
+is taken to first order: Δo · ∂ log p(answer) / ∂o, added up over rows, heads and layers. All units share one forward
+and one backward pass. Weights are made again on the way back, for some rows of one layer at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.explain.methods import MethodContext, MethodOutcome
+from atman_kernels.explain.question import Question
+from atman_kernels.formula import window_visible
+from atman_kernels.hf.gradients import differentiable_run, differentiation, target_gradients
+from atman_kernels.hf.interface import AttentionCall, activate, compact_mask
+from atman_kernels.hf.suppression import LayerSelection
+
+ROWS = 128  # of one layer whose weights are there at once
+NOTHING_LEFT = 1e-6  # of a row's weight: its output is taken to vanish then
+LARGEST_EXPONENT = 80.0
+
+
+def linear(
+    context: MethodContext, questions: Sequence[Question], *, whole_answer: bool = False, checkpointing: bool = False
+) -> MethodOutcome:
+    """The rise of each target token's loss, in nats, with the attention to a unit turned down, to first order.
+
+    Exact within an attention; what comes after it is linearised. Modes, factors, neighbours and layers are the
+    explainer's, as for "atman", which it approximates at the cost of one forward and m backward passes (one for the
+    whole answer), whatever the number of units.
+
+    Args:
+        whole_answer: one column, the sum of the m, in one backward pass.
+        checkpointing: compute the layers again on the way back instead of keeping their activations.
+
+    Raises:
+        UnsupportedModelError: the model cannot be differentiated with its attention replaced.
+    """
+    found = [_linear(context, question, whole_answer, checkpointing) for question in questions]
+    return MethodOutcome(
+        scores=[scores for scores, _ in found],
+        logprobs=[logprobs for _, logprobs in found],
+        settings=context.suppression,
+    )
+
+
+def _linear(
+    context: MethodContext, question: Question, whole_answer: bool, checkpointing: bool
+) -> tuple[Tensor, Tensor]:
+    """(n_units, m or 1) scores and (m,) log-probabilities, on the CPU."""
+    how = context.runner.perturbation
+    ids = question.ids[:-1]
+    run = _EffectsRun(context.factors(question)[:, : len(ids)], how.mode, LayerSelection(how.layers))
+    with differentiation(context.model, checkpointing=checkpointing), activate(context.model, run):
+        forward = differentiable_run(context.model, ids, question.rows, question.targets)
+        columns = []
+        for _ in target_gradients(forward.logprobs, [forward.embeddings], whole_answer=whole_answer):
+            columns.append(-run.collect())
+    return torch.stack(columns, dim=1).cpu(), forward.logprobs[0].detach().cpu()
+
+
+class _EffectsRun:
+    """The model's attention by our op, and on the way back the sum of every unit's effects."""
+
+    def __init__(self, factor: Tensor, mode: str, layers: LayerSelection) -> None:
+        self.factor, self.mode, self.layers = factor, mode, layers
+        self._effects: Tensor | None = None  # (n_units,)
+
+    def mask(self, **kwargs: Any) -> Tensor | None:
+        return compact_mask(**kwargs)
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        output = call.attend(None, self.mode)  # (1, T, Hq, Dv)
+        if self.layers.index(module) not in self.layers:
+            return output
+        if call.query.shape[2] != call.key.shape[2] or call.key.shape[2] != self.factor.shape[1]:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends to {call.key.shape[2]} keys where {self.factor.shape[1]} tokens were "
+                'read: method "linear" needs one key for each'
+            )
+        return _Noted.apply(output, call.query, call.key, call.value, call, self)  # type: ignore[no-any-return]
+
+    def add(self, effects: Tensor) -> None:
+        self._effects = effects if self._effects is None else self._effects + effects.to(self._effects.device)
+
+    def collect(self) -> Tensor:
+        """(n_units,) of the backward pass that just ended; the next begins at 0."""
+        found, self._effects = self._effects, None
+        return self.factor.new_zeros(len(self.factor)) if found is None else found
+
+
+class _Noted(torch.autograd.Function):
+    """An attention output as it is. What it is made of is kept by autograd, which checkpointing knows how to drop."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, run: _EffectsRun
+    ) -> Tensor:
+        ctx.save_for_backward(output, query, key, value)
+        none = query.new_empty(0)
+        ctx.call, ctx.run = replace(call, query=none, key=none, value=none), run
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        output, query, key, value = ctx.saved_tensors
+        call = replace(ctx.call, query=query, key=key, value=value)
+        factor = ctx.run.factor.to(query.device)
+        ctx.run.add(_effects(call, output, gradient, factor, ctx.run.mode))
+        return (gradient, *(None,) * 5)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of an attention: scores and visible (Hq, M, S), weights likewise."""
+
+    rows: slice
+    scores: Tensor
+    visible: Tensor
+    weights: Tensor
+
+
+def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tensor, mode: str) -> Tensor:
+    """(n_units,) Σ Δo · dO over rows and heads; output and gradient (1, T, Hq, Dv), factor (n_units, S)."""
+    wide = torch.promote_types(output.dtype, torch.float32)
+    group = call.query.shape[1] // call.value.shape[1]
+    value = call.value[0].to(wide).repeat_interleave(group, dim=0)  # [Hq, S, Dv]
+    output, gradient = (x[0].transpose(0, 1).to(wide) for x in (output, gradient))  # [Hq, T, Dv]
+    factor = factor.to(wide)
+    total = factor.new_zeros(len(factor), dtype=wide)
+    for part in _row_blocks(call, wide):
+        d_output = gradient[:, part.rows]
+        at_output = (d_output * output[:, part.rows]).sum(-1, keepdim=True)  # [Hq, M, 1]
+        gain = part.weights * (d_output @ value.mT - at_output)  # of the answer's log-prob with each weight
+        if mode == "log_additive":
+            change = (factor - 1).T  # [S, n_units]
+            moved, left = gain @ change, 1 + part.weights @ change  # [Hq, M, n_units]
+        else:
+            moved, left = _by_scores(part, gain, factor, mode)
+        effect = torch.where(left > NOTHING_LEFT, moved / left.clamp_min(NOTHING_LEFT), -at_output)
+        total += effect.sum((0, 1))
+    return total
+
+
+def _by_scores(part: _Rows, gain: Tensor, factor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """The same where a key's weight changes with its score: one unit at a time, at the keys that it touches."""
+    lowest = part.scores.masked_fill(~part.visible, torch.inf).amin(-1, keepdim=True)
+    moved, left = gain.new_zeros(*gain.shape[:2], len(factor)), gain.new_ones(*gain.shape[:2], len(factor))
+    for unit, own in enumerate(factor):
+        keys = (own != 1).nonzero().flatten()
+        height = part.scores[..., keys] if mode == "multiplicative" else part.scores[..., keys] - lowest
+        change = ((own[keys] - 1) * height).clamp_max(LARGEST_EXPONENT).expm1()
+        change = change.masked_fill(~part.visible.expand_as(part.scores)[..., keys], 0.0)
+        moved[..., unit] = (gain[..., keys] * change).sum(-1)
+        left[..., unit] += (part.weights[..., keys] * change).sum(-1)
+    return moved, left
+
+
+def _row_blocks(call: AttentionCall, wide: torch.dtype) -> Iterator[_Rows]:
+    """The weights of an attention, some rows at a time."""
+    group = call.query.shape[1] // call.key.shape[1]
+    query, key = call.query[0].to(wide), call.key[0].to(wide).repeat_interleave(group, dim=0)
+    length, scale = query.shape[1], query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    for first in range(0, length, ROWS):
+        rows = slice(first, min(first + ROWS, length))
+        scores = scale * (query[:, rows] @ key.mT)  # [Hq, M, S]
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        visible, bias = _mask_of(call, rows, length)
+        if bias is not None:
+            visible = visible & (bias > -torch.inf)
+            scores = scores + bias.to(wide).masked_fill(bias == -torch.inf, 0.0)
+        logits = scores.masked_fill(~visible, -torch.inf)
+        if call.sinks is not None:
+            sinks = call.sinks.to(wide)[:, None, None].expand(*logits.shape[:2], 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        weights = logits.softmax(-1).nan_to_num()[..., : key.shape[1]]  # a row that sees nothing has none
+        yield _Rows(rows, scores, visible, weights)
+
+
+def _mask_of(call: AttentionCall, rows: slice, length: int) -> tuple[Tensor, Tensor | None]:
+    """What some rows see, (1, M, S) bool, and what is added to their scores, (1|Hq, M, S) or None."""
+    device, mask, bias = call.query.device, call.mask, call.position_bias
+    positions = torch.arange(length, device=device)
+    by_position = window_visible(positions[rows], positions, call.is_causal, call.sliding_window)[None]
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))[0]
+        bias = bias.expand(-1, length, -1)[:, rows]
+    if mask is None:
+        return by_position, bias
+    for_all_queries, mask = mask.shape[2] == 1, mask[0].expand(-1, length, -1)[:, rows]
+    if mask.dtype == torch.bool:  # one row of it is padding, else it says all
+        return (by_position & mask if for_all_queries else mask), bias
+    hidden = mask <= torch.finfo(mask.dtype).min
+    added = mask.float().masked_fill(hidden, -torch.inf)
+    return torch.ones_like(by_position), added if bias is None else bias + added
