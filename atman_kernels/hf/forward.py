@@ -21,7 +21,15 @@ from transformers import PreTrainedModel
 from atman_kernels import ops
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
-from atman_kernels.hf.interface import AttentionCall, activate, additive, compact_mask, decoder_of, text_stack
+from atman_kernels.hf.interface import (
+    AttentionCall,
+    activate,
+    additive,
+    compact_mask,
+    computing_dtype,
+    decoder_of,
+    text_stack,
+)
 from atman_kernels.hf.packability import why_unpackable
 from atman_kernels.hf.replacement import innermost_forward, is_replacement, replaced
 from atman_kernels.hf.scope import Scope
@@ -501,8 +509,8 @@ def head_in_float32(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
     accelerate's hooks, which bring weights that lie elsewhere, stay in charge.
     """
     head = model.get_output_embeddings()
-    is_16_bit = type(head) is nn.Linear and head.weight.dtype in (torch.bfloat16, torch.float16)
-    if not is_16_bit or is_rewritten(head):
+    is_16_bit = computing_dtype(model) in (torch.bfloat16, torch.float16)
+    if type(head) is not nn.Linear or not is_16_bit or is_rewritten(head):
         yield
         return
 
@@ -511,14 +519,25 @@ def head_in_float32(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
             return own(hidden)
         hidden = hidden.float()
         logits = hidden.new_empty(*hidden.shape[:-1], head.out_features)
-        for first in range(0, head.out_features, WIDENED_ROWS):
-            part = slice(first, first + WIDENED_ROWS)
-            bias = None if head.bias is None else head.bias[part].float()
-            logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for first in range(0, head.out_features, WIDENED_ROWS):
+                part = slice(first, first + WIDENED_ROWS)
+                bias = None if head.bias is None else head.bias[part].float()
+                logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
         return logits
 
     with replaced(head, scope, wide, innermost_forward(head)):
         yield
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises UnsupportedModelError if weights are missing that nothing will bring when they are needed."""
+    missing = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if missing is not None and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no weights: {missing} is on the meta device; load the model first, for "
+            "example by from_pretrained"
+        )
 
 
 # those who explain a model take turns: what a forward may take of the memory, and whether dropout drops
@@ -529,6 +548,7 @@ _turns_lock = threading.Lock()
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, for one thread at a time; then every module is in the mode that it had."""
+    check_loaded(model)
     with _turns_lock:
         turn = _turns.setdefault(model, threading.RLock())
     with turn:

@@ -51,10 +51,16 @@ def differentiation(model: PreTrainedModel, *, checkpointing: bool = False) -> I
 
     Raises:
         InputError: checkpointing is neither True nor False.
-        UnsupportedModelError: checkpointing, where transformers does not mark the model's layers.
+        UnsupportedModelError: checkpointing, where transformers does not mark the model's layers; weights that no
+            gradient can go through.
     """
     if not isinstance(checkpointing, bool):
         raise InputError(f"checkpointing must be True or False, got {checkpointing!r}")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be differentiated: its weights were made under torch.inference_mode; load "
+            "the model outside of it"
+        )
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -155,6 +155,7 @@ def _call(
             f"{type(module).__name__} cannot be suppressed: its sinks are not one per head but of another kind"
         )
     chosen = kwargs.get("indices")
+    query, key, value = (as_computed(x) for x in (query, key, value))
     return AttentionCall(
         query=query,
         key=key,
@@ -168,6 +169,21 @@ def _call(
         position_bias=kwargs.get("position_bias"),
         key_bias=kwargs.get("key_bias"),
     )
+
+
+def as_computed(states: Tensor) -> Tensor:
+    """Queries, keys or values in the dtype in which torch's own attention would take them: that of autocast, if any."""
+    device = states.device.type
+    if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
+        return states.to(torch.get_autocast_dtype(device))
+    return states
+
+
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of a model's products: its own, or that of autocast."""
+    device = model.device.type
+    own = model.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and own != torch.float64 else own
 
 
 def _only_chosen(mask: Tensor | None, chosen: Tensor, keys: int) -> Tensor:

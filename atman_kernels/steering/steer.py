@@ -13,6 +13,7 @@ from atman_kernels.arguments import described, entries, integer, of_entry
 from atman_kernels.errors import InputError
 from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.explain.question import Prompt, encode, prompt_text
+from atman_kernels.hf.forward import check_loaded
 from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.suppression import is_encoder_decoder, suppressed
 from atman_kernels.hf.wrapped import unwrapped
@@ -60,6 +61,7 @@ def steer(
         ...     answers = steered.generate(max_new_tokens=8)
         ...     logits = model(**steered.inputs).logits
     """
+    check_loaded(model)
     steered = _prepare(model, tokenizer, prompt, spans, chat)
     with suppressed(model, steered.factor, mode=mode, layers=layers, backend=backend) as scope, steered._inside(scope):
         yield steered
