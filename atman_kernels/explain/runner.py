@@ -1,7 +1,7 @@
 """`VariantRunner`: log-probabilities of answers under suppression, by the fastest way that was shown to be exact."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,10 @@ from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.execution import PackedRuns, Perturbation, Work, run_full_rows, unit_variants
 from atman_kernels.explain.question import Question
 from atman_kernels.hf.forward import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
+from atman_kernels.hf.interface import computing_dtype
 from atman_kernels.hf.kinds import kind_of
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
-from atman_kernels.hf.packability import why_lengths_do_not_mix
+from atman_kernels.hf.packability import why_lengths_do_not_mix, why_rows_do_not_mix
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 from atman_kernels.planning.sharing import Content, Stage, share
@@ -27,6 +28,9 @@ NOISE_FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 6e-2, to
 NOISE_CEILING = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 0.25, torch.bfloat16: 1.0}
 FORWARD_SHARE = 16  # a forward costs, however small it is, what one part in so many of a full pack costs
 NOISE_MARGIN = 8.0  # packed against base, in units of the noise between the model's own attention and ours
+# The same for one row alone and beside others, where the attention is ours on both sides: a healthy bfloat16 model
+# (SmolLM2) differs by 0.05, dynamic int8 by 1.7.
+BATCH_NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class VariantRunner:
         self.token_budget = token_budget
         self.progress = progress
         self.unpackable: str | None = None  # the reason, once it is known
+        self._mixing = why_rows_do_not_mix(model)  # why rows must not share a forward, once it is known
+        self._told = False
         self._tolerance: float | None = None
 
     def run(self, questions: Sequence[Question], factors: Sequence[Tensor], description: str = "explaining") -> Outcome:
@@ -95,14 +101,14 @@ class VariantRunner:
         runs = PackedRuns(self.model, questions, factors, self.perturbation, budget, work)
         stage = Stage([]) if base is None else runs.thinned(base[0], self._stage(runs, base[0], variants))
         total = sum(v.length for v in variants) if base is None else stage.tokens
+        finished: Iterable[tuple[Variant, Tensor]]
         with tqdm(total=total, unit="tok", desc=description, disable=not self.progress, delay=1, leave=False) as bar:
             if base is not None:
                 unperturbed = self._probe(runs, *base)
             if base is None or unperturbed is None:
                 bar.reset(total=sum(v.length for v in variants))
-                unperturbed = self._full_row_baseline(questions, factors, budget, work)
                 work.advance = bar.update
-                finished = run_full_rows(self.model, questions, factors, variants, self.perturbation, budget, work)
+                unperturbed, finished = self._full_rows(questions, factors, variants, budget, work)
             else:
                 work.advance = bar.update
                 finished = runs.run_stage(base[0], stage)
@@ -126,6 +132,9 @@ class VariantRunner:
         """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""
         mixed = why_lengths_do_not_mix(self.model, [len(question.inputs) for question in questions])
         if self.unpackable is not None:
+            return None
+        if self._mixing is not None:
+            self.unpackable = self._mixing  # told once, by `_full_rows`
             return None
         if mixed is not None:
             self._fall_back(mixed)
@@ -155,7 +164,7 @@ class VariantRunner:
         if own is None:
             own = own_logprobs(self.model, question.inputs, question.rows, question.targets)
         work.add(len(question.inputs), 1)
-        name, dtype = type(self.model).__name__, self.model.dtype
+        name, dtype = type(self.model).__name__, computing_dtype(self.model)
         if not bool(own.isfinite().all()):
             raise UnsupportedModelError(f"{name} gives the target no finite log-probability in {dtype}")
         noise = _rms(own - ours)
@@ -206,17 +215,38 @@ class VariantRunner:
             stacklevel=2,
         )
 
-    def _full_row_baseline(
-        self, questions: list[Question], factors: list[Tensor], budget: int, work: Work
-    ) -> list[Tensor]:
-        """Unsuppressed log-probs by the same way that the variants will go."""
+    def _full_rows(
+        self, questions: list[Question], factors: list[Tensor], variants: list[Variant], budget: int, work: Work
+    ) -> tuple[list[Tensor], list[tuple[Variant, Tensor]]]:
+        """Every variant as a whole row: (m,) log-probs per question with nothing suppressed, and those of the variants.
+
+        An unsuppressed rider goes in the first batch of each question. It shows whether rows may share a forward, and
+        is what suppressed ones are compared with. Where they may not, every row runs alone, from the beginning.
+        """
+        alone = self._full_row_baseline(questions, work)
+        riders = [Variant(q, None, 0, len(question.inputs)) for q, question in enumerate(questions)]
+        everything, unperturbed, finished = [*variants, *riders], list(alone), []
+        if self._mixing is not None:
+            self.tell_that_rows_mix()
+            budget = 1  # a variant longer than the budget gets a forward of its own
+        found = run_full_rows(self.model, questions, factors, everything, self.perturbation, budget, work)
+        for variant, logprobs in found:
+            if variant.unit is not None:
+                finished.append((variant, logprobs))
+            elif self._mixing is not None or not self.rows_mix(logprobs.cpu(), alone[variant.question]):
+                unperturbed[variant.question] = logprobs.cpu()
+            else:
+                return self._full_rows(questions, factors, variants, budget, work)
+        return unperturbed, finished
+
+    def _full_row_baseline(self, questions: list[Question], work: Work) -> list[Tensor]:
+        """Unsuppressed log-probs of each question's row alone."""
         unperturbed = []
         for question in questions:
-            ones = torch.ones(1, len(question.inputs), device=self.model.device, dtype=torch.float32)
             logprobs = full_row_logprobs(
                 self.model,
                 question.whole,
-                ones,
+                torch.ones(1, len(question.inputs), device=self.model.device, dtype=torch.float32),
                 question.rows,
                 question.targets,
                 mode=self.perturbation.mode,
@@ -225,6 +255,38 @@ class VariantRunner:
             self._check_attention(question, logprobs, work)
             unperturbed.append(logprobs.cpu())
         return unperturbed
+
+    @property
+    def runs_rows_alone(self) -> bool:
+        """Whether it is known that rows must not share a forward."""
+        return self._mixing is not None
+
+    def rows_mix(self, beside: Tensor, alone: Tensor) -> bool:
+        """Whether a row depends on the rows beside it, as where activations are quantised over all rows at once.
+
+        Args:
+            beside: what the model gives for an unsuppressed row in a batch with suppressed ones.
+            alone: the same without them.
+        """
+        different = _rms(beside - alone)
+        limit = BATCH_NOISE.get(computing_dtype(self.model), 1e-2)
+        if different <= limit:
+            return False
+        self._mixing = (
+            f"a row beside others differs by {different:.2g} from the same row alone, {limit:.2g} would be rounding"
+        )
+        return True
+
+    def tell_that_rows_mix(self) -> None:
+        """Warns, once, that rows run one by one."""
+        if self._told:
+            return
+        self._told = True
+        warnings.warn(
+            f"{type(self.model).__name__} cannot run rows in batches ({self._mixing}): they run one by one, which is "
+            "exact but much slower",
+            stacklevel=2,
+        )
 
 
 def _snap(starts: Tensor | None) -> Callable[[int], int]:

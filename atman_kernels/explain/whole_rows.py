@@ -15,7 +15,7 @@ from atman_kernels.explain.execution import Perturbation, Work, shrink_or_raise
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.explain.methods.perturbation import cost
 from atman_kernels.explain.runner import NOISE_CEILING, VariantRunner
-from atman_kernels.hf.interface import activate
+from atman_kernels.hf.interface import activate, computing_dtype
 from atman_kernels.hf.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.pooling import pooling_through
 from atman_kernels.hf.suppression import SourceRun, SuppressedRun, is_encoder_decoder
@@ -118,8 +118,11 @@ def _run(task: Task, factors: Tensor, runner: VariantRunner, work: Work) -> tupl
     The token budget is halved when memory runs out.
     """
     device = task.part.device
-    _check_attention(task, runner.perturbation, work)
+    alone = _check_attention(task, runner.perturbation, work)
     budget = runner.token_budget or token_budget(free_bytes(device), activation_bytes_per_token(task.part), device.type)
+    if runner.runs_rows_alone:
+        runner.tell_that_rows_mix()
+        budget = 1  # a variant longer than the budget gets a forward of its own
     rider = Variant(0, None, 0, task.cost)  # unsuppressed, by the same way as the others
     queue = VariantQueue([*(Variant(0, unit, 0, task.cost) for unit in range(len(factors))), rider], budget)
     found: dict[int | None, Tensor] = {}
@@ -133,19 +136,21 @@ def _run(task: Task, factors: Tensor, runner: VariantRunner, work: Work) -> tupl
                 shrink_or_raise(error, queue, taken)
                 continue
             found |= {variant.unit: row for variant, row in zip(taken, values, strict=True)}
+            if rider in taken and not runner.runs_rows_alone and runner.rows_mix(found[None], alone):
+                return _run(task, factors, runner, work)  # from the beginning, every row alone
             work.add(len(taken) * task.cost, len(taken))
             work.token_budget = queue.token_budget
             bar.update(len(taken) * task.cost)
     return found[None], torch.stack([found[unit] for unit in range(len(factors))])
 
 
-def _check_attention(task: Task, perturbation: Perturbation, work: Work) -> None:
-    """The model with our attention is the model with its own."""
+def _check_attention(task: Task, perturbation: Perturbation, work: Work) -> Tensor:
+    """(m,) values on the CPU by our attention, which has to be the model's own."""
     with torch.inference_mode():
         own = task.values(1)
     ours = values_under(task, None, perturbation)
     work.add(2 * task.cost, 2)
-    name, dtype = type(task.part).__name__, task.part.dtype
+    name, dtype = type(task.part).__name__, computing_dtype(task.part)
     if not bool(own.isfinite().all()):
         raise UnsupportedModelError(f"{name} gives the target no finite {task.value} in {dtype}")
     noise = float((own - ours).square().mean().sqrt())
@@ -155,3 +160,4 @@ def _check_attention(task: Task, perturbation: Perturbation, work: Work) -> None
             f"{name} cannot be explained: our attention does not reproduce its own (the target's {task.value} "
             f"differs by {noise:.2g}, {ceiling:g} is the most that {dtype} explains)"
         )
+    return ours[0].cpu()

@@ -30,7 +30,7 @@ from atman_kernels.hf.interface import (
     decoder_of,
     text_stack,
 )
-from atman_kernels.hf.packability import why_unpackable
+from atman_kernels.hf.packability import why_rows_do_not_mix, why_unpackable
 from atman_kernels.hf.replacement import innermost_forward, is_replacement, replaced
 from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.sequence import Embedded, Pictured, Sequence, reader_of, suffix_inputs, whole_inputs
@@ -420,7 +420,8 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
     """
     vocabulary = int(getattr(text_stack(model).config, "vocab_size", 1 << 16))
     step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    # a head whose rows depend on one another is given all of them, as in a forward of the user's
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters and why_rows_do_not_mix(model) is None
     if not keeps or _is_watched_outside_its_layers(model):
         step = max(1, len(rows))
     pieces = []

@@ -70,7 +70,7 @@ def suppress(
             adds, count as 1. With beams or several returned sequences each row serves all of its copies. A mapping
             {layer: tensor} acts on its layers only, on each with its own factors. None leaves all scores alone.
         mode: see `atman_kernels.suppressed_attention`.
-        layers: indices of the attention layers to act on, in the order in which the model calls them; None for all.
+        layers: indices of the layers to act on, the model's own (`layer_idx`) where it counts them; None for all.
         queries: the positions whose attention is changed, counted like those of the keys: (start, end), where end
             may be None for all that follows, or a bool tensor (L,) or (B, L), whose end ends the change. None: all.
         value_factor: what each key's value vector is scaled by after the softmax, which is not normalised again;
