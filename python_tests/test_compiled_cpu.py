@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ from test_pack import check as check_packed
 from torch import Tensor
 
 from atman_kernels.backends import cpu
-from atman_kernels.backends.cpu import blocked, compiled
+from atman_kernels.backends.cpu import compiled
 from atman_kernels.errors import BackendUnavailableError, InputError
 from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
 from atman_kernels.pack import VariantPack
@@ -91,15 +90,15 @@ def test_cpu_takes_the_compiled_module_for_what_it_can(
 ) -> None:
     called = []
 
-    def watch(module: ModuleType) -> None:
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *tensors: called.append(module.__name__) or real(*tensors))
+    def watch(implementation: Any, label: str) -> None:
+        real = getattr(implementation, name)
+        monkeypatch.setattr(implementation, name, lambda *tensors: called.append(label) or real(*tensors))
 
-    watch(compiled)
-    watch(blocked)
+    watch(compiled, "compiled")
+    watch(cpu._TORCH, "torch")
     case = DENSE_CASES["causal"] if name == "suppressed_attention" else PACK_CASES["few_tokens_each"]
     attend(case.build(dtype), "cpu")
-    assert called == [blocked.__name__ if dtype == torch.float64 else compiled.__name__]
+    assert called == ["torch" if dtype == torch.float64 else "compiled"]
 
 
 @needs_module
