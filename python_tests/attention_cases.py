@@ -10,7 +10,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from atman_kernels import backends
 from atman_kernels.backends import cpu
-from atman_kernels.backends.cpu import compiled
 
 MODES = ("log_additive", "multiplicative", "shifted")
 ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,31 +39,27 @@ BACKEND_DTYPES = {  # the most precise one first
 HARDWARE_BACKENDS = ("triton", "cuda")
 # Those that can run here. `test_every_backend_is_tested` skips the others, each once, with its reason.
 FAMILIES = tuple(name for name, reason in backends.availability().items() if reason is None)
+# What computes: "cpu" only chooses one of its variants, which `test_cpu_is_the_fastest_of_its_variants` holds it to.
+BACKENDS = (
+    *(name for name in FAMILIES if name != "cpu"),
+    *(name for name in (f"cpu:{variant}" for variant in cpu.variants()) if name in BACKEND_DTYPES),
+)
 EMPTY = torch.zeros(0)
 
 
-def _pinned() -> list[str]:
-    """Variants of the CPU backend that "cpu" does not take in all of their dtypes, or not where it is compared."""
-
-    def fastest(dtype: torch.dtype) -> str:
-        return f"cpu:{(*compiled.instruction_sets(dtype), 'torch')[0]}"
-
-    compared = BACKEND_DTYPES["cpu"][0]
-    here = {name: BACKEND_DTYPES.get(name, ()) for name in (f"cpu:{variant}" for variant in cpu.variants())}
+def backend_dtypes(dtypes: tuple[torch.dtype, ...] = ALL_DTYPES) -> list[Any]:
+    """Parameters (backend, dtype) of a test: every backend that runs here, with those dtypes that it takes."""
     return [
-        name
-        for name, dtypes in here.items()
-        if dtypes and (compared not in dtypes or any(name != fastest(dtype) for dtype in dtypes))
+        pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+        for dtype in dtypes
+        for backend in BACKENDS
+        if dtype in BACKEND_DTYPES[backend]
     ]
 
 
-BACKENDS = (*FAMILIES, *_pinned())
-
-
 def device_for(backend: str, dtype: torch.dtype) -> str:
-    """The device to test a backend on; skips the test if the backend does not take the dtype."""
-    if dtype not in BACKEND_DTYPES[backend]:
-        pytest.skip(f"{backend} does not take {dtype}")
+    """The device to test a backend on; `backend_dtypes` has what a backend takes."""
+    assert dtype in BACKEND_DTYPES[backend], f"{backend} does not take {dtype}"
     return "cuda" if backend.partition(":")[0] in HARDWARE_BACKENDS and torch.cuda.is_available() else "cpu"
 
 
@@ -338,6 +334,26 @@ def suppress_plainly(scores: Tensor, factor: Tensor, mode: str, visible: Tensor)
     lowest = scores.masked_fill(~visible, torch.inf).amin(dim=-1, keepdim=True)
     lowest = lowest.masked_fill(lowest == torch.inf, 0.0)
     return lowest + factor * (scores - lowest)
+
+
+class Truth(NamedTuple):
+    """A call, and what it must give: in float64, and by the plain formula in the call's dtype."""
+
+    call: dict[str, Any]
+    exact: tuple[Tensor, Tensor]  # output and lse
+    plain: tuple[Tensor, Tensor]
+    largest_score: float
+
+
+@lru_cache(maxsize=128)  # backends take turns; a property's examples are the same for each of them
+def truth_of(case: "DenseCase | PackCase", mode: str, factor: str, dtype: torch.dtype, device: str) -> Truth:
+    """Computed once for all backends; nobody may write to it."""
+    call = case.build(dtype, factor, device)
+    if isinstance(case, PackCase):
+        exact, plain = (variant_by_variant(case, inputs, mode) for inputs in (to_float64(call), call))
+    else:
+        exact, plain = (plain_attention(**inputs, mode=mode) for inputs in (to_float64(call), call))
+    return Truth(call, exact, plain, largest_score(call))
 
 
 @dataclass(frozen=True)
