@@ -126,14 +126,6 @@ def integer(
     return found
 
 
-def integers(value: Any, name: str, of: str, *, least: int | None = None, most: int | None = None) -> list[int]:
-    """A list of whole numbers, one at least."""
-    found = entries(value, name, of)
-    if not found:
-        raise InputError(f"{name} is empty; expected at least one of {of}")
-    return [integer(entry, f"{name}[{index}]", least=least, most=most) for index, entry in enumerate(found)]
-
-
 def real(value: Any, name: str, expected: str, fits: Callable[[float], bool] = math.isfinite) -> float:
     """A number, numpy's and torch's included, that `fits`; `True` is none, nor is a text.
 

@@ -22,7 +22,7 @@ def checked_messages(messages: Any, name: str = "prompt") -> list[dict[str, Any]
     """
     listed = arguments.entries(messages, name, "chat messages")
     if not listed:
-        raise InputError(f"{name} is empty; expected a text with at least one character")
+        raise InputError(f"{name} is empty; expected at least one chat message")
     return [_checked_message(message, f"{name}[{index}]") for index, message in enumerate(listed)]
 
 

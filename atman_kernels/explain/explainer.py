@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import atman_kernels
-from atman_kernels.arguments import choice, entries, flag, integer, of_entry, text, text_or_empty
+from atman_kernels.arguments import choice, described, entries, flag, integer, of_entry, text, text_or_empty
 from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
@@ -169,6 +169,8 @@ class Explainer:
         self._given = tokenizer
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
+        if self.kind == "language" and not hasattr(self.tokenizer, "is_fast"):
+            raise InputError(f"tokenizer must be a tokenizer or processor of transformers, got {described(tokenizer)}")
         self.factor = checked_factor(factor)
         self.similarity_threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
         how = Perturbation(choice(mode, "mode", MODES), checked_layers(part, layers))

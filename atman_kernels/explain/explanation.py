@@ -154,7 +154,7 @@ class Explanation:
         """Prints the heatmap and the strongest units; without colours where the terminal has none."""
         from atman_kernels.render.terminal import print_explanation
 
-        print_explanation(self, console=console, top=top)
+        print_explanation(self, console=console, top=integer(top, "top", least=1))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from atman_kernels.render.terminal import renderables

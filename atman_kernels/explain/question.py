@@ -167,13 +167,9 @@ def read_prompt(
     chat: bool,
     language: str,
 ) -> PromptTokens:
-    """A prompt's tokens and units; errors as of `ask`."""
-    text, is_template = prompt_text(tokenizer, prompt, chat)
-    encoded = encode(tokenizer, text, add_special_tokens=not is_template)
+    """A prompt's tokens and units; errors as of `ask_all`."""
+    text, encoded = encode_prompt(model, tokenizer, prompt, chat)
     ids = encoded["input_ids"]
-    if not ids:
-        raise InputError(f"prompt has no tokens; {type(tokenizer).__name__} makes none of {shown(text)}")
-    check_ids(model, tokenizer, ids, "prompt")
     found = split_units(
         text,
         encoded["offset_mapping"],
@@ -185,8 +181,20 @@ def read_prompt(
     return PromptTokens(text, ids, found)
 
 
+def encode_prompt(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool
+) -> tuple[str, dict[str, Any]]:
+    """The text that is tokenized, and what the tokenizer makes of it, with offsets; errors as of `ask_all`."""
+    text, is_template = prompt_text(tokenizer, prompt, chat)
+    encoded = encode(tokenizer, text, add_special_tokens=not is_template)
+    if not encoded["input_ids"]:
+        raise InputError(f"prompt has no tokens; {type(tokenizer).__name__} makes none of {shown(text)}")
+    check_ids(model, tokenizer, encoded["input_ids"], "prompt")
+    return text, encoded
+
+
 def target_ids(model: Any, tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
-    """Token ids of an answer that continues a prompt; errors as of `ask`."""
+    """Token ids of an answer that continues a prompt; errors as of `ask_all`."""
     text = text_or_empty(target, "target", expected="a text or None")
     ids = encode(tokenizer, text, add_special_tokens=False)["input_ids"] if text else []
     return checked_target_ids(model, tokenizer, ids)
@@ -249,9 +257,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> dict[str, Any]:
+    check_fast(tokenizer)
+    return dict(tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens))
+
+
+def check_fast(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
-    return dict(tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens))
 
 
 def special_flags(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bool]:

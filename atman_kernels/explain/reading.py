@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel
 
 from atman_kernels.arguments import entries, integer, real, shown, text
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.image_places import seen_region
 from atman_kernels.explain.limits import check_ids, check_length, positions_of
-from atman_kernels.explain.question import special_flags
+from atman_kernels.explain.question import check_fast, special_flags
 from atman_kernels.hf.interface import AttentionCall, activate
 from atman_kernels.hf.suppression import SuppressedRun, is_encoder_decoder
 from atman_kernels.planning.patches import Region, patch_units
@@ -60,8 +60,7 @@ def encode(tokenizer: Any, model: PreTrainedModel, *texts: str, name: str = "pro
         InputError: there is no fast tokenizer, the text is longer than the model's positions, or a token is none that
             the model knows.
     """
-    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
-        raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
+    check_fast(tokenizer)
     encoded = tokenizer(*texts, return_offsets_mapping=True)
     source = model.get_encoder() if is_encoder_decoder(model) else model
     check_length(len(encoded["input_ids"]), positions_of(source), f"{name} has")

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.arguments import flag
+from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.forward import head_in_float32
 from atman_kernels.hf.interface import decoder_of, eager
 from atman_kernels.hf.replacement import replaced
@@ -54,8 +55,7 @@ def differentiation(model: PreTrainedModel, *, checkpointing: bool = False) -> I
         UnsupportedModelError: checkpointing, where transformers does not mark the model's layers; weights that no
             gradient can go through.
     """
-    if not isinstance(checkpointing, bool):
-        raise InputError(f"checkpointing must be True or False, got {checkpointing!r}")
+    checkpointing = flag(checkpointing, "checkpointing")
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be differentiated: its weights were made under torch.inference_mode; load "
@@ -130,9 +130,7 @@ def target_gradients(
     Raises:
         InputError: whole_answer is neither True nor False.
     """
-    if not isinstance(whole_answer, bool):
-        raise InputError(f"whole_answer must be True or False, got {whole_answer!r}")
-    if whole_answer:
+    if flag(whole_answer, "whole_answer"):
         values = values.sum(dim=1, keepdim=True)
     last = values.shape[1] - 1
     for target in range(values.shape[1]):

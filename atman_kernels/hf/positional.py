@@ -71,7 +71,8 @@ def checked_factor(factor: Tensor, name: str = "factor") -> Tensor:
         raise InputError(f"{name} must be a floating point tensor (B, L) or (B, Hq, L), got {came}")
     if not factor.shape[0]:
         raise InputError(f"{name} must have at least one row, got shape {tuple(factor.shape)}")
-    if factor.numel() and not bool(((factor >= 0) & factor.isfinite()).all()):
+    wide = factor.detach().float()
+    if factor.numel() and not bool(((wide >= 0) & wide.isfinite()).all()):
         raise InputError(f"{name} must be finite and >= 0 everywhere; it holds negative, infinite or NaN entries")
     return factor if factor.dtype == torch.float64 else factor.float()
 

@@ -143,9 +143,9 @@ def _directions(vectors: torch.Tensor) -> torch.Tensor:
     return scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=1)  # below 1 for zero vectors only
 
 
-def checked_factor(factor: Any) -> float:
-    """Raises InputError if it is no finite number >= 0."""
-    return real(factor, "factor", "a finite number >= 0", lambda x: 0 <= x < math.inf)
+def checked_factor(factor: Any, name: str = "factor", expected: str = "a finite number >= 0") -> float:
+    """Raises InputError if it is no number >= 0 that float32, in which factors are kept, holds."""
+    return real(factor, name, expected, lambda x: 0 <= x <= torch.finfo(torch.float32).max)
 
 
 def checked_threshold(threshold: Any) -> float:

@@ -1,13 +1,13 @@
 """Parts of a prompt, as people name them, and the tokens that they hold."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atman_kernels.arguments import described, entries, integer, real, text_or_empty
+from atman_kernels.arguments import described, entries, integer, text_or_empty
 from atman_kernels.errors import InputError
+from atman_kernels.planning.factors import checked_factor
 from atman_kernels.planning.units import Unit, split_units
 
 
@@ -97,7 +97,7 @@ def resolve(spans: Spans, prompt: TokenizedText | int) -> tuple[SteeredSpan, ...
 
 def _checked_factor(span: Span, factor: Any) -> float:
     name = f"spans: the factor of {_shown(span)}"
-    return real(factor, name, "finite and >= 0", lambda x: 0 <= x < math.inf)
+    return checked_factor(factor, name, "finite and >= 0")
 
 
 def _units(span: Span, prompt: TokenizedText | int) -> Iterator[Unit]:

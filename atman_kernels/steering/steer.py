@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from atman_kernels.arguments import described, entries, integer, of_entry
+from atman_kernels.arguments import described, entries, flag, integer, of_entry
 from atman_kernels.errors import InputError
 from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
-from atman_kernels.explain.question import Prompt, encode, prompt_text
+from atman_kernels.explain.question import Prompt, encode_prompt
 from atman_kernels.hf.forward import check_loaded
 from atman_kernels.hf.scope import Scope
 from atman_kernels.hf.suppression import is_encoder_decoder, suppressed
@@ -191,6 +191,7 @@ def _prepare(
     if isinstance(prompt, Mapping):
         return _prepare_inputs(model, tokenizer, prompt, spans)
     prompts, one = _listed(prompt)
+    chat = flag(chat, "chat")
     tokenized = []
     for index, each in enumerate(prompts):
         with of_entry(None if one else f"prompt {index}"):
@@ -214,6 +215,10 @@ def _prepare_inputs(
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
         came = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(f"prompt: input_ids must be a tensor (B, L), got {came}")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise InputError(f"prompt: input_ids must be integers, got {ids.dtype}")
+    if not any(name.startswith(("pixel", "image", "input_features")) for name in given):  # whose tokens may be any
+        check_ids(model, tokenizer, ids.flatten().tolist(), "prompt")
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     found = tuple(resolve(wanted, ids.shape[1]) for wanted in spans_by_prompt(spans, ids.shape[0]))
@@ -235,11 +240,7 @@ def _listed(prompt: Any) -> tuple[list[Any], bool]:
 
 
 def _tokenized(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) -> TokenizedText:
-    text, is_template = prompt_text(tokenizer, prompt, chat)
-    encoded = encode(tokenizer, text, add_special_tokens=not is_template)
-    if not encoded["input_ids"]:
-        raise InputError("prompt is empty; expected a text with at least one token")
-    check_ids(model, tokenizer, encoded["input_ids"], "prompt")
+    text, encoded = encode_prompt(model, tokenizer, prompt, chat)
     return TokenizedText(text, tuple(encoded["input_ids"]), tuple(map(tuple, encoded["offset_mapping"])))
 
 
