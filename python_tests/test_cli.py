@@ -247,7 +247,7 @@ def test_squad_sample(squad_sample):
         (("--model", "m", "--json", ".", PROMPT), "--json must be a file"),
         (("--model", "m", "--device", "toaster", PROMPT), "device 'toaster'"),
         (("--model", "m", "--nonsense", PROMPT), "--nonsense"),
-        (("--model", "m", "--method", "shapely", PROMPT), "method must be one of 'atman', 'shapley'"),
+        (("--model", "m", "--method", "shapely", PROMPT), "method must be one of 'atman', 'linear', 'shapley'"),
         (("--model", "m", "--permutations", "8", PROMPT), "'atman' has no option 'permutations'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
