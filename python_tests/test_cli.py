@@ -331,7 +331,8 @@ def test_in_a_process_of_its_own():
     code = "from atman_kernels.cli import main; main()"
     command = [sys.executable, "-c", code, "explain", "--model", "m", "-"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", "Error: prompt is empty; expected a text with at least one character\n")
+    error = "Error: prompt is empty; expected a text with at least one character\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", error)
 
 
 def test_help_loads_nothing_heavy():
