@@ -1,6 +1,7 @@
-"""Triton backend: one kernel for NVIDIA GPUs of compute capability 8.0 and newer, and for Triton's interpreter.
+"""Triton backend: kernels for NVIDIA GPUs of compute capability 8.0 and newer, and for Triton's interpreter.
 
-`forward` is the kernel, `primitives` are its steps, `launch` gets tensors into it, `configs` says in which tiles.
+`forward` and `backward` are the kernels, `primitives` their steps, `launch` and `launch_backward` get tensors into them,
+`configs` says in which tiles.
 Triton itself is imported when a call comes.
 """
 
@@ -10,11 +11,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from atman_kernels.formula import ScoreOptions
+from atman_kernels.formula import Saved, ScoreOptions
 
 LEAST_CAPABILITY = (8, 0)
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = ("suffix_starts", "prefix_lengths", "base_starts", "row_variant", "row_position")
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -81,6 +83,69 @@ def packed_suppressed_attention(
     extras = launch.Extras(factor, None, sinks, None if position_bias is None else position_bias[None])
     output, lse = launch.attend(query[None], base_key[None], base_value[None], layout, extras, options)
     return output[0], lse[0] if options.return_lse else lse
+
+
+def suppressed_attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factor: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    *,
+    options: ScoreOptions,
+    saved: Saved,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    from atman_kernels.backends.triton import launch, launch_backward
+
+    names = ("query", "key", "value", "factor", "key_mask", "sinks", "bias")
+    asked = {name: want for name, want in zip(names, wanted, strict=True) if name != "key_mask"}
+    extras = launch.Extras(factor, key_mask, sinks, position_bias)
+    found = launch_backward.gradients(
+        query, key, value, None, extras, options, saved, launch_backward.Wanted(**asked)
+    )
+    return [found.get(name) for name in names]
+
+
+def packed_suppressed_attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    base_key: Tensor,
+    base_value: Tensor,
+    suffix_starts: Tensor,
+    prefix_lengths: Tensor,
+    base_starts: Tensor,
+    row_variant: Tensor,
+    row_position: Tensor,
+    factor: Tensor | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    *,
+    options: ScoreOptions,
+    saved: Saved,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    from atman_kernels.backends.triton import launch, launch_backward
+
+    names = ("query", "own_key", "own_value", "key", "value", *INDICES, "factor", "sinks", "bias")
+    asked = {name: want for name, want in zip(names, wanted, strict=True) if name not in INDICES}
+    layout = launch.Layout(key[None], value[None], suffix_starts, prefix_lengths, base_starts, row_variant)
+    extras = launch.Extras(factor, None, sinks, None if position_bias is None else position_bias[None])
+    batched = Saved(
+        saved.output[None],
+        saved.lse[None],
+        saved.grad_output[None],
+        None if saved.grad_lse is None else saved.grad_lse[None],
+    )
+    found = launch_backward.gradients(
+        query[None], base_key[None], base_value[None], layout, extras, options, batched, launch_backward.Wanted(**asked)
+    )
+    for name in found.keys() - {"factor", "sinks"}:  # those have no batch axis in a pack
+        found[name] = found[name][0]
+    return [found.get(name) for name in names]
 
 
 def _interpreting() -> bool:

@@ -20,9 +20,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from atman_kernels.backends.triton import configs, launch
+from atman_kernels.backends.triton import configs, launch, launch_backward
 from atman_kernels.backends.triton.configs import KernelConfig, Key
-from atman_kernels.formula import ScoreOptions
+from atman_kernels.formula import Saved, ScoreOptions
 
 SERIALIZED = "wgmma.mma_async instructions are serialized"
 BATCH, HEADS, KV_HEADS, ROWS, KEYS, VARIANTS = 2, 8, 2, 256, 512, 16
@@ -59,6 +59,7 @@ class Call:
     sinks: bool = False
     key_mask: bool = False
     bias: bool = False
+    gradients: tuple[str, ...] = ()  # fields of `launch_backward.Wanted`: the call's backward instead of its forward
 
     def fitted(self, config: KernelConfig) -> KernelConfig:
         """What such a call makes of a table's entry."""
@@ -94,8 +95,15 @@ class Call:
         options = ScoreOptions(self.mode, self.is_causal, SCALE, self.sliding_window, self.softcap, True)
         query, key = zeros(batch, HEADS, ROWS, self.head_dim), zeros(batch, KV_HEADS, KEYS, self.head_dim)
         value = zeros(batch, KV_HEADS, KEYS, value_dim)
+        call = query, key, value, layout if packed else None, extras, options
         with configs.forced(self.config, self.splits):
-            launch.attend(query, key, value, layout if packed else None, extras, options)
+            if not self.gradients:
+                launch.attend(*call)
+                return
+            output = zeros(batch, HEADS, ROWS, value_dim)
+            lse = zeros(batch, HEADS, ROWS, dtype=torch.float32)
+            wanted = launch_backward.Wanted(**dict.fromkeys(self.gradients, True))
+            launch_backward.gradients(*call, Saved(output, lse, output, None), wanted)
 
 
 def compile_call(capability: int, call: Call) -> list[Compiled]:
