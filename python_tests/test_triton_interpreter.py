@@ -15,6 +15,12 @@ SELECTED = (
     "(test_agrees_with_the_formula or test_equals_each_variant_alone)"
 )
 
+# Of the backward's tests: dense and packed, each mode, several bases in a tile, keys shared by the batch, one dtype.
+BACKWARD = (
+    "borders and (causal or shared_keys or bases_in_one_tile or pack_bias_of_keys) or unseen or minimum_is_owed or "
+    "tables_are_complete"
+)
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -30,12 +36,21 @@ def test_kernels() -> None:
     interpret(str(HERE / "test_triton.py"))
 
 
+def test_backward() -> None:
+    interpret(str(HERE / "test_triton_backward.py"), "-k", BACKWARD)
+
+
+@pytest.mark.slow
+def test_all_of_the_backward() -> None:
+    interpret(str(HERE / "test_triton_backward.py"))
+
+
 @pytest.mark.parametrize("suite", ["test_backends.py", "test_pack.py"])
 def test_shared_cases(suite: str) -> None:
     interpret(str(HERE / suite), "-k", SELECTED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["test_backends.py", "test_pack.py", "test_op_registration.py"])
+@pytest.mark.parametrize("suite", ["test_backends.py", "test_pack.py", "test_op_registration.py", "test_gradients.py"])
 def test_everything_shared(suite: str) -> None:
     interpret(str(HERE / suite), "-k", "triton")

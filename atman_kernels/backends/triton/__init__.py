@@ -1,7 +1,7 @@
 """Triton backend: kernels for NVIDIA GPUs of compute capability 8.0 and newer, and for Triton's interpreter.
 
-`forward` and `backward` are the kernels, `primitives` their steps, `launch` and `launch_backward` get tensors into them,
-`configs` says in which tiles.
+`forward` and `backward` are the kernels, `primitives` and `backward_steps` are what they are made of, `launch` and
+`launch_backward` get tensors into them, `configs` says in which tiles.
 Triton itself is imported when a call comes.
 """
 
@@ -103,9 +103,7 @@ def suppressed_attention_backward(
     names = ("query", "key", "value", "factor", "key_mask", "sinks", "bias")
     asked = {name: want for name, want in zip(names, wanted, strict=True) if name != "key_mask"}
     extras = launch.Extras(factor, key_mask, sinks, position_bias)
-    found = launch_backward.gradients(
-        query, key, value, None, extras, options, saved, launch_backward.Wanted(**asked)
-    )
+    found = launch_backward.gradients(query, key, value, None, extras, options, saved, launch_backward.Wanted(**asked))
     return [found.get(name) for name in names]
 
 

@@ -4,267 +4,24 @@
 walks over the tiles of rows that see them; `broadcast_gradient` holds a tile of what is one number for many pairs of
 a row and a key, a position bias or a pack's factors, and walks over all of these. So each number of a result is
 summed by one program, in an order that does not change: nothing is added atomically.
-
-With s a score before suppression, s' after it, p = exp(s' - lse), e = exp(s - lse), dp = dO·v and g = p (dp - delta),
-the gradients of one pair are
-
-- "log_additive": g by s, e (dp - delta) by the factor, which a factor of 0 has, too
-- "multiplicative": c g by s, g s by the factor
-- "shifted": c g by s, g (s - m) by the factor; what m is owed, sum of (1 - c) g over the row, goes to the keys that
-  have the score m, in equal shares
 """
 
 import triton
 import triton.language as tl
 
+from atman_kernels.backends.triton.backward_steps import (
+    BASE_FIRST,
+    BASE_LAST,
+    BASE_START,
+    OWN_FIRST,
+    OWN_LAST,
+    SHIFT,
+    exponential,
+    pair_gradients,
+    score,
+)
 from atman_kernels.backends.triton.forward import ALIGNED, FAR, FLAGS, OWN
-from atman_kernels.backends.triton.primitives import LN_2, LOG2_E, sees, tanh, visible_positions
-
-# Rows of `places`, one entry per row of a pack: the base keys [first, last) and the own rows [first, last) that it
-# sees as indices, what turns an own row's index into its position, and where its base starts.
-BASE_FIRST: tl.constexpr = tl.constexpr(0)
-BASE_LAST: tl.constexpr = tl.constexpr(1)
-OWN_FIRST: tl.constexpr = tl.constexpr(2)
-OWN_LAST: tl.constexpr = tl.constexpr(3)
-SHIFT: tl.constexpr = tl.constexpr(4)
-BASE_START: tl.constexpr = tl.constexpr(5)
-PLACES: tl.constexpr = tl.constexpr(6)
-# Rows of `reach`, one entry per tile of a pack: hull and intersection of what its rows see of the base; their base's
-# start, or FAR if they have several.
-FIRST: tl.constexpr = tl.constexpr(0)
-LAST: tl.constexpr = tl.constexpr(1)
-FULL_FIRST: tl.constexpr = tl.constexpr(2)
-FULL_LAST: tl.constexpr = tl.constexpr(3)
-TILE_BASE: tl.constexpr = tl.constexpr(4)
-REACH: tl.constexpr = tl.constexpr(5)
-
-
-# --- one pair of a row and a key, in either orientation ---
-
-
-@triton.jit
-def _scores(product, bias, unit, inner_scale, SOFTCAP: tl.constexpr):
-    """Scores before suppression in the kernel's units, and what the softcap makes of a gradient on its way back."""
-    scores = product
-    slope = 1.0
-    if inner_scale is not None:
-        scores *= inner_scale
-    if SOFTCAP:
-        scores = tanh(scores)
-        slope = 1 - scores * scores
-    if bias is not None:
-        scores += tl.where(bias > float("-inf"), bias, 0.0) * (1 / (unit * LN_2))
-    return scores, slope
-
-
-@triton.jit
-def _exponentials(scores, factor, flagged, row, unit, MODE: tl.constexpr):
-    """exp(s' - lse); in "log_additive" exp(s - lse), which the factor multiplies later."""
-    if factor is not None:
-        if MODE == "multiplicative":
-            if flagged:
-                scores *= factor
-        elif MODE == "shifted":
-            if flagged:
-                scores += (factor - 1) * (scores - row[2])
-    return tl.exp2(scores * unit - row[0])
-
-
-@triton.jit
-def _gradients(exponentials, by_weight, scores, factor, flagged, at, visible, row, unit, MODE: tl.constexpr):
-    """What a pair adds to each gradient.
-
-    Args:
-        exponentials: from `_exponentials`, 0 where hidden.
-        by_weight: dp - delta.
-        factor: None, or one that broadcasts; all of them are 1 where `flagged` is not set.
-        at: position of each key, and `visible`, whether the pair counts: only "shifted" looks at them.
-        row: (lse, delta, minimum, lowest, share) as `query_gradient` has them, the last three in "shifted" only.
-
-    Returns:
-        p, and the gradients by the score before suppression and by the factor.
-    """
-    weights = exponentials
-    by_score = exponentials * by_weight
-    by_factor = by_score
-    if factor is not None:
-        if MODE == "log_additive":
-            if flagged:
-                weights = tl.where(factor > 0, exponentials * factor, 0.0)
-                by_score = weights * by_weight
-        else:
-            if MODE == "shifted":
-                by_factor = by_score * (scores - row[2]) * (unit * LN_2)
-            else:
-                by_factor = by_score * scores * (unit * LN_2)
-            if flagged:
-                by_score *= factor
-            if MODE == "shifted":
-                is_lowest = (row[3] == at) | ((row[3] < 0) & (scores <= row[2]))
-                by_score += tl.where(is_lowest & visible, row[4], 0.0)
-    return weights, by_score, by_factor
-
-
-# --- preparation ---
-
-
-@triton.jit(do_not_specialize=["rows"])
-def prepare_rows(
-    output,  # (B, Hq, rows, DV)
-    output_strides,
-    grad_output,
-    grad_output_strides,
-    lse,  # (B, Hq, rows) natural log
-    lse_strides,
-    grad_lse,  # as lse, or None
-    grad_lse_strides,
-    total,  # (B, Hq, rows) float32, contiguous: lse as a power of 2; inf for rows that saw nothing: no weight is left
-    delta,  # (B, Hq, rows) float32, contiguous
-    rows,
-    HEADS: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    tiles = tl.cdiv(rows, BLOCK_M)
-    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.cast(tl.program_id(0) // tiles % HEADS, tl.int64)
-    batch = tl.cast(tl.program_id(0) // tiles // HEADS, tl.int64)
-    exists = row < rows
-    row = row.to(tl.int64)
-    o_dv = tl.arange(0, BLOCK_DV)
-    inside = exists[:, None] & (o_dv[None, :] < DV)
-    o_output = batch * output_strides[0] + head * output_strides[1] + row * output_strides[2]
-    o_grad = batch * grad_output_strides[0] + head * grad_output_strides[1] + row * grad_output_strides[2]
-    b_output = tl.load(output + o_output[:, None] + o_dv[None, :] * output_strides[3], mask=inside, other=0.0)
-    b_grad = tl.load(grad_output + o_grad[:, None] + o_dv[None, :] * grad_output_strides[3], mask=inside, other=0.0)
-    b_delta = tl.sum(b_output.to(tl.float32) * b_grad.to(tl.float32), 1)
-    if grad_lse is not None:
-        o_lse = batch * grad_lse_strides[0] + head * grad_lse_strides[1] + row * grad_lse_strides[2]
-        b_delta -= tl.load(grad_lse + o_lse, mask=exists, other=0.0)
-    b_lse = tl.load(
-        lse + batch * lse_strides[0] + head * lse_strides[1] + row * lse_strides[2], mask=exists, other=0.0
-    )
-    offset = (batch * HEADS + head) * rows + row
-    tl.store(total + offset, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E), mask=exists)
-    tl.store(delta + offset, b_delta, mask=exists)
-
-
-@triton.jit(do_not_specialize=["length", "touched_shift"])
-def flag_factors(
-    factors,  # (V|B, TERM_HEADS, length) float32, contiguous
-    touched,  # (V|B, TERM_HEADS) int64
-    length,
-    touched_shift,
-    BLOCK: tl.constexpr,
-):
-    """Bit i of a row of factors: is one of [i << touched_shift, (i + 1) << touched_shift) not 1?"""
-    word = tl.program_id(0).to(tl.int64)
-    flag = tl.arange(0, FLAGS)
-    found = tl.zeros([FLAGS], tl.int32)
-    for begin in range(0, 1 << touched_shift, BLOCK):
-        position = (flag << touched_shift)[:, None] + begin + tl.arange(0, BLOCK)[None, :]
-        b_factor = tl.load(factors + word * length + position, mask=position < length, other=1.0)
-        found |= tl.max((b_factor != 1).to(tl.int32), 1)
-    tl.store(touched + word, tl.sum(found.to(tl.int64) << flag.to(tl.int64)))
-
-
-@triton.jit(do_not_specialize=["rows", "num_tiles", "window"])
-def prepare_places(
-    suffix_starts,  # (V + 1,)
-    prefix_lengths,  # (V,)
-    base_starts,  # (V,)
-    row_variant,  # (rows,)
-    factors,  # (V, TERM_HEADS, positions) float32, contiguous, or None; so are the next three
-    touched,  # (V, TERM_HEADS) int64
-    own_factors,  # (TERM_HEADS, rows) float32: those of the rows as keys, which their own variant alone sees
-    tile_touched,  # (num_tiles,) int64: the flags of all its rows
-    places,  # (PLACES, rows) int32
-    reach,  # (REACH, num_tiles) int32, of the tiles of `key_gradient`
-    positions,
-    rows,
-    num_tiles,
-    window,
-    GROUP: tl.constexpr,
-    TERM_HEADS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Where the rows of one tile stand and what they see, written down once for all heads."""
-    tile = tl.program_id(0)
-    lane = tl.minimum(tile * BLOCK_M + tl.arange(0, BLOCK_M), rows * GROUP - 1)
-    row = lane // GROUP
-    variant = tl.load(row_variant + row)
-    prefix = tl.load(prefix_lengths + variant)
-    base_start = tl.load(base_starts + variant)
-    suffix_start = tl.load(suffix_starts + variant)
-    suffix = tl.load(suffix_starts + variant + 1) - suffix_start
-    shift = prefix - suffix_start
-    first, last = visible_positions(row + shift, tl.zeros([BLOCK_M], tl.int32), prefix, window, IS_CAUSAL)
-    seeing = first < last
-    own_first, own_last = visible_positions(row + shift, prefix, prefix + suffix, window, IS_CAUSAL)
-    first = tl.where(seeing, base_start + first, FAR)
-    last = tl.where(seeing, base_start + last, 0)
-    tl.store(places + BASE_FIRST * rows + row, first)
-    tl.store(places + BASE_LAST * rows + row, last)
-    tl.store(places + OWN_FIRST * rows + row, own_first - shift)
-    tl.store(places + OWN_LAST * rows + row, own_last - shift)
-    tl.store(places + SHIFT * rows + row, shift)
-    tl.store(places + BASE_START * rows + row, base_start)
-
-    lowest_base = tl.min(tl.where(seeing, base_start, FAR))
-    highest_base = tl.max(tl.where(seeing, base_start, 0))
-    tl.store(reach + FIRST * num_tiles + tile, tl.min(first))
-    tl.store(reach + LAST * num_tiles + tile, tl.max(last))
-    tl.store(reach + FULL_FIRST * num_tiles + tile, tl.max(first))
-    tl.store(reach + FULL_LAST * num_tiles + tile, tl.min(last))
-    tl.store(reach + TILE_BASE * num_tiles + tile, tl.where(lowest_base == highest_base, lowest_base, FAR))
-    if factors is not None:
-        flags = tl.zeros([BLOCK_M], tl.int64)
-        for head in range(TERM_HEADS):
-            word = variant.to(tl.int64) * TERM_HEADS + head
-            flags |= tl.load(touched + word)
-            tl.store(own_factors + head * rows + row, tl.load(factors + word * positions + row + shift))
-        tl.store(tile_touched + tile, tl.reduce_or(flags, 0))
-
-
-@triton.jit(do_not_specialize=["num_tiles", "touched_shift"])
-def list_tiles(
-    reach,  # (REACH, num_tiles)
-    tile_touched,  # (num_tiles,) int64, or None
-    tiles,  # (num_blocks, num_tiles) int32: those that see a block of base keys, as 4 * tile + 2 * in full + flagged
-    counts,  # (num_blocks,) int32
-    num_tiles,
-    touched_shift,
-    BLOCK_N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Which tiles of rows see one block of base keys."""
-    block = tl.program_id(0)
-    start, stop = block * BLOCK_N, (block + 1) * BLOCK_N
-    p_tiles = tiles + tl.cast(block, tl.int64) * num_tiles
-    count = tl.zeros([], tl.int32)
-    for begin in range(0, num_tiles, BLOCK):
-        tile = begin + tl.arange(0, BLOCK)
-        exists = tile < num_tiles
-        first = tl.load(reach + FIRST * num_tiles + tile, mask=exists, other=FAR)
-        last = tl.load(reach + LAST * num_tiles + tile, mask=exists, other=0)
-        full_first = tl.load(reach + FULL_FIRST * num_tiles + tile, mask=exists, other=FAR)
-        full_last = tl.load(reach + FULL_LAST * num_tiles + tile, mask=exists, other=0)
-        meets = (first < stop) & (last > start)
-        entry = tile * 4 + ((full_first <= start) & (full_last >= stop)).to(tl.int32) * 2
-        if tile_touched is not None:
-            touched = tl.load(tile_touched + tile, mask=exists, other=0)
-            base = tl.load(reach + TILE_BASE * num_tiles + tile, mask=exists, other=0)
-            lowest = tl.maximum(tl.maximum(start, first) - base, 0) >> touched_shift
-            highest = tl.maximum(tl.minimum(stop, last) - 1 - base, 0) >> touched_shift
-            near = (touched >> tl.minimum(lowest, FLAGS - 1)) | (touched >> tl.minimum(highest, FLAGS - 1))
-            entry += tl.where(base < FAR, (near & 1) != 0, touched != 0).to(tl.int32)
-        met = meets.to(tl.int32)
-        tl.store(p_tiles + count + tl.cumsum(met, 0) - 1, entry, mask=meets)
-        count += tl.sum(met)
-    tl.store(counts + block, count)
-
+from atman_kernels.backends.triton.primitives import sees, visible_positions
 
 # --- rows that walk over keys ---
 
@@ -287,7 +44,7 @@ def _sweep(
     flags,  # None without factors; else (flags of all rows, touched_shift)
     key_mask,  # None, or (pointer to one sequence's, stride)
     bias,  # None, or (pointer, [BLOCK_M] offset of key 0, stride)
-    row,  # see `_gradients`, each [BLOCK_M, 1]
+    row,  # see `pair_gradients`, each [BLOCK_M, 1]
     unit,
     inner_scale,
     PASS: tl.constexpr,
@@ -333,7 +90,8 @@ def _sweep(
             last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
             flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
             if factor_rows is None:
-                b_factor = tl.load(p_factor, mask=in_reach, other=1.0)[None, :]  # behind the last there is anything
+                b_factor = tl.load(p_factor, mask=in_reach, other=1.0)[None, :]
+                flagged = True  # to look costs less than not to
             else:
                 b_factor = tl.full([query.shape[0], BLOCK_N], 1.0, tl.float32)
                 if flagged & one_row:
@@ -349,7 +107,7 @@ def _sweep(
         b_key = tl.load(
             p_key + tl.cast(block, tl.int64) * key_row_stride, mask=in_reach[:, None] & (o_d[None, :] < D), other=0.0
         )
-        scores, slope = _scores(
+        scores, slope = score(
             tl.dot(query, tl.trans(b_key), input_precision=PRECISION), b_bias, unit, inner_scale, SOFTCAP
         )
         at = None
@@ -378,7 +136,7 @@ def _sweep(
                 other=0.0,
             )
             by_weight = tl.dot(grad_output, tl.trans(b_value), input_precision=PRECISION) - row[1]
-            exponentials = _exponentials(scores, b_factor, flagged, row, unit, MODE)
+            exponentials = exponential(scores, b_factor, flagged, row, unit, MODE, False)
             if MODE == "shifted":
                 exponentials = tl.where(visible, exponentials, 0.0)
             else:
@@ -392,8 +150,8 @@ def _sweep(
             if PASS == "owed":
                 ties += tl.sum((1 - b_factor) * (exponentials * by_weight), 1)
             else:
-                _, by_score, _ = _gradients(
-                    exponentials, by_weight, scores, b_factor, flagged, at, visible, row, unit, MODE
+                _, by_score, _ = pair_gradients(
+                    exponentials, by_weight, scores, b_factor, flagged, at, visible, row, unit, MODE, False
                 )
                 by_query = tl.dot((by_score * slope).to(b_key.dtype), b_key, by_query, input_precision=PRECISION)
     return by_query, smallest, lowest, ties
@@ -610,9 +368,7 @@ def query_gradient(
         tl.store(share + offset, tl.where(number > 0, ties / number, 0.0), mask=stored)
     else:
         b_result = (by_query * scale).to(grad_query.dtype.element_ty)
-        tl.store(
-            grad_query + offset[:, None] * D + o_d[None, :], b_result, mask=stored[:, None] & (o_d[None, :] < D)
-        )
+        tl.store(grad_query + offset[:, None] * D + o_d[None, :], b_result, mask=stored[:, None] & (o_d[None, :] < D))
 
 
 # --- keys that walk over rows ---
@@ -689,7 +445,9 @@ def key_gradient(
     p_key = key + key_batch * key_strides[0] + kv_head * key_strides[1] + wide[:, None] * key_strides[2]
     b_key = tl.load(p_key + o_d[None, :] * key_strides[3], mask=exists[:, None] & (o_d[None, :] < D), other=0.0)
     p_value = value + key_batch * value_strides[0] + kv_head * value_strides[1] + wide[:, None] * value_strides[2]
-    b_value = tl.load(p_value + o_dv[None, :] * value_strides[3], mask=exists[:, None] & (o_dv[None, :] < DV), other=0.0)
+    b_value = tl.load(
+        p_value + o_dv[None, :] * value_strides[3], mask=exists[:, None] & (o_dv[None, :] < DV), other=0.0
+    )
 
     # the rows [row_start, row_stop) see some of these keys
     row_start = 0
@@ -703,10 +461,7 @@ def key_gradient(
                 row_start = tl.maximum(start + 1 - window - (keys - rows), 0)
     if KIND == "own":
         row_stop = tl.load(suffix_starts + tl.load(row_variant + stop - 1) + 1)
-        if IS_CAUSAL:
-            row_start = start
-        else:
-            row_start = tl.load(suffix_starts + tl.load(row_variant + start))
+        row_start = start if IS_CAUSAL else tl.load(suffix_starts + tl.load(row_variant + start))
         if window is not None:
             row_stop = tl.minimum(row_stop, stop - 1 + window)
             if not IS_CAUSAL:
@@ -724,6 +479,7 @@ def key_gradient(
     by_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # Batch entries that share the keys, and heads that are not folded into the rows, come one after the other.
     heads_apart: tl.constexpr = HEADS // KV_HEADS // GROUP
+    BY_FACTOR: tl.constexpr = grad_factor is not None
     for turn in range(BATCH // KEY_BATCH * heads_apart):
         batch = key_batch + turn // heads_apart
         first_head = kv_head * (HEADS // KV_HEADS) + turn % heads_apart * GROUP
@@ -731,16 +487,15 @@ def key_gradient(
         if key_mask is not None:
             p_mask = key_mask + batch * key_mask_strides[0] + wide * key_mask_strides[1]
             key_exists = exists & (tl.load(p_mask, mask=exists, other=0) != 0)
-        b_factor = None
-        flagged = False
-        if factors is not None:
-            if KIND != "base":
-                word = first_head % TERM_HEADS
-                if KIND == "dense":
-                    word += batch * TERM_HEADS
-                b_factor = tl.load(factors + word * positions + index, mask=exists, other=1.0)
-                flagged = tl.max((b_factor != 1).to(tl.int32)) != 0
-                b_factor = b_factor[:, None]
+        key_factor = None
+        key_flagged = False
+        if factors is not None and KIND != "base":
+            word = first_head % TERM_HEADS
+            if KIND == "dense":
+                word += batch * TERM_HEADS
+            one_factor = tl.load(factors + word * positions + index, mask=exists, other=1.0)
+            key_flagged = tl.max((one_factor != 1).to(tl.int32)) != 0
+            key_factor = one_factor[:, None]
         by_factor = tl.zeros([BLOCK_N], tl.float32)
 
         for step in tl.range(0, count):
@@ -781,18 +536,18 @@ def key_gradient(
                 if bias is not None:
                     bias_query = row + tl.load(places + SHIFT * rows + row)
             tile_at = at
-            if KIND == "base":
-                if (bias is not None) | (factors is not None):
-                    tile_at = at - tl.load(places + BASE_START * rows + row)[None, :]
+            if KIND == "base" and (bias is not None or factors is not None):
+                tile_at = at - tl.load(places + BASE_START * rows + row)[None, :]
             # [BLOCK_N, BLOCK_M] which pairs count; rows past the end have weights of 0 by their lse
             visible = (index[:, None] >= first[None, :]) & (index[:, None] < last[None, :]) & exists[:, None]
-            if KIND == "base":
-                if factors is not None:
-                    b_factor = tl.full([BLOCK_N, BLOCK_M], 1.0, tl.float32)
-                    flagged = (entry & 1) != 0
-                    if flagged:
-                        word = tl.load(row_variant + row).to(tl.int64) * TERM_HEADS + first_head % TERM_HEADS
-                        b_factor = tl.load(factors + word[None, :] * positions + tile_at, mask=visible, other=1.0)
+            b_factor = key_factor
+            flagged = key_flagged
+            if KIND == "base" and factors is not None:
+                b_factor = tl.full([BLOCK_N, BLOCK_M], 1.0, tl.float32)
+                flagged = (entry & 1) != 0
+                if flagged:
+                    word = tl.load(row_variant + row).to(tl.int64) * TERM_HEADS + first_head % TERM_HEADS
+                    b_factor = tl.load(factors + word[None, :] * positions + tile_at, mask=visible, other=1.0)
             b_bias = None
             if bias is not None:
                 o_bias = batch * bias_strides[0] + head * bias_strides[1] + bias_query.to(tl.int64) * bias_strides[2]
@@ -815,10 +570,10 @@ def key_gradient(
                     tl.load(lowest + offset)[None, :],
                     tl.load(share + offset, mask=row_exists, other=0.0)[None, :],
                 )
-            scores, slope = _scores(
+            scores, slope = score(
                 tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION), b_bias, unit, inner_scale, SOFTCAP
             )
-            exponentials = _exponentials(scores, b_factor, flagged, states, unit, MODE)
+            exponentials = exponential(scores, b_factor, flagged, states, unit, MODE, BY_FACTOR)
             o_grad = batch * grad_output_strides[0] + head * grad_output_strides[1] + row * grad_output_strides[2]
             b_grad = tl.load(
                 grad_output + o_grad[:, None] + o_dv[None, :] * grad_output_strides[3],
@@ -836,8 +591,8 @@ def key_gradient(
                 exponentials = tl.where(visible, exponentials, 0.0)
                 by_weight = tl.where(visible, by_weight, 0.0)
                 scores = tl.where(visible, scores, 0.0)
-            weights, by_score, pair_by_factor = _gradients(
-                exponentials, by_weight, scores, b_factor, flagged, tile_at, visible, states, unit, MODE
+            weights, by_score, pair_by_factor = pair_gradients(
+                exponentials, by_weight, scores, b_factor, flagged, tile_at, visible, states, unit, MODE, BY_FACTOR
             )
             if grad_value is not None:
                 by_value = tl.dot(weights.to(b_grad.dtype), b_grad, by_value, input_precision=PRECISION)
@@ -960,9 +715,8 @@ def broadcast_gradient(
         if not OVER_QUERIES:
             first_query = tl.maximum(first_query - query_begin, 0) // BLOCK_M * BLOCK_M + query_begin
             last_query = tl.minimum(last_query, query_begin + BLOCK_M)
-        elif not OVER_KEYS:
-            if IS_CAUSAL:
-                first_query = tl.maximum(first_query, key_begin - ahead)
+        elif not OVER_KEYS and IS_CAUSAL:
+            first_query = tl.maximum(first_query, key_begin - ahead)
         if not OVER_KEYS:
             key_stop = tl.minimum(key_stop, key_begin + BLOCK_N)
 
@@ -1020,7 +774,9 @@ def broadcast_gradient(
                     b_bias = None
                     if bias is not None:
                         o_bias = (
-                            batch * bias_strides[0] + wide_head * bias_strides[1] + at_query.to(tl.int64) * bias_strides[2]
+                            batch * bias_strides[0]
+                            + wide_head * bias_strides[1]
+                            + at_query.to(tl.int64) * bias_strides[2]
                         )
                         p_bias = bias + o_bias[:, None] + at_key.to(tl.int64)[None, :] * bias_strides[3]
                         b_bias = tl.load(p_bias, mask=visible, other=float("-inf")).to(tl.float32)
@@ -1047,14 +803,24 @@ def broadcast_gradient(
                     b_value = tl.load(p_value, mask=key_exists[:, None] & (o_dv[None, :] < DV), other=0.0)
 
                     product = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
-                    scores, _ = _scores(product, b_bias, unit, inner_scale, SOFTCAP)
+                    scores, _ = score(product, b_bias, unit, inner_scale, SOFTCAP)
                     by_weight = tl.dot(b_grad, tl.trans(b_value), input_precision=PRECISION) - b_delta
-                    exponentials = _exponentials(scores, b_factor, True, states, unit, MODE)
+                    exponentials = exponential(scores, b_factor, True, states, unit, MODE, OF == "factor")
                     exponentials = tl.where(visible, exponentials, 0.0)
                     by_weight = tl.where(visible, by_weight, 0.0)
                     scores = tl.where(visible, scores, 0.0)
-                    _, by_score, by_factor = _gradients(
-                        exponentials, by_weight, scores, b_factor, True, at_key[None, :], visible, states, unit, MODE
+                    _, by_score, by_factor = pair_gradients(
+                        exponentials,
+                        by_weight,
+                        scores,
+                        b_factor,
+                        True,
+                        at_key[None, :],
+                        visible,
+                        states,
+                        unit,
+                        MODE,
+                        OF == "factor",
                     )
                     summed += by_factor if OF == "factor" else by_score
 

@@ -6,13 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels.backends.triton import backward, configs, launch
+from atman_kernels.backends.triton import backward, backward_steps, configs, launch
+from atman_kernels.backends.triton.configs import KernelConfig
 from atman_kernels.backends.triton.launch import Extras, Layout
 from atman_kernels.formula import Saved, ScoreOptions
 
 PREPARED_ROWS = 64
 FLAGGED_BLOCK = 64  # times 64 flags: factors that are read at once
 LISTED_TILES = 1024  # tiles of rows that are looked at at once
+
+
+# What the tables `configs/*_backward.json` have entries for: kernels, and whether the call is a pack.
+REGIMES = ("dense_query", "packed_query", "dense_key", "packed_key", "broadcast")
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class _Backward:
         self.window = None if window is None else min(window, launch.LARGEST_WINDOW)
         self.total, self.delta = self._rows_of(torch.float32), self._rows_of(torch.float32)
         launch.run(
-            backward.prepare_rows,
+            backward_steps.prepare_rows,
             (-(-self.rows // PREPARED_ROWS) * self.heads * self.batch,),
             {
                 **_with_strides("output", self.saved.output, 4),
@@ -118,8 +123,10 @@ class _Backward:
             },
         )
         self._prepare_factors()
-        self.places = self.reach = self.tile_touched = None
-        self.key_config = self._config("key_gradient")
+        self.places: Tensor | None = None
+        self.reach: Tensor | None = None
+        self.tile_touched: Tensor | None = None
+        self.key_config = self._config("key")
         self.key_tiles = -(-self.rows * self.group // self.key_config.block_m)
         if self.layout is not None:
             self._prepare_places(self.layout)
@@ -130,7 +137,9 @@ class _Backward:
 
     def _prepare_factors(self) -> None:
         """Factors in rows of float32, and flags that tell where they are 1."""
-        self.factors = self.touched = self.own_factors = None
+        self.factors: Tensor | None = None
+        self.touched: Tensor | None = None
+        self.own_factors: Tensor | None = None
         self.positions, self.touched_shift, self.factor_heads = 0, 0, 1
         factor = self.extras.factor
         if factor is None:
@@ -142,7 +151,7 @@ class _Backward:
         words = factor.shape[0] * self.factor_heads
         self.touched = factor.new_empty((words,), dtype=torch.int64)
         launch.run(
-            backward.flag_factors,
+            backward_steps.flag_factors,
             (words,),
             {
                 "factors": self.factors,
@@ -155,13 +164,13 @@ class _Backward:
 
     def _prepare_places(self, layout: Layout) -> None:
         new = self.query.new_empty
-        self.places = new((backward.PLACES.value, self.rows), dtype=torch.int32)
-        self.reach = new((backward.REACH.value, self.key_tiles), dtype=torch.int32)
+        self.places = new((backward_steps.PLACES.value, self.rows), dtype=torch.int32)
+        self.reach = new((backward_steps.REACH.value, self.key_tiles), dtype=torch.int32)
         if self.factors is not None:
             self.tile_touched = new((self.key_tiles,), dtype=torch.int64)
             self.own_factors = new((self.factor_heads, self.rows), dtype=torch.float32)
         launch.run(
-            backward.prepare_places,
+            backward_steps.prepare_places,
             (self.key_tiles,),
             {
                 "suffix_starts": layout.suffix_starts,
@@ -188,18 +197,18 @@ class _Backward:
     def _rows_of(self, dtype: torch.dtype) -> Tensor:
         return self.query.new_empty((self.batch, self.heads, self.rows), dtype=dtype)
 
-    def _config(self, kernel: str) -> configs.KernelConfig:
+    def _config(self, kernel: str) -> KernelConfig:
         forced = configs.forced_now().config
         if forced is not None:
             return forced
         table = configs.load(f"{_architecture(self.query.device)}_backward")
-        group = 1 if kernel == "broadcast_gradient" else self.group
-        return configs.choose(
-            table, self.query.element_size(), kernel, self.head_dim, self.value_dim, self.rows * group,
-            has_bias=self.extras.bias is not None,
-        )  # fmt: skip
+        regime = kernel if kernel == "broadcast" else f"{'dense' if self.layout is None else 'packed'}_{kernel}"
+        rows = self.rows * (1 if kernel == "broadcast" else self.group)
+        dims, has_bias = (self.head_dim, self.value_dim), self.extras.bias is not None
+        found = configs.choose(table, self.query.element_size(), regime, *dims, rows, has_bias)
+        return narrowed(found, regime, *dims, self.mode)
 
-    def _arguments(self, config: configs.KernelConfig) -> dict[str, Any]:
+    def _arguments(self, config: KernelConfig) -> dict[str, Any]:
         """What all three kernels have in common."""
         key_mask = self.extras.key_mask
         return {
@@ -247,7 +256,7 @@ class _Backward:
 
     def _query_gradient(self) -> None:
         """The queries' gradient; before it, in "shifted", each row's minimum and what it is owed."""
-        config = self._config("query_gradient")
+        config = self._config("query")
         tiles = -(-self.rows * self.group // config.block_m)
         arguments = self._arguments(config) | self._keys_and_values()
         arguments |= {
@@ -336,7 +345,7 @@ class _Backward:
         tiles = self.query.new_empty((blocks, self.key_tiles), dtype=torch.int32)
         counts = self.query.new_empty((blocks,), dtype=torch.int32)
         launch.run(
-            backward.list_tiles,
+            backward_steps.list_tiles,
             (blocks,),
             {
                 "reach": self.reach,
@@ -364,7 +373,7 @@ class _Backward:
 
     def _broadcast_gradient(self, of: str, result: Tensor) -> None:
         """`result` is (1|V, 1|Hq, 1|queries, 1|keys) and contiguous, V the batch of a dense call."""
-        config, layout = self._config("broadcast_gradient"), self.layout
+        config, layout = self._config("broadcast"), self.layout
         variants = self.batch if layout is None else layout.prefix_lengths.shape[0]
         over = [n == 1 for n in result.shape]
         blocks = 1 if over[2] else -(-result.shape[2] // config.block_m)
@@ -393,6 +402,28 @@ class _Backward:
                 "OVER_KEYS": over[3],
             },
         )
+
+
+def narrowed(config: KernelConfig, regime: str, head_dim: int, value_dim: int, mode: str) -> KernelConfig:
+    """What is left of an entry beside what else a thread's registers hold: half a step of the walk for each.
+
+    Scores are kept where factors multiply them, for a pack's queries with factors of their own; the loads of a head
+    dimension that is padded are masked.
+
+    Example:
+        >>> narrowed(KernelConfig(64, 128, 8, 2), "dense_key", 80, 80, "log_additive")
+        KernelConfig(block_m=32, block_n=128, num_warps=8, num_stages=2)
+    """
+    keeps_scores = mode != "log_additive"
+    is_padded = (configs.padded(head_dim), configs.padded(value_dim)) != (head_dim, value_dim)
+    if keeps_scores and regime == "packed_query":
+        config = replace(config, block_m=max(config.block_m // 2, 16))
+    for _ in range(keeps_scores + is_padded):
+        if regime.endswith("_key"):
+            config = replace(config, block_m=max(config.block_m // 2, 16))
+        else:
+            config = replace(config, block_n=max(config.block_n // 2, 16))
+    return config
 
 
 def _empty(
