@@ -259,6 +259,7 @@ def test_bad_input_is_named():
     for arguments, words in (
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": TEXT, "target": "  "}, "target is empty"),
+        ({"prompt": (TEXT, TEXT)}, "prompt must be a text, got a pair"),
         ({"audio": SAMPLES}, "takes a text"),
         ({"prompt": TEXT, "include_target": True}, "include_target"),
         ({"prompt": TEXT, "max_new_tokens": 0}, "max_new_tokens"),
@@ -271,6 +272,9 @@ def test_bad_input_is_named():
         ({"audio": SAMPLES, "units": [(1.0, 2.0)]}, r"units\[0\]"),
         ({"audio": torch.zeros(2, 9)}, "samples"),
         ({"audio": "hello.wav"}, "samples"),
+        ({"audio": torch.full((9,), torch.nan)}, "audio must be finite samples"),
+        ({"audio": SAMPLES, "units": 1e-9}, r"at least the \S+ s of a position, got 1e-09"),
+        ({"audio": SAMPLES, "units": {0.0: 1.0}}, "units of a recording must be"),
         ({"audio": torch.zeros(40000)}, "2 s at most"),
         ({"audio": SAMPLES, "target": " ".join(["w5"] * 17)}, "17 tokens, but the model has 16 positions"),
     ):

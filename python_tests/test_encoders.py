@@ -350,6 +350,11 @@ BAD = {
         {"images": torch.zeros(3, 24, 24), "units": "word"},
         "patch",
     ),
+    "pixels that are no numbers": (
+        lambda: explainer(VISION_MODELS["vit"][0]()),
+        {"images": torch.full((3, 24, 24), torch.nan)},
+        "pixel values must be finite",
+    ),
     "pixels that do not fit": (
         lambda: explainer(VISION_MODELS["vit"][0]()),
         {"images": torch.zeros(3, 32, 24)},

@@ -64,6 +64,8 @@ def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) ->
         raise InputError(f"labels are for models that compare images with texts; {type(model).__name__} is none")
     if asked.pooling != "mean" and kind != "embedding":
         raise InputError(f"pooling is for embedding models; {type(model).__name__} is none")
+    if wanted.get(kind, "prompt") == "prompt" and isinstance(thing, tuple) and kind != "text label":
+        raise InputError(f"prompt must be a text, got a pair; {type(model).__name__} is no classifier of pairs")
     part = part_of(model, kind)
     if kind in ("translation", "speech", "pictured translation"):
         tokenizer = source_target.tokenizer_of(processor)
@@ -93,8 +95,6 @@ def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) ->
         read = read_image(model, part, processor, thing, asked.picture_units)
         ask = _label_task if kind == "image label" else _likeness_to_text
         return ask(model, part, processor, read, asked)
-    if isinstance(thing, tuple) and kind != "text label":
-        raise InputError(f"prompt must be a text, got a pair; {type(model).__name__} is no classifier of pairs")
     read = read_text(model, processor, thing, asked.units, asked.language)
     return (_label_task if kind == "text label" else _embedding_task)(model, part, processor, read, asked)
 

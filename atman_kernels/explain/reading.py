@@ -173,6 +173,8 @@ def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor
     if isinstance(image, Tensor):
         if image.ndim not in (3, 4) or (image.ndim == 4 and image.shape[0] != 1) or not image.is_floating_point():
             raise InputError(f"images as pixel values must be floating point (C, H, W), got {tuple(image.shape)}")
+        if not bool(image.isfinite().all()):
+            raise InputError("images as pixel values must be finite; they hold infinite or NaN entries")
         pixels = image if image.ndim == 4 else image[None]
         return pixels.to(model.device, model.dtype), (pixels.shape[3], pixels.shape[2]), None
     size = getattr(image, "size", None)
@@ -211,12 +213,14 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
             f"audio must be floating point samples (n,) at {extractor.sampling_rate} Hz, got {samples.dtype} "
             f"{tuple(samples.shape)}"
         )
+    if not bool(samples.isfinite().all()):
+        raise InputError("audio must be finite samples; it holds infinite or NaN entries")
     features = extractor(samples.numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt")["input_features"]
     per_position = features.shape[-1] / most * extractor.hop_length / extractor.sampling_rate  # seconds
     duration = samples.numel() / extractor.sampling_rate
     if duration > most * per_position + 1e-9:
         raise InputError(f"audio has {duration:.1f} s, but {name} reads {most * per_position:g} s at most")
-    spans = _seconds(units, duration)
+    spans = _seconds(units, duration, per_position)
     shown, found = "", []
     for start, end in spans:
         first = min(int(start / per_position + 1e-6), most - 1)
@@ -229,13 +233,18 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
     return Reading(shown, {"input_features": features.to(model.device, model.dtype)}, tuple(found), most, facts)
 
 
-def _seconds(units: Any, duration: float) -> list[tuple[float, float]]:
-    """Spans of a recording; named and regular ones end with it, and leave out what pads it."""
+def _seconds(units: Any, duration: float, shortest: float) -> list[tuple[float, float]]:
+    """Spans of a recording; named and regular ones end with it, and leave out what pads it.
+
+    Regular ones are at least as long as what one position of the model hears: `shortest` seconds.
+    """
     expected = '"second", a number of seconds, or (start, end) spans'
     if isinstance(units, str) and units in ("token", "second"):
         units = 1.0
     if isinstance(units, str | bytes | Mapping) or not hasattr(units, "__iter__") or getattr(units, "ndim", 1) == 0:
         step = real(units, "units of a recording", expected, lambda x: 0 < x < math.inf)
+        if step < shortest * (1 - 1e-6):
+            raise InputError(f"units of a recording must be at least the {shortest:g} s of a position, got {step:g}")
         count = math.ceil(duration / step - 1e-9)
         return [(round(i * step, 6), round(min((i + 1) * step, duration), 6)) for i in range(count)]
     spans = entries(units, "units of a recording", "(start, end) spans")
