@@ -374,13 +374,15 @@ def _check_backend(backend: str | None, query: Tensor) -> None:
         backends.load(backend, query.device.type)
 
 
-def _check_factor_values(factor: Tensor | None) -> None:
+def _check_factor_values(factor: Tensor | None, query: Tensor) -> None:
     """Reads values, so only where that costs no device synchronisation."""
     if factor is None or factor.device.type != "cpu" or factor.numel() == 0:
         return
     lowest, highest = torch.aminmax(factor.detach())  # NaN propagates and fails both comparisons
-    if not (lowest >= 0 and highest < math.inf):
-        bad = (factor.isnan().any() and "NaN") or (f"{lowest:g}" if lowest < 0 else "inf")
+    # scores are float32, or float64 for float64 queries: what a factor of float64 may be goes by that
+    most = torch.finfo(torch.float64 if query.dtype == torch.float64 else torch.float32).max
+    if not (lowest >= 0 and highest <= most):
+        bad = (factor.isnan().any() and "NaN") or (f"{lowest:g}" if lowest < 0 else f"{highest:g}")
         raise InputError(f"factor must be finite and >= 0 everywhere, got {bad}")
 
 
@@ -414,7 +416,7 @@ def _unpacked(options: ScoreOptions, *tensors: Tensor | None) -> tuple[Any, ...]
 
 def _run_dense(*arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, mode, is_causal, scale, window, softcap, return_lse, backend = arguments
-    _check_factor_values(tensors[3])
+    _check_factor_values(tensors[3], tensors[0])
     module = backends.load_for(backend, tensors[0], tensors[2])
     options = ScoreOptions(mode, is_causal, scale, window, softcap, return_lse)
     return module.suppressed_attention(*tensors, options)
@@ -422,7 +424,7 @@ def _run_dense(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _run_packed(*arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, mode, is_causal, scale, window, softcap, return_lse, backend = arguments
-    _check_factor_values(tensors[10])
+    _check_factor_values(tensors[10], tensors[0])
     module = backends.load_for(backend, tensors[0], tensors[2])
     options = ScoreOptions(mode, is_causal, scale, window, softcap, return_lse)
     return module.packed_suppressed_attention(*tensors, options)

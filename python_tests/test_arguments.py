@@ -366,3 +366,52 @@ def test_a_text_of_a_subclass_is_its_text(explainer):
     found = explainer.explain(text, np.str_(ANSWER), np.str_("word"))
     assert type(found.prompt) is str
     assert torch.equal(found.scores, explainer.explain(PROMPT, ANSWER, "word").scores)
+
+
+# --- found by trying ---
+
+
+@pytest.mark.parametrize("too_much", [1e39, 10**400])
+def test_factors_beyond_float32_are_refused(model, tokenizer, too_much):
+    with pytest.raises(ak.InputError, match=r"^factor must be a finite number >= 0, got 1"):
+        ak.Explainer(model, tokenizer, factor=too_much)
+    with pytest.raises(ak.InputError, match=r"^spans: the factor of 'w5' must be finite and >= 0, got 1"):
+        ak.steer(model, tokenizer, PROMPT, {"w5": too_much}).__enter__()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+def test_factors_beyond_the_dtype_of_the_scores_are_refused(model, backend):
+    q, factor = torch.randn(1, 1, 2, 4), torch.tensor([[1e39, 1.0]], dtype=torch.float64)
+    with pytest.raises(ak.InputError, match="factor must be finite and >= 0"):
+        ak.suppressed_attention(q, q, q, factor, backend=backend)
+    with pytest.raises(ak.InputError, match="factor must be finite and >= 0"):
+        ak.packed_suppressed_attention(*[q[0]] * 5, ak.VariantPack.build([2], [0]), factor, backend=backend)
+    assert ak.suppressed_attention(q.double(), q.double(), q.double(), factor, backend=backend).isfinite().all()
+    with pytest.raises(ak.InputError, match="factor must be finite and >= 0"):
+        ak.suppress(model, factor).__enter__()
+
+
+@pytest.mark.parametrize("bad", [None, "gpt2", 3])
+def test_what_is_no_tokenizer_is_refused_at_once(model, bad):
+    with pytest.raises(ak.InputError, match=r"^tokenizer must be a tokenizer or processor of transformers, got"):
+        ak.Explainer(model, bad)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[5.0, 6.0]]), r"input_ids must be integers, got torch.float32"),
+        (torch.tensor([[True]]), r"input_ids must be integers, got torch.bool"),
+        (torch.tensor([[5, 600]]), "has id 600, but LlamaForCausalLM has embeddings for 99 ids"),
+        (torch.tensor([[5, -1]]), "prompt: token ids must be >= 0, got -1"),
+    ],
+)
+def test_ready_inputs_that_the_model_does_not_know(model, tokenizer, ids, message):
+    with pytest.raises(ak.InputError, match=message):
+        ak.steer(model, tokenizer, {"input_ids": ids}, {}).__enter__()
+
+
+@pytest.mark.parametrize("bad", [0, "3", True, 2.0])
+def test_a_list_has_a_length(explainer, bad):
+    with pytest.raises(ak.InputError, match=r"^top must be an integer >= 1"):
+        explainer.explain(PROMPT, ANSWER).show(top=bad)
