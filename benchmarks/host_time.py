@@ -50,7 +50,7 @@ def nothing_runs() -> Iterator[None]:
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     instead: list[tuple[Any, str, Callable[..., Any]]] = [
         (backend, "unavailable_reason", lambda device_type: None),
-        (ops, "_check_factor_values", lambda factor: None),  # no call on a GPU reads them
+        (ops, "_check_factor_values", lambda factor, query: None),  # no call on a GPU reads them
         (torch.cuda, "get_device_properties", lambda device: properties),
         (torch.cuda, "get_device_capability", lambda *device: CAPABILITY),
     ]
