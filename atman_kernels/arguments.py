@@ -102,7 +102,7 @@ def integer(
 
     Args:
         least, most: the limits, both included.
-        expected: what the message says; by default it names the least.
+        expected: what the message says; by default it names the limits.
 
     >>> integer(0, "steps", least=1)
     Traceback (most recent call last):
@@ -121,7 +121,8 @@ def integer(
         or (least is not None and found < least)
         or (most is not None and found > most)
     ):
-        what = expected or ("an integer" if least is None else f"an integer >= {least}")
+        limits = "" if least is None else f" >= {least}" if most is None else f" from {least} to {most:,}"
+        what = expected or f"an integer{limits}"
         raise InputError(f"{name} must be {what}, got {shown(value)}")
     return found
 

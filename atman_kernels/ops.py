@@ -17,6 +17,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.formula import MODES, ScoreOptions
 from atman_kernels.pack import VariantPack
 
+WIDEST_WINDOW = 1 << 30  # reaches over every sequence, and leaves room for positions in 32 bits
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -182,7 +183,7 @@ def _describe(*tensors: Tensor | None, of: tuple[int, ...] = ()) -> tuple[Any, .
     if torch.compiler.is_compiling():
         return None
     try:
-        described = (of, *[None if x is None else (type(x), x.shape, x.dtype, x.device) for x in tensors])
+        described = (of, *[None if x is None else (type(x), x.shape, x.dtype, x.device, x.layout) for x in tensors])
         hash(described)  # symbolic sizes have none
     except (AttributeError, TypeError):
         return None
@@ -268,6 +269,12 @@ def _check_rank(name: str, tensor: Tensor, rank: int, shape: str) -> None:
         raise InputError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}")
     if tensor.ndim != rank:
         raise InputError(f"{name} must be {shape}, got shape {tuple(tensor.shape)}")
+    _check_layout(name, tensor)
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], what: str) -> None:
@@ -280,6 +287,7 @@ def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
         raise InputError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != like.device:
         raise InputError(f"{name} must be on {like.device} as query is, got {tensor.device}")
+    _check_layout(name, tensor)
 
 
 def _check_alike(first: str, tensor: Tensor, **others: Tensor) -> None:
@@ -353,6 +361,8 @@ def _checked_options(
         scale = real(scale, "scale", "a finite number")
     if sliding_window is not None:
         sliding_window = integer(sliding_window, "sliding_window", least=1, expected="an integer >= 1 or None")
+        if type(sliding_window) is int:  # compilers have sizes of their own, which no limit would leave symbolic
+            sliding_window = min(sliding_window, WIDEST_WINDOW)
     if softcap is not None:
         softcap = real(softcap, "softcap", "positive and finite or None", lambda x: 0 < x < math.inf)
     if type(is_causal) is not bool or type(return_lse) is not bool:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atman_kernels.arguments import described, entries, integer
+from atman_kernels.arguments import described, entries, integer, shown
 from atman_kernels.errors import InputError
+
+LAST_INDEX = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,8 @@ class VariantPack:
         for name, values in (("prefix_lengths", prefixes), ("base_starts", bases)):
             if len(values) != len(suffixes):
                 raise InputError(f"{name} has {len(values)} entries, but suffix_lengths has {len(suffixes)}")
+        if sum(suffixes) > LAST_INDEX:
+            raise InputError(f"suffix_lengths must add up to at most {LAST_INDEX:,}, got {shown(sum(suffixes))}")
 
         suffix = torch.tensor(suffixes, dtype=torch.int64, device="cpu")
         prefix = torch.tensor(prefixes, dtype=torch.int64, device="cpu")
@@ -110,4 +114,6 @@ def _integers(name: str, values: Sequence[int] | Tensor) -> list[int]:
         raise InputError(f"{name} must hold integers, got {described(values)}") from None
     if any(value < 0 for value in listed):
         raise InputError(f"{name} must be >= 0, got {min(listed)}")
+    if listed and max(listed) > LAST_INDEX:
+        raise InputError(f"{name} must be at most {LAST_INDEX:,}, as 32 bits count, got {shown(max(listed))}")
     return listed

@@ -415,3 +415,109 @@ def test_ready_inputs_that_the_model_does_not_know(model, tokenizer, ids, messag
 def test_a_list_has_a_length(explainer, bad):
     with pytest.raises(ak.InputError, match=r"^top must be an integer >= 1"):
         explainer.explain(PROMPT, ANSWER).show(top=bad)
+
+
+# --- more than any machine has, or than anything holds ---
+
+
+@pytest.mark.parametrize("span", [range(10**12), range(10**12, 0, -1), range(-1, 3), range(0)])
+def test_ranges_without_an_end_are_refused_at_once(model, tokenizer, span):
+    with pytest.raises(ak.InputError, match=r"^spans: got range\(.*expected token positions in \[0, 4\)"):
+        ak.steer(model, tokenizer, PROMPT, {span: 0.0}).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("shapley", {"permutations": 10**20}),
+        ("lasso", {"samples": 10**13}),
+        ("lasso", {"samples": 10**30}),
+        ("integrated_gradients", {"steps": 10**18}),
+        ("integrated_gradients", {"batch": 10**30}),
+    ],
+)
+def test_work_without_an_end_is_refused_at_once(explainer, idle, method, option):
+    ((name, most),) = option.items()
+    with pytest.raises(ak.InputError, match=rf"^{name} must be .* to 10?,?000,?0?0?0?.*got {most}"):
+        explainer.explain(PROMPT, ANSWER, method=method, **option)
+
+
+@pytest.mark.parametrize("units", ["token", "sentence"])
+def test_a_language_is_a_text(explainer, idle, units):
+    with pytest.raises(ak.InputError, match=r"^language is no text: character 0 is U\+D800"):
+        explainer.explain(PROMPT, ANSWER, units, language="\ud800")
+
+
+def test_the_other_answer_is_named(explainer, idle):
+    with pytest.raises(ak.InputError, match=r"^versus, as the target: target is empty"):
+        explainer.explain(PROMPT, ANSWER, versus="   ")
+    with pytest.raises(ak.InputError, match=r"^versus, as the target: prompt and target have"):
+        explainer.explain(PROMPT, ANSWER, versus=" ".join(["w5"] * 130))
+    with pytest.raises(ak.InputError, match=r"^prompt 1: versus, as the target: target is empty"):
+        explainer.explain_batch([PROMPT, PROMPT], [ANSWER, ANSWER], versus=[None, " "])
+
+
+@pytest.mark.parametrize(
+    ("factor", "what"), [(torch.ones(1, 5, device="meta"), "meta"), (torch.ones(1, 5).to_sparse(), "sparse")]
+)
+def test_factors_have_values(model, factor, what):
+    for name in ("factor", "value_factor"):
+        with pytest.raises(ak.InputError, match=rf"^{name} must be a dense tensor with values, got one .*{what}"):
+            ak.suppress(model, **({"factor": None} | {name: factor})).__enter__()
+
+
+def test_queries_to_the_end_of_everything(model):
+    ids, factor = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0.0]])
+    logits = []
+    for end in (None, 10**12, 10**30):
+        with ak.suppress(model, factor, queries=(2, end)), torch.no_grad():
+            logits.append(model(ids).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    with pytest.raises(ak.InputError, match=r"^queries: got \(1000"):
+        ak.suppress(model, factor, queries=(10**12, None)).__enter__()
+
+
+def test_ops_take_dense_tensors():
+    q = torch.randn(1, 1, 2, 4)
+    call = {"query": q, "key": q, "value": q, "factor": torch.ones(1, 2)}
+    ak.suppressed_attention(**call)
+    for name, tensor in call.items():
+        with pytest.raises(ak.InputError, match=rf"^{name} must be a dense tensor, got layout torch.sparse_coo"):
+            ak.suppressed_attention(**call | {name: tensor.to_sparse()})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_window_wider_than_everything_hides_nothing(backend, is_causal):
+    q = torch.randn(1, 1, 3, 4)
+    plain = ak.suppressed_attention(q, q, q, is_causal=is_causal, backend=backend)
+    for window in (2**31, 10**30):
+        wide = ak.suppressed_attention(q, q, q, is_causal=is_causal, sliding_window=window, backend=backend)
+        torch.testing.assert_close(wide, plain)
+
+
+@pytest.mark.parametrize("many", [2**31, 10**12, 10**30])
+def test_packs_of_more_than_32_bits_count(many):
+    for name, lengths in {"suffix_lengths": ([many], [1]), "prefix_lengths": ([1], [many])}.items():
+        with pytest.raises(ak.InputError, match=f"^{name} must be at most 2,147,483,647"):
+            ak.VariantPack.build(*lengths)
+    with pytest.raises(ak.InputError, match=r"^suffix_lengths must add up to at most 2,147,483,647"):
+        ak.VariantPack.build([2**30, 2**30], [0, 0])
+
+
+def test_a_mask_of_ready_inputs_has_their_shape(model, tokenizer):
+    ids = torch.tensor([[5, 6, 7]])
+    for mask in (torch.ones(1, 2, dtype=torch.long), [1, 1, 1]):
+        with pytest.raises(
+            ak.InputError, match=r"^prompt: attention_mask must be a tensor of input_ids' shape \(1, 3\)"
+        ):
+            ak.steer(model, tokenizer, {"input_ids": ids, "attention_mask": mask}, {}).__enter__()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "inputs"])
+def test_a_steered_answer_has_the_steerings_prompt(model, tokenizer, name):
+    with ak.steer(model, tokenizer, PROMPT, {"w5": 0.0}) as steered:
+        with pytest.raises(ak.InputError, match=rf"^{name}: the prompts are those of the steering"):
+            steered.generate(**{name: torch.tensor([[5]])})
+        assert steered.generate(max_new_tokens=1, do_sample=False)

@@ -1,5 +1,7 @@
 """Explanations under torch.autocast: the products are in its dtype, and so is the noise that is allowed."""
 
+import warnings
+
 import pytest
 import tiny_models
 import torch
@@ -23,6 +25,16 @@ def test_scores_under_autocast_are_those_of_the_model_within_its_rounding(family
     allowed = {torch.bfloat16: 0.15, torch.float16: 0.02}[dtype] * max(1.0, float(exact.abs().max()))
     assert float((rounded - exact).abs().max()) < allowed
     assert not torch.equal(rounded, exact), "autocast was not in force"
+
+
+def test_what_was_found_under_autocast_ends_with_it() -> None:
+    explainer = ak.Explainer(tiny_models.build("llama"), tiny_models.tokenizer(), progress=False)
+    paths = []
+    for enabled in (False, True, False):
+        with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            warnings.simplefilter("error")
+            paths.append(explainer.explain(PROMPT, target=ANSWER).settings["path"])
+    assert paths == ["packed"] * 3
 
 
 def test_a_model_without_weights_is_refused() -> None:

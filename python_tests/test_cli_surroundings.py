@@ -414,3 +414,29 @@ def test_damaged_results(tmp_path, line):
         file.write(line + "\n")
     with pytest.raises(InputError, match="is no result file"):
         ResultFile(tmp_path / "results", {})
+
+
+# --- where the process stands ---
+
+
+@pytest.mark.parametrize("columns", ["0", "00"])
+def test_a_terminal_without_a_width_loses_nothing(atman, command, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    outcome = atman(*command)
+    assert outcome.code == 0
+    assert len(outcome.out.split()) > 10
+
+
+@pytest.mark.parametrize("options", [(), ("--traceback",)])
+def test_a_working_folder_that_is_gone(tmp_path, options):
+    """transformers asks for it as it is imported, so this takes a process of its own."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    program = (
+        "import os, sys; os.chdir(sys.argv.pop(1)); os.rmdir(os.getcwd()); from atman_kernels.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, str(gone), *options, "explain", "--model", "m", "a"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert (result.returncode, result.stdout) == (1 if options else 2, "")
+    assert "the working folder cannot be read" in result.stderr
+    assert ("Traceback" in result.stderr) == bool(options)

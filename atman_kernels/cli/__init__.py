@@ -5,6 +5,7 @@ backend cannot do it, 130 interrupted. Results go to standard output, messages a
 (`output.py`). Whatever takes long to import is imported inside the commands, so that `atman --help` answers at once.
 """
 
+import os
 from typing import Any
 
 import click
@@ -27,14 +28,26 @@ def _failure_of(error: Exception) -> Failure:
     return Failure(f"{type(error).__name__}: {error} (atman --traceback ... shows where)", UNEXPECTED)
 
 
+def _check_working_folder() -> None:
+    """Raises InputError if it is gone: transformers asks for it as it is imported."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the working folder cannot be read ({error.strerror}); go to one that exists") from error
+
+
 class _Commands(click.Group):
     """A group whose commands fail in one line, unless the traceback is asked for."""
+
+    _shown: Exception | None = None  # with its traceback, as was asked for
 
     def main(self, *args: Any, **extra: Any) -> Any:
         output.prepare()
         try:
             return super().main(*args, **extra)
         except OSError as error:  # click's own help could not be written
+            if error is self._shown:
+                raise
             output.lose(error)
             raise SystemExit(UNEXPECTED) from None
         except SystemExit as end:  # how click ends a program
@@ -45,6 +58,7 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             output.check_standard_output()
+            _check_working_folder()
             return super().invoke(ctx)
         except click.UsageError as error:
             path = error.ctx.command_path if error.ctx else ctx.command_path
@@ -55,6 +69,7 @@ class _Commands(click.Group):
             raise Failure("interrupted", INTERRUPTED) from error
         except Exception as error:
             if ctx.params["traceback"]:
+                self._shown = error
                 raise
             raise _failure_of(error) from error
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+NARROWEST = 80  # where the terminal's width is said to be none
 LONGEST_LINE = 1000  # characters of an error; what somebody typed may be in it
 
 
@@ -89,6 +90,8 @@ def console(wide: int | None = None) -> "Console":
     from rich.console import Console
 
     screen = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    if screen.width < 1:  # COLUMNS=0, which would leave nothing of a line
+        screen.width = NARROWEST
     if wide is not None and not screen.is_terminal:
         screen.width = max(wide, screen.width)
     return screen

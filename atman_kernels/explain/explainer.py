@@ -341,8 +341,10 @@ class Explainer:
         contrasted = [index for index, entry in enumerate(listed) if entry.versus is not None]
         asked = [(entry.prompt, entry.target, entry.units) for entry in listed]
         asked += [(listed[i].prompt, listed[i].versus, listed[i].units) for i in contrasted]  # the other answers
+        names: list[str | None] = [None] if len(listed) == 1 else [f"prompt {number}" for number in range(len(listed))]
+        names += [f"{names[i]}: versus, as the target" if names[i] else "versus, as the target" for i in contrasted]
         started = time.perf_counter()
-        questions = ask_all(self.model, self.tokenizer, asked, **vars(asking))
+        questions = ask_all(self.model, self.tokenizer, asked, **vars(asking), names=names)
         return self._explained(method, questions, [_name(units) for *_, units in asked], started, contrasted)
 
     def _explained_picture(

@@ -107,12 +107,14 @@ def ask_all(
     chat: bool,
     max_new_tokens: int,
     language: str,
+    names: Sequence[str | None] | None = None,
 ) -> list[Question]:
     """Tokenize, let the model answer where no target is given, and find the units.
 
     Args:
         entries: (prompt, target, units) of each question. All of them are read, and refused if they do not fit, before
             the model answers any.
+        names: of the questions, for errors; by default they are numbered where there are several.
 
     Raises:
         InputError: an empty prompt or target, units that do not fit, a sequence longer than the model's positions,
@@ -120,9 +122,11 @@ def ask_all(
             which.
     """
     entries = list(entries)
+    if names is None:
+        names = [None] if len(entries) == 1 else [f"prompt {number}" for number in range(len(entries))]
     read, most = [], language_positions(model)
     for number, (prompt, target, units) in enumerate(entries):
-        with of_entry(None if len(entries) == 1 else f"prompt {number}"):
+        with of_entry(names[number]):
             tokens = read_prompt(model, tokenizer, prompt, units, chat=chat, language=language)
             answer = None if target is None else target_ids(model, tokenizer, target)
             check_length(len(tokens.ids) + len(answer or [0]) - 1, most)

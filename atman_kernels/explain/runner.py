@@ -73,6 +73,7 @@ class VariantRunner:
         self._mixing = why_rows_do_not_mix(model)  # why rows must not share a forward, once it is known
         self._told = False
         self._tolerance: float | None = None
+        self._dtype: torch.dtype | None = None  # in which both were found
 
     def run(self, questions: Sequence[Question], factors: Sequence[Tensor], description: str = "explaining") -> Outcome:
         """Every question under every row of its factors.
@@ -91,6 +92,9 @@ class VariantRunner:
             raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
         questions, factors = list(questions), list(factors)
         work = Work()
+        dtype = computing_dtype(self.model)
+        if dtype != self._dtype:  # autocast comes and goes
+            self._dtype, self._tolerance, self.unpackable = dtype, None, None
         sees = any(question.pictured is not None for question in questions)
         base = None if sees else self._base(questions, work)
         suffix_start = int if base is None else _snap(base[0].suffix_starts())

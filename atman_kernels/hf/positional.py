@@ -9,6 +9,7 @@ from atman_kernels.arguments import integer, shown
 from atman_kernels.errors import InputError
 
 Factors = Tensor | Mapping[int, Tensor] | None  # for all layers alike, by layer, or none
+MOST_POSITIONS = 1 << 24  # no sequence is longer
 Queries = tuple[int, int | None] | Tensor | None
 
 
@@ -69,6 +70,9 @@ def checked_factor(factor: Tensor, name: str = "factor") -> Tensor:
     if not isinstance(factor, Tensor) or not factor.is_floating_point() or factor.ndim not in (2, 3):
         came = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, Tensor) else type(factor).__name__
         raise InputError(f"{name} must be a floating point tensor (B, L) or (B, Hq, L), got {came}")
+    if factor.is_meta or factor.layout != torch.strided:
+        what = "on the meta device" if factor.is_meta else f"of layout {factor.layout}"
+        raise InputError(f"{name} must be a dense tensor with values, got one {what}")
     if not factor.shape[0]:
         raise InputError(f"{name} must have at least one row, got shape {tuple(factor.shape)}")
     wide = factor.detach().float()
@@ -92,9 +96,11 @@ def checked_queries(queries: Queries) -> Positional | None:
     expected = "expected (start, end) with 0 <= start < end, or end None, or a bool tensor (L,) or (B, L)"
     try:
         start, end = queries if isinstance(queries, tuple | list) else ()
-        start = integer(start, "queries", least=0)
+        start = integer(start, "queries", least=0, most=MOST_POSITIONS)
         end = None if end is None else integer(end, "queries", least=start + 1)
     except (ValueError, InputError):
         raise InputError(f"queries: got {shown(queries)}, {expected}") from None
+    if end is not None and end > MOST_POSITIONS:
+        end = None  # all that follows
     inside = torch.arange(start if end is None else end, device="cpu") >= start
     return Positional("queries", inside[None], end is None)

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
-from atman_kernels.arguments import entries, integer, shown
+from atman_kernels.arguments import entries, integer, shown, text_or_empty
 from atman_kernels.errors import InputError
 
 GRANULARITIES = ("token", "word", "sentence", "paragraph")
@@ -168,6 +168,7 @@ def check_language(language: Any) -> None:
     """Raises InputError if it is no code of a language."""
     if not isinstance(language, str):
         raise InputError(f"language: got {language!r}, expected a language code such as 'en'")
+    text_or_empty(language, "language")
 
 
 def _checked_offsets(text: str, offsets: Iterable[Sequence[int]]) -> list[Span]:

@@ -163,7 +163,7 @@ def _checked_characters(span: tuple[Any, ...], prompt: TokenizedText) -> tuple[i
 
 def _of_tokens(span: range, prompt: TokenizedText | int) -> Unit:
     count = prompt if isinstance(prompt, int) else len(prompt.ids)
-    if not span or min(span) < 0 or max(span) >= count:
+    if not span or min(span[0], span[-1]) < 0 or max(span[0], span[-1]) >= count:  # not through what may be endless
         raise InputError(f"spans: got {span!r}, expected token positions in [0, {count}), at least one")
     tokens = tuple(sorted(span))
     if isinstance(prompt, int):

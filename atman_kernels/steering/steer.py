@@ -140,6 +140,9 @@ class Steered:
                 self._changed.notify_all()
 
     def _sequences(self, options: dict[str, Any]) -> Tensor:
+        twice = sorted({*self.inputs, "inputs"} & options.keys())
+        if twice:
+            raise InputError(f"{twice[0]}: the prompts are those of the steering, {', '.join(self.inputs)} are given")
         config = self._model.generation_config
         if "pad_token_id" not in options and getattr(config, "pad_token_id", None) is None:
             options = {**options, "pad_token_id": _padding_id(self._tokenizer)}
@@ -220,7 +223,10 @@ def _prepare_inputs(
     if not any(name.startswith(("pixel", "image", "input_features")) for name in given):  # whose tokens may be any
         check_ids(model, tokenizer, ids.flatten().tolist(), "prompt")
     inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
-    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else described(mask)
+        raise InputError(f"prompt: attention_mask must be a tensor of input_ids' shape {tuple(ids.shape)}, got {came}")
     found = tuple(resolve(wanted, ids.shape[1]) for wanted in spans_by_prompt(spans, ids.shape[0]))
     return Steered(model, tokenizer, inputs, (), found)
 

@@ -41,16 +41,18 @@ OF_TOKENS: dict[str, tuple[str, str | None]] = {
     "integrated_gradients": ("gradients", "part of the log-probability's distance from the baseline, in nats"),
     "attnlrp": ("attnlrp", "relevance for the logit (AttnLRP)"),
 }
-_ORDERS = "an even integer >= 4 (they are drawn in pairs of opposite order, and a standard error takes two pairs)"
+MOST_DRAWS = 1_000_000  # more would not end
+MOST_STEPS = 10_000  # whose places take a matrix of steps × steps to find
+_ORDERS = "an even integer from 4 to 1,000,000 (drawn in pairs of opposite order; a standard error takes two pairs)"
 # options, by their names in all methods that have them: what a value must be, and how it is plain
 OPTIONS: dict[str, Callable[[Any], Any]] = {
     "seed": lambda x: integer(x, "seed", least=0, most=(1 << 63) - 1, expected="an integer from 0 to 2^63 − 1"),
-    "permutations": lambda x: _even(integer(x, "permutations", least=4, expected=_ORDERS)),
-    "samples": lambda x: integer(x, "samples", least=2),
+    "permutations": lambda x: _even(integer(x, "permutations", least=4, most=MOST_DRAWS, expected=_ORDERS)),
+    "samples": lambda x: integer(x, "samples", least=2, most=MOST_DRAWS),
     "alpha": lambda x: real(x, "alpha", "a finite number > 0", lambda alpha: 0 < alpha < math.inf),
     "keep": lambda x: real(x, "keep", "a number between 0 and 1", lambda keep: 0 < keep < 1),
-    "steps": lambda x: integer(x, "steps", least=1),
-    "batch": lambda x: integer(x, "batch", least=1),
+    "steps": lambda x: integer(x, "steps", least=1, most=MOST_STEPS),
+    "batch": lambda x: integer(x, "batch", least=1, most=MOST_STEPS),
     "baseline": lambda x: None if x is None else integer(x, "baseline", least=0, expected="None or a token id"),
     "layer": lambda x: integer(x, "layer"),
     "whole_answer": lambda x: flag(x, "whole_answer"),
