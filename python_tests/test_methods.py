@@ -300,9 +300,9 @@ def test_layers_that_are_not_there(llama, layer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
-        ({"steps": 2.5}, "steps must be an integer >= 1, got 2.5"),
-        ({"batch": 0}, "batch must be an integer >= 1, got 0"),
+        ({"steps": 0}, "steps must be an integer from 1 to 10,000, got 0"),
+        ({"steps": 2.5}, "steps must be an integer from 1 to 10,000, got 2.5"),
+        ({"batch": 0}, "batch must be an integer from 1 to 10,000, got 0"),
         ({"baseline": 99}, "a token id below 99, got 99"),
         ({"baseline": -1}, "None or a token id, got -1"),
         ({"baseline": "mean"}, "None or a token id, got 'mean'"),

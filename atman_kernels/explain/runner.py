@@ -73,7 +73,7 @@ class VariantRunner:
         self._mixing = why_rows_do_not_mix(model)  # why rows must not share a forward, once it is known
         self._told = False
         self._tolerance: float | None = None
-        self._dtype: torch.dtype | None = None  # in which both were found
+        self._dtype = computing_dtype(model)  # in which both were found
 
     def run(self, questions: Sequence[Question], factors: Sequence[Tensor], description: str = "explaining") -> Outcome:
         """Every question under every row of its factors.

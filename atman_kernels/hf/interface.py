@@ -173,17 +173,20 @@ def _call(
 
 def as_computed(states: Tensor) -> Tensor:
     """Queries, keys or values in the dtype in which torch's own attention would take them: that of autocast, if any."""
-    device = states.device.type
-    if torch.is_autocast_enabled(device) and states.dtype != torch.float64:
-        return states.to(torch.get_autocast_dtype(device))
-    return states
+    return states.to(_autocast(states.device, states.dtype))
 
 
 def computing_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype of a model's products: its own, or that of autocast."""
-    device = model.device.type
-    own = model.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and own != torch.float64 else own
+    return _autocast(model.device, model.dtype)
+
+
+def _autocast(device: torch.device, own: torch.dtype) -> torch.dtype:
+    """What autocast, where there is one and it is on, makes of a dtype; it leaves float64 alone."""
+    kind = device.type  # "meta" of models whose weights lie elsewhere
+    if own == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return own
+    return torch.get_autocast_dtype(kind)
 
 
 def _only_chosen(mask: Tensor | None, chosen: Tensor, keys: int) -> Tensor:
