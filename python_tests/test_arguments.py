@@ -1,7 +1,9 @@
 """What the public API takes for a list, a number, a text: numpy's and pandas' too, and what it refuses by name."""
 
+import copy
 import doctest
 import itertools
+import pickle
 import re
 from types import SimpleNamespace
 
@@ -521,3 +523,10 @@ def test_a_steered_answer_has_the_steerings_prompt(model, tokenizer, name):
         with pytest.raises(ak.InputError, match=rf"^{name}: the prompts are those of the steering"):
             steered.generate(**{name: torch.tensor([[5]])})
         assert steered.generate(max_new_tokens=1, do_sample=False)
+
+
+def test_a_steering_is_not_copied(model, tokenizer):
+    with ak.steer(model, tokenizer, PROMPT, {"w5": 0.0}) as steered:
+        for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                copied(steered)

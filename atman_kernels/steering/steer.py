@@ -101,6 +101,9 @@ class Steered:
         self._scope: Scope | None = None  # while inside the context
         self._running, self._changed = 0, threading.Condition()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a Steered belongs to one model and one `with ak.steer(…)`: it cannot be copied or pickled")
+
     def generate(self, *, skip_special_tokens: bool = True, **options: Any) -> list[str]:
         """The model's answers, one text for each prompt and returned sequence, without the prompt.
 
