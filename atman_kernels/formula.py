@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Mode = Literal["log_additive", "multiplicative", "shifted"]
+WIDEST_WINDOW = 1 << 30  # reaches over every sequence; positions plus a window stay within 32 bits
 MODES: tuple[str, ...] = get_args(Mode)
 
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from atman_kernels import autograd, backends
 from atman_kernels.arguments import choice, flag, integer, real
 from atman_kernels.errors import InputError
-from atman_kernels.formula import MODES, ScoreOptions
+from atman_kernels.formula import MODES, WIDEST_WINDOW, ScoreOptions
 from atman_kernels.pack import VariantPack
 
-WIDEST_WINDOW = 1 << 30  # reaches over every sequence, and leaves room for positions in 32 bits
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from atman_kernels.backends.triton import configs, forward
 from atman_kernels.backends.triton.configs import KernelConfig
-from atman_kernels.formula import ScoreOptions
+from atman_kernels.formula import WIDEST_WINDOW, ScoreOptions
 
 LOG2_E = math.log2(math.e)
 INTERPRETED = type(forward.attention).__name__ == "InterpretedFunction"
 # What the interpreter stands for: a device of few processors, so that small calls are split there too.
 INTERPRETED_ARCHITECTURE, INTERPRETED_PROCESSORS = "sm_90", 4
 MOST_REGISTERS = 255  # of a thread: told so, the assembler does not spill to fit more blocks on a processor
-LARGEST_WINDOW = 1 << 30  # positions plus a window stay within 32 bits
 ALIGNMENT = 16  # what Triton recognizes: of a number, and of an address in bytes
 MOST_KEYS = 128  # of a block
 OWN_BLOCK = 256
@@ -256,7 +255,7 @@ def _arguments(
         "keys": keys,
         "num_tiles": tiles,
         "num_splits": splits,
-        "window": None if window is None else min(window, LARGEST_WINDOW),
+        "window": None if window is None else min(window, WIDEST_WINDOW),
         "unit": unit,
         "inner_scale": inner_scale,
         "BATCH": batch,

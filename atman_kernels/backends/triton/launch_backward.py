@@ -9,7 +9,7 @@ from torch import Tensor
 from atman_kernels.backends.triton import backward, backward_steps, configs, launch
 from atman_kernels.backends.triton.configs import KernelConfig
 from atman_kernels.backends.triton.launch import Extras, Layout
-from atman_kernels.formula import Saved, ScoreOptions
+from atman_kernels.formula import WIDEST_WINDOW, Saved, ScoreOptions
 
 PREPARED_ROWS = 64
 FLAGGED_BLOCK = 64  # times 64 flags: factors that are read at once
@@ -103,7 +103,7 @@ class _Backward:
 
     def _prepare(self) -> None:
         window = self.options.sliding_window
-        self.window = None if window is None else min(window, launch.LARGEST_WINDOW)
+        self.window = None if window is None else min(window, WIDEST_WINDOW)
         self.total, self.delta = self._rows_of(torch.float32), self._rows_of(torch.float32)
         launch.run(
             backward_steps.prepare_rows,
