@@ -62,7 +62,7 @@ bench: $(STAMPS)/bench $(STAMPS)/demo
 	$(BIN)/python -m benchmarks
 
 coverage-table: $(STAMPS)/dev
-	$(BIN)/python python_tests/model_coverage.py
+	$(BIN)/python tools/coverage_table.py
 
 # Installs nothing: a GPU machine comes with the torch that fits its driver. make gpu-check ARGS="--budget 330"
 gpu-check:

@@ -29,7 +29,7 @@ PROMISES = {  # extra: what can be done with it
     "evaluation": "import scipy; from atman_kernels.evaluation.metrics import interquartile_mean",
     "gguf": "import gguf, accelerate",
     "hub": "import kernels",
-    "images": "from atman_kernels.render.picture import overlay",
+    "images": "from atman_kernels.result.overlay import overlay",
     "inseq": "from atman_kernels.adapters.inseq import AtManAttribution",
     "lasso": "from sklearn.linear_model import Lasso",
     "notebooks": "import jupytext, nbclient, ipykernel, ipywidgets, matplotlib",

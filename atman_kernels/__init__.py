@@ -12,11 +12,11 @@ _HOME = {
     "suppressed_attention": "ops",
     "packed_suppressed_attention": "ops",
     "VariantPack": "pack",
-    "load_model": "hf.loading",
-    "suppress": "hf.suppression",
+    "load_model": "hf.models.loading",
+    "suppress": "hf.attention.suppression",
     "Explainer": "explain.explainer",
-    "Explanation": "explain.explanation",
-    "Ablation": "explain.subsets",
+    "Explanation": "result.explanation",
+    "Ablation": "run.subsets",
     "Unit": "planning.units",
     "steer": "steering.steer",
     "Steered": "steering.steer",
@@ -47,13 +47,13 @@ __all__ = [
 if TYPE_CHECKING:
     from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
     from atman_kernels.explain.explainer import Explainer
-    from atman_kernels.explain.explanation import Explanation
-    from atman_kernels.explain.subsets import Ablation
-    from atman_kernels.hf.loading import load_model
-    from atman_kernels.hf.suppression import suppress
+    from atman_kernels.hf.attention.suppression import suppress
+    from atman_kernels.hf.models.loading import load_model
     from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
     from atman_kernels.pack import VariantPack
     from atman_kernels.planning.units import Unit
+    from atman_kernels.result.explanation import Explanation
+    from atman_kernels.run.subsets import Ablation
     from atman_kernels.steering.spans import Occurrence
     from atman_kernels.steering.steer import Steered, steer
 

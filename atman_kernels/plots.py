@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atman_kernels.arguments import integer
-from atman_kernels.render import NEGATIVE, POSITIVE
-from atman_kernels.render.labels import label, signed
+from atman_kernels.result import NEGATIVE, POSITIVE
+from atman_kernels.result.labels import label, signed
 
 try:
     import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-    from atman_kernels.explain.explanation import Explanation
+    from atman_kernels.result.explanation import Explanation
 
 COLOURS = LinearSegmentedColormap.from_list("atman", [NEGATIVE, "#ffffff", POSITIVE])
 WRITTEN_CELLS = 240  # a heat plot with more cells than this has no numbers in them

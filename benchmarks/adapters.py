@@ -274,7 +274,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
 @click.option("--squad", type=click.Path(), help="SQuAD-format file to take text from.  [default: $ATMAN_SQUAD]")
 @click.option("--output", type=click.Path(path_type=Path), help="Result file.  [default: results/adapters-<cpu>.json]")
 def main(model: str, quick: bool, only: tuple[str, ...], squad: str | None, output: Path | None, **plan: Any) -> None:
-    from atman_kernels.hf.loading import load_model
+    from atman_kernels.hf.models.loading import load_model
 
     if quick:
         plan |= {"units": 128, "inseq_units": 128, "count": 2, "permutations": 2, "sentence_permutations": 2}

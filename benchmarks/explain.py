@@ -333,7 +333,7 @@ def main(
 ) -> None:
     from transformers.utils import logging
 
-    from atman_kernels.hf.loading import load_model
+    from atman_kernels.hf.models.loading import load_model
 
     logging.disable_progress_bar()
     if threads:

@@ -137,7 +137,7 @@ def main(
     from transformers.utils import logging
 
     import atman_kernels as ak
-    from atman_kernels.hf.loading import load_model
+    from atman_kernels.hf.models.loading import load_model
 
     logging.disable_progress_bar()
     if threads:

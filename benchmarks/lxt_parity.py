@@ -79,7 +79,7 @@ def parity(python: str) -> dict[str, float]:
 def ours(model: Any) -> torch.Tensor:
     """(L, 2) relevances by this package."""
     from atman_kernels.explain.methods.attnlrp import attnlrp
-    from atman_kernels.explain.question import Question
+    from atman_kernels.inputs.text_generation import Question
 
     ids = torch.tensor([*IDS, TARGETS[1]])
     ids[-2] = TARGETS[0]  # rows L - 2 and L - 1 predict the two targets

@@ -102,7 +102,7 @@ def main(
     what: str, model: str, dtype: str, tokens: int, threads: int | None, squad: str | None, **options: Any
 ) -> None:
     """Measure the peak of one contender, over the loaded model, in this process."""
-    from atman_kernels.hf.loading import load_model
+    from atman_kernels.hf.models.loading import load_model
 
     if threads:
         torch.set_num_threads(threads)

@@ -111,7 +111,7 @@ def test(name: str, target: Path) -> None:
         "OMP_WAIT_POLICY": "passive",
     }
     for arguments in settings.tests:
-        files = [a if not a.endswith(".py") else f"python_tests/{a}" for a in arguments]
+        files = [a if not a.endswith(".py") else f"python_tests/ops/{a}" for a in arguments]
         # -P: the repository's own package must not come first. -R: ThreadSanitizer cannot bear random addresses.
         command = ["setarch", "-R", sys.executable, "-P", "-c", RUN, str(target), *files]
         subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)

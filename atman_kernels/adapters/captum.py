@@ -32,13 +32,13 @@ from atman_kernels.adapters.token_question import run_rows, suppressing, token_q
 from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
-from atman_kernels.explain.own_answer import generated
-from atman_kernels.explain.question import Question, UnitChoice, encode, special_flags
-from atman_kernels.explain.token_texts import token_texts_of
-from atman_kernels.hf.forward import evaluating
-from atman_kernels.hf.interface import decoder_of
-from atman_kernels.hf.wrapped import unwrapped
+from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.forward.logprobs import evaluating
+from atman_kernels.hf.models.wrapped import unwrapped
+from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
+from atman_kernels.inputs.own_answer import generated
+from atman_kernels.inputs.text_generation import Question, UnitChoice, encode, special_flags
+from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.planning.units import Unit, split_units
 
 SUPPRESSION = "atman_suppression"  # the keyword under which a forward of the model carries its row of factors

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.limits import check_ids, check_length, language_positions
-from atman_kernels.explain.question import Question
-from atman_kernels.explain.runner import Outcome
-from atman_kernels.hf.forward import evaluating
-from atman_kernels.hf.suppression import suppress
+from atman_kernels.hf.attention.suppression import suppress
+from atman_kernels.hf.forward.logprobs import evaluating
+from atman_kernels.inputs.limits import check_ids, check_length, language_positions
+from atman_kernels.inputs.text_generation import Question
 from atman_kernels.planning.units import Unit
+from atman_kernels.run.runner import Outcome
 
 
 def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units: Sequence[Unit]) -> Question:

@@ -65,7 +65,7 @@ def ops(as_json: bool, lengths: tuple[int, ...], device: str | None, dtype: str)
 
     One attention layer of SmolLM2-135M's shape; one variant for each of 64 positions of a prompt.
     """
-    from atman_kernels.hf.loading import resolve_device, resolve_dtype
+    from atman_kernels.hf.models.loading import resolve_device, resolve_dtype
 
     target = resolve_device(device)
     rows = [measure(length, target, resolve_dtype(dtype, target)) for length in lengths or LENGTHS]

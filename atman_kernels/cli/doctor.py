@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
     from atman_kernels import backends
     from atman_kernels.backends import cpu
     from atman_kernels.backends.cpu import compiled
-    from atman_kernels.hf.loading import cache_folder, choose_dtype, resolve_device
+    from atman_kernels.hf.models.loading import cache_folder, choose_dtype, resolve_device
 
     device = resolve_device(None)
     dtype, reason = choose_dtype(device)

@@ -11,7 +11,7 @@ from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, layer_numbers
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
-    from atman_kernels.explain.explanation import Explanation
+    from atman_kernels.result.explanation import Explanation
 
 # Those of atman_kernels.formula and atman_kernels.planning.units, which take torch to import; a test compares them.
 MODES = ("log_additive", "multiplicative", "shifted")

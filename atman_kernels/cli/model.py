@@ -49,7 +49,7 @@ def load(model: str | None, *, device: str | None, dtype: str, quiet: bool = Fal
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from transformers.utils import logging
 
-    from atman_kernels.hf.loading import choose_dtype, load_model, resolve_device, resolve_dtype
+    from atman_kernels.hf.models.loading import choose_dtype, load_model, resolve_device, resolve_dtype
 
     logging.set_verbosity_error()  # its advice is for people who call it themselves
     logging.disable_progress_bar()  # of reading local weights; downloads keep theirs

@@ -15,7 +15,7 @@ import click
 
 from atman_kernels.errors import InputError
 from atman_kernels.files import check_destination, is_descriptor, same_file, write_whole
-from atman_kernels.render.characters import printable
+from atman_kernels.result.characters import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,8 +12,8 @@ from atman_kernels.cli.output import Result, check_destinations, deliver, show, 
 from atman_kernels.cli.prompts import check_texts, read_prompt
 from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, Temperature, layer_numbers, which
 from atman_kernels.errors import InputError
-from atman_kernels.render.characters import isolated
-from atman_kernels.render.labels import label
+from atman_kernels.result.characters import isolated
+from atman_kernels.result.labels import label
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -23,7 +23,7 @@ from atman_kernels.evaluation.metrics import (
 from atman_kernels.evaluation.results import ResultFile
 from atman_kernels.evaluation.squad import Item
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.explanation import Explanation
+from atman_kernels.result.explanation import Explanation
 
 FAITHFULNESS_STEPS = 10
 MOST_TOGETHER = 8  # questions whose variants are run together: what is lost when a run is stopped

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from atman_kernels.errors import InputError
-from atman_kernels.explain.explanation import RISE, Explanation
-from atman_kernels.explain.question import Question
+from atman_kernels.inputs.text_generation import Question
+from atman_kernels.result.explanation import RISE, Explanation
 
 
 def check_versus(target: str | None, versus: str | None, include_target: bool) -> None:

@@ -15,25 +15,25 @@ from atman_kernels.arguments import choice, described, entries, flag, integer, o
 from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
-from atman_kernels.explain.execution import Perturbation
-from atman_kernels.explain.explanation import Explanation
-from atman_kernels.explain.image_places import ImageUnitChoice, checked_image_units
-from atman_kernels.explain.image_question import ask_about_images, check_without_images, checked_images
 from atman_kernels.explain.methods.perturbation import cost, suppression
-from atman_kernels.explain.objectives import Asked, task_of
-from atman_kernels.explain.question import Prompt, Question, UnitChoice, ask, ask_all, checked_prompt
-from atman_kernels.explain.runner import VariantRunner
-from atman_kernels.explain.subsets import Ablation, Masks, checked_masks, run_subsets
-from atman_kernels.explain.whole_rows import Task, run_task
 from atman_kernels.formula import MODES
-from atman_kernels.hf.forward import evaluating
-from atman_kernels.hf.images import check_vision
-from atman_kernels.hf.kinds import Kind, kind_of, part_of
-from atman_kernels.hf.sequence import Embedded
-from atman_kernels.hf.suppression import checked_layers
-from atman_kernels.hf.wrapped import unwrapped
+from atman_kernels.hf.attention.suppression import checked_layers
+from atman_kernels.hf.forward.logprobs import evaluating
+from atman_kernels.hf.forward.sequence import Embedded
+from atman_kernels.hf.images.embedding import check_vision
+from atman_kernels.hf.models.tasks import Kind, kind_of, part_of
+from atman_kernels.hf.models.wrapped import unwrapped
+from atman_kernels.inputs.encoders import Asked, task_of
+from atman_kernels.inputs.image_places import ImageUnitChoice, checked_image_units
+from atman_kernels.inputs.image_text import ask_about_images, check_without_images, checked_images
+from atman_kernels.inputs.text_generation import Prompt, Question, UnitChoice, ask, ask_all, checked_prompt
 from atman_kernels.planning.factors import checked_factor, checked_threshold, factor_rows
 from atman_kernels.planning.units import check_language, checked_choice
+from atman_kernels.result.explanation import Explanation
+from atman_kernels.run.full_rows import Task, run_task
+from atman_kernels.run.packed import Perturbation
+from atman_kernels.run.runner import VariantRunner
+from atman_kernels.run.subsets import Ablation, Masks, checked_masks, run_subsets
 
 
 @dataclass(frozen=True)

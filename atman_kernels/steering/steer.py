@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from atman_kernels.arguments import described, entries, flag, integer, of_entry
 from atman_kernels.errors import InputError
-from atman_kernels.explain.limits import check_ids, check_length, language_positions, room_for_answer
-from atman_kernels.explain.question import Prompt, encode_prompt
-from atman_kernels.hf.forward import check_loaded
-from atman_kernels.hf.scope import Scope
-from atman_kernels.hf.suppression import is_encoder_decoder, suppressed
-from atman_kernels.hf.wrapped import unwrapped
+from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.attention.suppression import is_encoder_decoder, suppressed
+from atman_kernels.hf.forward.logprobs import check_loaded
+from atman_kernels.hf.models.wrapped import unwrapped
+from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
+from atman_kernels.inputs.text_generation import Prompt, encode_prompt
 from atman_kernels.steering.spans import Spans, SteeredSpan, TokenizedText, resolve, spans_by_prompt
 
 

@@ -100,7 +100,7 @@ def _pytest(cores: int | None) -> tuple[str, ...]:
     if find_spec("pytest_timeout") is not None:
         # "thread" ends the worker with the test: a signal is not heard by a process that waits for the GPU
         command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    return (*command, *(f"python_tests/{name}" for name in SUITES))
+    return (*command, *(f"python_tests/ops/{name}" for name in SUITES))
 
 
 def fits(steps: Sequence[Step], seconds: float) -> list[Step]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from atman_kernels.hf.memory import is_out_of_memory
+from atman_kernels.hf.models.memory import is_out_of_memory
 from benchmarks.measure import can_measure_peak, peak_bytes
 from benchmarks.scaling.models import build
 from benchmarks.scaling.work import Work, case_of, prepare

@@ -10,7 +10,7 @@ import torch
 import atman_kernels as ak
 from atman_kernels.explain.methods import attention, gradients
 from atman_kernels.explain.methods.attnlrp import attnlrp
-from atman_kernels.explain.question import Question, ask
+from atman_kernels.inputs.text_generation import Question, ask
 from benchmarks.peers import DenseEager
 from benchmarks.prompts import Case, sample_positions
 from benchmarks.scaling.models import text, tokenizer

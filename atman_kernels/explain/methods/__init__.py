@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from atman_kernels.arguments import flag, integer, real
 from atman_kernels.errors import InputError
-from atman_kernels.explain.question import Question
-from atman_kernels.explain.runner import VariantRunner
-from atman_kernels.hf.interface import decoder_of
+from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.inputs.text_generation import Question
+from atman_kernels.run.runner import VariantRunner
 
 # name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
 OF_UNITS: dict[str, tuple[str, str | None]] = {

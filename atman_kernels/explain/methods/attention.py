@@ -9,8 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.explain.methods import TokenScores
-from atman_kernels.explain.question import Question
-from atman_kernels.hf.gradients import Differentiable, differentiable_run, differentiation, target_gradients
+from atman_kernels.hf.forward.gradients import (
+    Differentiable,
+    differentiable_run,
+    differentiation,
+    target_gradients,
+)
+from atman_kernels.inputs.text_generation import Question
 
 
 def raw_attention(model: PreTrainedModel, question: Question, *, layer: int = -1) -> TokenScores:

@@ -30,10 +30,10 @@ from transformers.pytorch_utils import Conv1D
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import TokenScores
-from atman_kernels.explain.question import Question
-from atman_kernels.hf.gradients import differentiable_run, differentiation, target_gradients
-from atman_kernels.hf.interface import AttentionCall, activate, decoder_of
-from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.attention.interface import AttentionCall, activate, decoder_of
+from atman_kernels.hf.attention.replacement import replaced
+from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
+from atman_kernels.inputs.text_generation import Question
 
 # model_type of the decoder -> name of the linear map that reads a gated product; None where nothing is gated
 FAMILIES: dict[str, str | None] = {

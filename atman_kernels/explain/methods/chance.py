@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
-from atman_kernels.explain.question import Question
-from atman_kernels.hf.forward import own_logprobs
+from atman_kernels.hf.forward.logprobs import own_logprobs
+from atman_kernels.inputs.text_generation import Question
 
 
 def random(context: MethodContext, questions: Sequence[Question], *, seed: int = 0) -> MethodOutcome:

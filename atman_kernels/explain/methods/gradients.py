@@ -13,8 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.explain.methods import TokenScores
-from atman_kernels.explain.question import Question
-from atman_kernels.hf.gradients import differentiable_run, differentiation, input_embeddings, target_gradients
+from atman_kernels.hf.forward.gradients import (
+    differentiable_run,
+    differentiation,
+    input_embeddings,
+    target_gradients,
+)
+from atman_kernels.inputs.text_generation import Question
 
 UNCONVERGED = 0.1  # of the distance that integrated gradients should add up to
 NEGLIGIBLE = 0.01  # nats

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
-from atman_kernels.explain.question import Question
 from atman_kernels.formula import window_visible
-from atman_kernels.hf.gradients import differentiable_run, differentiation, target_gradients
-from atman_kernels.hf.interface import AttentionCall, activate, compact_mask
-from atman_kernels.hf.suppression import LayerSelection
+from atman_kernels.hf.attention.interface import AttentionCall, activate, compact_mask
+from atman_kernels.hf.attention.suppression import LayerSelection
+from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
+from atman_kernels.inputs.text_generation import Question
 
 ROWS = 128  # of one layer whose weights are there at once
 NOTHING_LEFT = 1e-6  # of a row's weight: its output is taken to vanish then

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from atman_kernels.explain.execution import Work
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
-from atman_kernels.explain.question import Question
+from atman_kernels.inputs.text_generation import Question
+from atman_kernels.run.packed import Work
 
 
 def atman(context: MethodContext, questions: Sequence[Question]) -> MethodOutcome:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
 from atman_kernels.explain.methods.perturbation import cost, suppression
-from atman_kernels.explain.question import Question
-from atman_kernels.explain.subsets import run_subsets
+from atman_kernels.inputs.text_generation import Question
+from atman_kernels.run.subsets import run_subsets
 
 
 def shapley(

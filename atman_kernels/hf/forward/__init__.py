@@ -1,0 +1,1 @@
+"""Forwards of an unmodified model: base runs, packs, full rows, gradients."""

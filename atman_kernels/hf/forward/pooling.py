@@ -1,0 +1,50 @@
+"""Attention that pools patches inside torch's own `nn.MultiheadAttention`, past transformers' interface (SigLIP)."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.hf.attention.interface import AttentionCall
+from atman_kernels.hf.attention.replacement import replaced
+from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.attention.suppression import SuppressedRun
+
+
+@contextmanager
+def pooling_through(model: nn.Module, run: SuppressedRun, scope: Scope) -> Iterator[None]:
+    """In the scope, every `nn.MultiheadAttention` of a model goes through a run, as its other attention does."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                stack.enter_context(replaced(module, scope, partial(_attend, module, run)))
+        yield
+
+
+def _attend(
+    module: nn.MultiheadAttention,
+    run: SuppressedRun,
+    own: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What the module computes for (B, T, E) and (B, S, E), scores changed by the run."""
+    plain = module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
+    masked = any(options.get(name) is not None for name in ("attn_mask", "key_padding_mask")) or options.get(
+        "is_causal"
+    )
+    if not plain or not module.batch_first or masked:
+        raise UnsupportedModelError("the model pools with a masked or unusual nn.MultiheadAttention")
+    weights = module.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    q, k, v = (
+        nn.functional.linear(states, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
+    )
+    call = AttentionCall(q, k, v, None, False, None, None, None, None, None)
+    return module.out_proj(run.attend(module, call).flatten(2)), None

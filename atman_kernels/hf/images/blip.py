@@ -1,0 +1,116 @@
+"""BLIP: text that attends across to an image. It writes captions, or answers a question that was read with the image.
+
+| model | reads the image | reads the text |
+|---|---|---|
+| `BlipForConditionalGeneration` | the decoder, across | the decoder, among its own tokens: the caption's beginning |
+| `BlipForQuestionAnswering` | the question's encoder, across | that encoder, among its tokens; the decoder, across |
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atman_kernels.hf.attention.families import family_of
+from atman_kernels.hf.attention.interface import AttentionCall
+from atman_kernels.hf.attention.suppression import LayerSelection, SuppressedRun
+from atman_kernels.hf.forward.logprobs import logprobs_of
+
+_Source = Literal["image", "text"]
+
+
+def answers_questions(model: PreTrainedModel) -> bool:
+    """Whether a BLIP model reads a question first; the others write a caption."""
+    return hasattr(model, "text_encoder")
+
+
+def image_states(model: Any, pixel_values: Tensor) -> Tensor:
+    """(B, patches + 1, E) what the vision encoder makes of images (B, C, H, W); its class token stands first."""
+    return model.vision_model(pixel_values=pixel_values, return_dict=True).last_hidden_state  # type: ignore[no-any-return]
+
+
+def source_states(model: Any, image: Tensor, question: Tensor | None) -> Tensor:
+    """What the decoder attends across to: the image's states, or those of the question (B, L) read with it."""
+    if question is None:
+        return image
+    read = model.text_encoder(input_ids=question, encoder_hidden_states=image, return_dict=True)
+    return read.last_hidden_state  # type: ignore[no-any-return]
+
+
+def answer_logprobs(
+    model: Any, image: Tensor, question: Tensor | None, written: Tensor, rows: Tensor, targets: Tensor
+) -> Tensor:
+    """(B, R) log-probs of `targets` (B, R) at `rows` (R,) of what the decoder is given, `written` (B, T)."""
+    inputs = {"input_ids": written, "encoder_hidden_states": source_states(model, image, question)}
+    return logprobs_of(model.text_decoder, inputs, rows, targets)
+
+
+class BlipRun(SuppressedRun):
+    """Attention to the image and to the prompt's text under factors, wherever the model has it.
+
+    Args:
+        model: one of the two above.
+        factor: (V, states + L), first over the image's states, then over the text's tokens; None: our attention
+            without any.
+        states: how many belong to the image.
+        vision: act in the vision encoder as well, in all of its layers.
+        layers: of the text's stacks, counted in each.
+        options: of `SuppressedRun`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        factor: Tensor | None,
+        *,
+        states: int,
+        vision: bool,
+        layers: Iterable[int] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(None, **options)
+        self._of = {} if factor is None else {"image": factor[:, :states], "text": factor[:, states:]}
+        self._roles = _roles(model, vision)
+        self._unseen = set(self._roles)
+        wanted = None if layers is None else tuple(layers)
+        self._layers = {
+            role: LayerSelection(None if role.stack == "vision_model" else wanted) for role in self._roles.values()
+        }
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        role = self._roles.get(module)
+        self._unseen.discard(module)
+        self.reached = not self._unseen
+        factor = None
+        if role is not None and module in self._layers[role] and self._of:
+            own = self._of[role.source]
+            factor = nn.functional.pad(own, (0, call.key.shape[2] - own.shape[1]), value=1.0)  # of what is written
+        return call.attend(factor, self.mode)
+
+
+class _Role(NamedTuple):
+    """What some attention modules do, one in each layer of their stack."""
+
+    stack: str
+    source: _Source  # whose states are their keys
+    is_across: bool
+
+
+def _roles(model: PreTrainedModel, vision: bool) -> dict[nn.Module, _Role]:
+    """The attention modules that are suppressed, told by their places in the model."""
+    asks = answers_questions(model)
+    found: dict[nn.Module, _Role] = {}
+    for name, module in model.named_modules():
+        if family_of(module) is None:
+            continue
+        stack, is_across = name.split(".")[0], ".crossattention." in name
+        if stack == "vision_model":
+            if vision:
+                found[module] = _Role(stack, "image", False)
+        elif stack == "text_decoder" and asks:
+            if is_across:  # what it writes itself is no source
+                found[module] = _Role(stack, "text", True)
+        else:
+            found[module] = _Role(stack, "image" if is_across else "text", is_across)
+    return found

@@ -1,0 +1,93 @@
+"""The vision encoder of an image-text model, and suppression in it: a patch has the factor of the token it becomes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.hf.attention.interface import AttentionCall, activate, decoder_of, reachable
+from atman_kernels.hf.attention.suppression import SuppressedRun
+from atman_kernels.hf.forward.sequence import Pictured, Sequence
+
+
+def towers(module: nn.Module, decoder: nn.Module) -> list[PreTrainedModel]:
+    """The outermost transformers models that lie beside the decoder."""
+    found = []
+    for child in module.children():
+        if child is decoder:
+            continue
+        if any(part is decoder for part in child.modules()) or not isinstance(child, PreTrainedModel):
+            found += towers(child, decoder)
+        else:
+            found.append(child)
+    return found
+
+
+def vision_encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The one encoder beside the text decoder.
+
+    Raises:
+        UnsupportedModelError: there are several, or none, or its attention cannot be reached.
+    """
+    name, found = type(model).__name__, towers(model, decoder_of(model))
+    if len(found) != 1:
+        raise UnsupportedModelError(f"{name} cannot be suppressed in its vision encoder: it has {len(found)} encoders")
+    return reachable(found[0], name)
+
+
+@contextmanager
+def vision_suppressed(
+    model: PreTrainedModel, sequence: Sequence | Pictured, factor: Tensor, mode: str
+) -> Iterator[None]:
+    """Inside, a forward over copies of a sequence, one per row of factor (V, L), sees its images under these factors.
+
+    Sequences without images that are still to be seen are left alone.
+
+    Raises:
+        UnsupportedModelError: at the end, the encoder did not attend to all patches; in a forward, to others.
+    """
+    if not isinstance(sequence, Pictured):
+        yield
+        return
+    run = VisionRun(type(model).__name__, sequence.patch_factors(factor), sequence.in_one_row, mode)
+    with activate(model, run, vision_encoder_of(model)):
+        yield
+    run.check_finished()
+
+
+class VisionRun(SuppressedRun):
+    """The attention of a vision encoder under factors of its patches.
+
+    Args:
+        name: the model's.
+        patch_factors: (images, patches). What an encoder puts before the patches, such as a class token, counts as 1.
+        in_one_row: patches of all images came as one row, (1, patches), and calls take them piece by piece.
+    """
+
+    def __init__(self, name: str, patch_factors: Tensor, in_one_row: bool, mode: str) -> None:
+        super().__init__(None, mode=mode)
+        self._name, self._factors, self._in_one_row = name, patch_factors, in_one_row
+        self._taken: Counter[nn.Module] = Counter()  # patches of the row that calls of a module had so far
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        images, keys = call.key.shape[0], call.key.shape[2]
+        first = self._taken[module] if self._in_one_row else 0
+        own = self._factors[:, first : first + keys]
+        before = keys - own.shape[1]
+        if images != len(own) or before > (0 if self._in_one_row else 1):
+            raise UnsupportedModelError(
+                f"{self._name} cannot be suppressed in its vision encoder: {type(module).__name__} attends to "
+                f"{images} × {keys} keys, where {len(own)} × {own.shape[1]} patches are"
+            )
+        self._taken[module] += keys - before
+        return call.attend(nn.functional.pad(own, (before, 0), value=1.0).to(call.query.device), self.mode)
+
+    def check_finished(self) -> None:
+        """Raises UnsupportedModelError if there are patches that some module never attended to."""
+        if not self._taken or set(self._taken.values()) != {self._factors.shape[1]}:
+            raise UnsupportedModelError(
+                f"{self._name} cannot be suppressed in its vision encoder, which did not attend to all patches"
+            )

@@ -1,0 +1,130 @@
+"""What a model is for, as far as an explanation needs to know it. Told by transformers' own tables of model classes."""
+
+import inspect
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as tables
+
+from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.hf.attention.interface import decoder_of, reachable
+
+Kind = Literal[
+    "language",
+    "translation",
+    "pictured translation",
+    "speech",
+    "text label",
+    "image label",
+    "image text",
+    "picture answer",
+    "embedding",
+]
+
+# A class is looked up from the top; what stands in none of these is taken for a language model.
+_KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    ("speech", ("SPEECH_SEQ_2_SEQ",)),
+    ("language", ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")),
+    ("translation", ("SEQ_TO_SEQ_CAUSAL_LM",)),
+    ("text label", ("SEQUENCE_CLASSIFICATION",)),
+    ("image label", ("IMAGE_CLASSIFICATION",)),
+    ("image text", ("ZERO_SHOT_IMAGE_CLASSIFICATION",)),
+)
+_PICTURE_ANSWER = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")  # transformers has no table of these
+_REFUSED = {
+    "MASKED_LM": "fills in masked tokens",
+    "TOKEN_CLASSIFICATION": "labels tokens",
+    "QUESTION_ANSWERING": "marks an answer's ends in the text",
+    "MULTIPLE_CHOICE": "chooses among texts",
+    "NEXT_SENTENCE_PREDICTION": "judges pairs of sentences",
+    "AUDIO_CLASSIFICATION": "labels audio",
+    "CTC": "labels audio frames",
+    "OBJECT_DETECTION": "finds objects",
+    "SEMANTIC_SEGMENTATION": "labels pixels",
+}
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What is asked of a model: to write on, to translate or transcribe, to label, to compare, to embed.
+
+    Raises:
+        InputError: `model` is not a transformers model.
+        UnsupportedModelError: it is for something that is not explained.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+        >>> kind_of(BertForSequenceClassification(config))
+        'text label'
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    if any(base.__name__ in _PICTURE_ANSWER for base in type(model).__mro__):
+        return "picture answer"
+    both = bool(getattr(model.config, "is_encoder_decoder", False))
+    for kind, listed in _KINDS:
+        if any(_is_in(model, table) for table in listed):
+            if both == (kind in ("translation", "speech")):
+                return kind
+            if both:
+                break
+    if both and getattr(model.config, "model_type", None) == "blip-2" and _is_in(model, "IMAGE_TEXT_TO_TEXT"):
+        return "pictured translation"
+    if both:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder model that neither translates text nor transcribes speech, which is not "
+            "supported"
+        )
+    for table, purpose in _REFUSED.items():
+        if _is_in(model, table):
+            raise UnsupportedModelError(f"{name} {purpose}; what it does cannot be explained here")
+    if _is_headless(model):
+        if not _reads_text(model):
+            raise UnsupportedModelError(f"{name} has no head: there is no label or text whose score could change")
+        return "embedding"
+    if not _reads_text(model) and not model.can_generate():
+        raise UnsupportedModelError(f"{name} reads no text, and is for nothing that can be explained here")
+    return "language"
+
+
+def part_of(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
+    """The part whose attention is suppressed: all stacks of an encoder-decoder, the tower that sees the image.
+
+    Raises:
+        UnsupportedModelError: its attention cannot be reached, with the reason.
+    """
+    if kind in ("translation", "speech", "picture answer"):
+        return reachable(model, type(model).__name__)
+    if kind == "pictured translation":  # BLIP-2 over T5
+        return decoder_of(model)
+    if kind in ("image label", "image text"):
+        tower = getattr(model, "vision_model", None)
+        if isinstance(tower, PreTrainedModel):
+            return reachable(tower, type(model).__name__)
+    if kind == "image text":
+        raise UnsupportedModelError(f"{type(model).__name__} has no part of its own that sees the image")
+    return decoder_of(model)
+
+
+def _is_in(model: PreTrainedModel, table: str) -> bool:
+    names = _classes(getattr(tables, f"MODEL_FOR_{table}_MAPPING_NAMES", {}).values())
+    return any(base.__name__ in names for base in type(model).__mro__)
+
+
+def _reads_text(model: PreTrainedModel) -> bool:
+    """Some towers leave the name of what they read at transformers' default."""
+    return model.main_input_name == "input_ids" and "input_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _is_headless(model: PreTrainedModel) -> bool:
+    return type(model).__name__ in _classes(tables.MODEL_MAPPING_NAMES.values()) and not model.can_generate()
+
+
+def _classes(values: object) -> set[str]:
+    """Names of classes; a table may give several for one model type."""
+    found: set[str] = set()
+    for value in values:  # type: ignore[attr-defined]
+        found |= {value} if isinstance(value, str) else set(value)
+    return found

@@ -1,0 +1,1 @@
+"""What is asked of a model: prompts, images and recordings as tokens, units and targets."""

@@ -1,0 +1,86 @@
+"""Short, safe texts for units and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from atman_kernels.result.characters import BLANK, isolated, name, pieces, printable, supported
+
+if TYPE_CHECKING:
+    from atman_kernels.result.explanation import Explanation
+
+
+def label(text: str, limit: int = 40) -> str:
+    """A unit's text on one line of at most `limit` characters.
+
+    Nothing in it is obeyed or looks empty: blanks are shown where there is nothing else, those that are no spaces also
+    at either end; a mark without its letter stands on a circle.
+    """
+    text = text.strip(" ") or " " * len(text)
+    inner = text.strip(_BLANKS)
+    start = text.index(inner) if inner else len(text)
+    shown = [
+        *_visible(text[:start], everything=not inner),
+        *(_LINE.get(piece, piece) for piece in pieces(inner)),
+        *_visible(text[start + len(inner) :]),
+    ] or ["∅"]
+    shown[0] = supported(shown[0])
+    if sum(map(len, shown)) <= limit:
+        return "".join(shown)
+    head, tail = _fitting(shown, limit // 2), _fitting(shown[::-1], (limit - 1) // 2)[::-1]
+    return f"{''.join(head).rstrip()}…{''.join(tail).lstrip()}"
+
+
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + BLANK
+_LINE = {"\n": "↵", "\t": "⇥"}
+
+
+def _visible(blanks: str, everything: bool = False) -> list[str]:
+    space = "␣" if everything else " "
+    return [space if blank == " " else _LINE.get(blank) or name(blank) for blank in blanks]
+
+
+def _fitting(shown: list[str], limit: int) -> list[str]:
+    """As many of the first pieces as have no more than `limit` characters together."""
+    lengths = accumulate(map(len, shown))
+    return [piece for piece, length in zip(shown, lengths, strict=True) if length <= limit]
+
+
+def signed(value: float) -> str:
+    """A score for a reader: its sign and two decimals, or one significant digit where that would be 0.00."""
+    digits = f"{abs(value):.2f}" if abs(value) >= 0.005 or value == 0 else f"{abs(value):.1g}"
+    return digits if value == 0 else ("+" if value > 0 else "−") + digits
+
+
+def likelihood(explanation: Explanation) -> tuple[str, str]:
+    """How likely the model finds the answer, as a logarithm and in another way; for a contrast, its log odds."""
+    logprob = float(explanation.base_logprobs.double().sum())
+    if explanation.value != "log-probability":
+        return f"{printable(explanation.value)} {signed(logprob)}", "with nothing suppressed"
+    if explanation.versus is None:
+        return f"log p {signed(logprob)}", percent(logprob)
+    both = [f"{signed(value)}" for value in explanation.settings.get("logprobs", {}).values()]
+    return f"log odds {signed(logprob)}", f"log p {' and '.join(both)}"
+
+
+def token_label(explanation: Explanation, token: int, isolated: Callable[[str], str] = isolated) -> str:
+    """What stands for a target token, each label `isolated`; a contrast's only one names both answers."""
+    if explanation.versus is None:
+        return isolated(label(explanation.target_tokens[token], 24))
+    return " rather than ".join(isolated(label(answer, 24)) for answer in (explanation.target, explanation.versus))
+
+
+def give_or_take(error: float | None) -> str:
+    """What stands behind a score that is an estimate, and nothing behind an exact one."""
+    return "" if error is None else f" ±{signed(abs(error)).lstrip('+')}"
+
+
+def percent(logprob: float) -> str:
+    """The probability behind a natural logarithm, for a reader; a very small one as a power of ten."""
+    power = round(logprob / math.log(10))
+    if power < -3:
+        return "10" + f"{power}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{100 * math.exp(min(logprob, 0.0)):.2g} %".replace("1e+02", "100")

@@ -1,0 +1,112 @@
+"""What any subsets of a prompt's units are worth to an answer: the runs that sampling methods are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from atman_kernels.arguments import entries
+from atman_kernels.errors import InputError
+from atman_kernels.inputs.text_generation import Question
+from atman_kernels.planning.factors import subset_rows
+from atman_kernels.planning.units import Unit
+from atman_kernels.run.runner import Outcome
+
+if TYPE_CHECKING:
+    from atman_kernels.explain.methods import MethodContext
+
+Masks = Tensor | Sequence[Sequence[bool]] | Callable[[tuple[Unit, ...]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """An answer's log-probabilities with sets of units suppressed, from `Explainer.ablate`.
+
+    Attributes:
+        prompt: the exact text that was tokenized.
+        target: the text whose log-probability was measured.
+        units: what the masks' columns stand for.
+        masks: (n_variants, n_units) bool: True where a unit was suppressed.
+        logprobs: (n_variants, n_target_tokens) float32 on the CPU, in nats.
+        target_tokens: the text of each target token.
+        base_logprobs: (n_target_tokens,) float32, with nothing suppressed.
+        settings: how it was computed.
+        stats: what it cost; `variants` counts what the model ran, equal masks once.
+
+    Example:
+        >>> every_pair = lambda units: torch.combinations(torch.arange(len(units)))     # doctest: +SKIP
+        >>> masks = lambda units: torch.nn.functional.one_hot(every_pair(units)).sum(1).bool()  # doctest: +SKIP
+        >>> found = explainer.ablate("Anna met Bert. Anna met", " Bert", masks=masks)   # doctest: +SKIP
+        >>> found.rises.sum(1).argmax()  # the pair of tokens that the answer rests on  # doctest: +SKIP
+    """
+
+    prompt: str
+    target: str
+    units: tuple[Unit, ...]
+    masks: Tensor
+    logprobs: Tensor
+    target_tokens: tuple[str, ...]
+    base_logprobs: Tensor
+    settings: dict[str, Any]
+    stats: dict[str, Any]
+
+    @property
+    def rises(self) -> Tensor:
+        """(n_variants, n_target_tokens): how much each token's loss rises, in nats; what `explain` calls a score."""
+        return self.base_logprobs - self.logprobs
+
+    def __repr__(self) -> str:
+        variants, tokens = self.logprobs.shape
+        return f"Ablation({variants} variants of {len(self.units)} units × {tokens} target tokens)"
+
+
+def run_subsets(
+    context: MethodContext, questions: Sequence[Question], masks: Sequence[Tensor], description: str
+) -> Outcome:
+    """Every question under every row of its masks; equal rows run once.
+
+    Args:
+        context: what runs, and how a unit is suppressed.
+        questions: what is asked.
+        masks: per question, (n_variants, n_units) bool, True = suppressed.
+        description: what the progress bar says.
+
+    Returns:
+        An `Outcome` whose `perturbed` has one row per row of the masks.
+    """
+    distinct = [torch.unique(rows, dim=0, return_inverse=True) for rows in masks]
+    factors = [
+        subset_rows(context.factors(question), rows) for question, (rows, _) in zip(questions, distinct, strict=True)
+    ]
+    outcome = context.runner.run(questions, factors, description)
+    perturbed = [found[places] for found, (_, places) in zip(outcome.perturbed, distinct, strict=True)]
+    return Outcome(outcome.unperturbed, perturbed, outcome.work)
+
+
+def checked_masks(masks: Any, units: tuple[Unit, ...]) -> Tensor:
+    """The user's masks as a (n_variants, n_units) bool tensor on the CPU.
+
+    Raises:
+        InputError: they are of another form.
+    """
+    made = masks(units) if callable(masks) else masks
+    try:
+        # an array as it is, which is quicker than its entries one by one
+        listed = made if isinstance(made, Tensor) or hasattr(made, "tolist") else entries(made, "masks", "rows")
+        made = torch.as_tensor(listed, device="cpu").detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"masks must be a bool tensor (n_variants, {len(units)}), got {type(made).__name__}"
+        ) from error
+    if made.dtype != torch.bool:
+        raise InputError(f"masks must be of bool, True where a unit is suppressed, got {made.dtype}")
+    if made.dim() != 2 or made.shape[1] != len(units) or not len(made):
+        raise InputError(
+            f"masks must have shape (n_variants, {len(units)}), with a column for each unit and at least one row, got "
+            f"{tuple(made.shape)}"
+        )
+    return made
