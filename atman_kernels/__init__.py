@@ -24,10 +24,12 @@ _HOME = {
     "InputError": "errors",
     "UnsupportedModelError": "errors",
     "BackendUnavailableError": "errors",
+    "Cancelled": "errors",
 }
 __all__ = [
     "Ablation",
     "BackendUnavailableError",
+    "Cancelled",
     "Explainer",
     "Explanation",
     "InputError",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
+    from atman_kernels.errors import BackendUnavailableError, Cancelled, InputError, UnsupportedModelError
     from atman_kernels.explain.explainer import Explainer
     from atman_kernels.hf.attention.suppression import suppress
     from atman_kernels.hf.models.loading import load_model

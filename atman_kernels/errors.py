@@ -30,6 +30,18 @@ class UnsupportedModelError(RuntimeError):
     """
 
 
+class Cancelled(Exception):  # as asyncio's and concurrent.futures' are called
+    """Raised by a caller's own function, such as `Explainer(progress=…)`, to stop what it was told about.
+
+    Example:
+        >>> import atman_kernels as ak
+        >>> def stop_after_a_million(done, total):
+        ...     if done > 1_000_000:
+        ...         raise ak.Cancelled(f"after {done:,} of {total:,} tokens")
+        >>> explainer = ak.Explainer(model, tokenizer, progress=stop_after_a_million)   # doctest: +SKIP
+    """
+
+
 class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot run here; nothing falls back in silence.
 

@@ -29,6 +29,7 @@ from atman_kernels.inputs.image_text import ask_about_images, check_without_imag
 from atman_kernels.inputs.text_generation import Prompt, Question, UnitChoice, ask, ask_all, checked_prompt
 from atman_kernels.planning.factors import checked_factor, checked_threshold, factor_rows
 from atman_kernels.planning.units import check_language, checked_choice
+from atman_kernels.progress import Progress, checked_progress
 from atman_kernels.result.explanation import Explanation
 from atman_kernels.run.full_rows import Task, run_task
 from atman_kernels.run.packed import Perturbation
@@ -132,7 +133,9 @@ class Explainer:
         vision: of a model that reads images beside text, suppress a unit's patches in its vision encoder, too, in all
             of its layers. Every variant then sees the image anew, as a whole row: see docs/images.md.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
-        progress: show a progress bar for what takes longer than a second.
+        progress: show a progress bar for what takes longer than a second; or a function, called with (done, total) in
+            tokens before the first forward and after every other. `atman_kernels.Cancelled`, raised from it, ends the
+            call there, with the model as it was.
 
     Raises:
         InputError: an argument does not fit.
@@ -155,7 +158,7 @@ class Explainer:
         layers: Iterable[int] | None = None,
         vision: bool = False,
         token_budget: int | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
         model = unwrapped(model)
         self.kind = kind_of(model)
@@ -174,7 +177,7 @@ class Explainer:
         self.factor = checked_factor(factor)
         self.similarity_threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
         how = Perturbation(choice(mode, "mode", MODES), checked_layers(part, layers))
-        self.runner = VariantRunner(model, how, token_budget, flag(progress, "progress"))
+        self.runner = VariantRunner(model, how, token_budget, checked_progress(progress))
 
     def explain(
         self,

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from atman_kernels.errors import InputError
+from atman_kernels.progress import listener
 
 # One answer, as a tensor of ids, by plain greedy search. What a config says of logits and of stopping stays.
 _GREEDY: dict[str, Any] = {
@@ -80,6 +82,9 @@ def generated(
         asked["tokenizer"] = tokenizer
     if asked.get("pad_token_id") is None and getattr(config, "pad_token_id", None) is None:  # it would say so
         asked["pad_token_id"] = next(iter([*_ids(tokenizer.pad_token_id), *sorted(end_ids(model, tokenizer)), 0]))
+    heard = listener()
+    if heard is not None:
+        asked["streamer"] = _Telling(heard.answering())
     try:
         output = (generate or model.generate)(**inputs, **asked)
     except ValueError as error:
@@ -90,6 +95,22 @@ def generated(
             f"model.generation_config.stop_strings, {stops!r}, do not go with this model: {said}"
         ) from error
     return output[0, before:].tolist()  # type: ignore[no-any-return]
+
+
+class _Telling(BaseStreamer):
+    """Passes on the ids of an answer, one by one; `generate` gives a streamer what was there before, first."""
+
+    def __init__(self, tell: Callable[[int], object]) -> None:
+        self._tell, self._begun = tell, False
+
+    def put(self, value: Tensor) -> None:
+        if self._begun:
+            for token in value.flatten().tolist():
+                self._tell(token)
+        self._begun = True
+
+    def end(self) -> None:
+        pass
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
@@ -20,6 +19,7 @@ from atman_kernels.hf.models.memory import activation_bytes_per_token, free_byte
 from atman_kernels.planning.factors import factor_rows
 from atman_kernels.planning.packing import Variant, VariantQueue, token_budget, whole_factors
 from atman_kernels.planning.units import Unit
+from atman_kernels.progress import Meter
 from atman_kernels.run.packed import Perturbation, Work, shrink_or_raise
 from atman_kernels.run.runner import NOISE_CEILING, VariantRunner
 
@@ -127,7 +127,7 @@ def _run(task: Task, factors: Tensor, runner: VariantRunner, work: Work) -> tupl
     queue = VariantQueue([*(Variant(0, unit, 0, task.cost) for unit in range(len(factors))), rider], budget)
     found: dict[int | None, Tensor] = {}
     total = (len(factors) + 1) * task.cost
-    with tqdm(total=total, unit="tok", desc="explaining", disable=not runner.progress, delay=1, leave=False) as bar:
+    with Meter(runner.progress, total, "explaining") as meter:
         for taken in queue:
             rows = whole_factors(taken, [factors], task.positions).to(device)
             try:
@@ -140,7 +140,7 @@ def _run(task: Task, factors: Tensor, runner: VariantRunner, work: Work) -> tupl
                 return _run(task, factors, runner, work)  # from the beginning, every row alone
             work.add(len(taken) * task.cost, len(taken))
             work.token_budget = queue.token_budget
-            bar.update(len(taken) * task.cost)
+            meter.advance(len(taken) * task.cost)
     return found[None], torch.stack([found[unit] for unit in range(len(factors))])
 
 

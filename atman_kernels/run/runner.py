@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
@@ -19,6 +18,7 @@ from atman_kernels.inputs.text_generation import Question
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 from atman_kernels.planning.sharing import Content, Stage, share
+from atman_kernels.progress import Meter, Progress
 from atman_kernels.run.packed import PackedRuns, Perturbation, Work, run_full_rows, unit_variants
 
 # Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
@@ -59,11 +59,11 @@ class VariantRunner:
         model: a transformers causal language model, in eval mode.
         perturbation: mode and layers.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
-        progress: show a progress bar for what takes longer than a second.
+        progress: show a progress bar for what takes longer than a second; or who is told, see `Explainer`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, perturbation: Perturbation, token_budget: int | None, progress: bool
+        self, model: PreTrainedModel, perturbation: Perturbation, token_budget: int | None, progress: Progress
     ) -> None:
         self.model = model
         self.perturbation = perturbation
@@ -75,13 +75,21 @@ class VariantRunner:
         self._tolerance: float | None = None
         self._dtype = computing_dtype(model)  # in which both were found
 
-    def run(self, questions: Sequence[Question], factors: Sequence[Tensor], description: str = "explaining") -> Outcome:
+    def run(
+        self,
+        questions: Sequence[Question],
+        factors: Sequence[Tensor],
+        description: str = "explaining",
+        found: Callable[[int, int, Tensor], object] = lambda question, row, difference: None,
+    ) -> Outcome:
         """Every question under every row of its factors.
 
         Args:
             questions: what is asked.
             factors: per question, (n_variants, L) over the positions of its `inputs`, on the CPU.
             description: what the progress bar says.
+            found: is told of every variant as soon as it is known: question, row, and (m,) the fall of the answer's
+                log-probabilities.
 
         Raises:
             UnsupportedModelError: our attention does not reproduce the model's own, or is never called.
@@ -106,20 +114,21 @@ class VariantRunner:
         stage = Stage([]) if base is None else runs.thinned(base[0], self._stage(runs, base[0], variants))
         total = sum(v.length for v in variants) if base is None else stage.tokens
         finished: Iterable[tuple[Variant, Tensor]]
-        with tqdm(total=total, unit="tok", desc=description, disable=not self.progress, delay=1, leave=False) as bar:
+        with Meter(self.progress, total, description) as meter:
             if base is not None:
                 unperturbed = self._probe(runs, *base)
             if base is None or unperturbed is None:
-                bar.reset(total=sum(v.length for v in variants))
-                work.advance = bar.update
-                unperturbed, finished = self._full_rows(questions, factors, variants, budget, work)
+                unperturbed, finished = self._full_rows(questions, factors, variants, budget, work, meter)
             else:
-                work.advance = bar.update
+                work.advance = meter.advance
                 finished = runs.run_stage(base[0], stage)
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
             for variant, logprobs in finished:
-                perturbed[variant.question][variant.unit, -len(logprobs) :] = logprobs.cpu()
+                assert variant.unit is not None  # riders are among themselves
+                row = perturbed[variant.question][variant.unit]
+                row[-len(logprobs) :] = logprobs.cpu()
+                found(variant.question, variant.unit, unperturbed[variant.question] - row)
         return Outcome(unperturbed, perturbed, work)
 
     def _stage(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> Stage:
@@ -220,7 +229,13 @@ class VariantRunner:
         )
 
     def _full_rows(
-        self, questions: list[Question], factors: list[Tensor], variants: list[Variant], budget: int, work: Work
+        self,
+        questions: list[Question],
+        factors: list[Tensor],
+        variants: list[Variant],
+        budget: int,
+        work: Work,
+        meter: Meter,
     ) -> tuple[list[Tensor], list[tuple[Variant, Tensor]]]:
         """Every variant as a whole row: (m,) log-probs per question with nothing suppressed, and those of the variants.
 
@@ -230,6 +245,8 @@ class VariantRunner:
         alone = self._full_row_baseline(questions, work)
         riders = [Variant(q, None, 0, len(question.inputs)) for q, question in enumerate(questions)]
         everything, unperturbed, finished = [*variants, *riders], list(alone), []
+        meter.restart(sum(variant.length for variant in everything))
+        work.advance = meter.advance
         if self._mixing is not None:
             self.tell_that_rows_mix()
             budget = 1  # a variant longer than the budget gets a forward of its own
@@ -240,7 +257,7 @@ class VariantRunner:
             elif self._mixing is not None or not self.rows_mix(logprobs.cpu(), alone[variant.question]):
                 unperturbed[variant.question] = logprobs.cpu()
             else:
-                return self._full_rows(questions, factors, variants, budget, work)
+                return self._full_rows(questions, factors, variants, budget, work, meter)
         return unperturbed, finished
 
     def _full_row_baseline(self, questions: list[Question], work: Work) -> list[Tensor]:

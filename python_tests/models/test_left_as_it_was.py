@@ -25,7 +25,7 @@ def snapshot(model) -> dict:
             for name, module in model.named_modules()
         },
         "attention": [m.config._attn_implementation for m in model.modules() if isinstance(m, hf.PreTrainedModel)],
-        "generation": model.generation_config.to_dict(),
+        "generation": model.generation_config.to_dict() if model.can_generate() else None,
         "config": model.config.to_dict(),
         "gradients": {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()},
         "weights": {name: p._version for name, p in model.named_parameters()},

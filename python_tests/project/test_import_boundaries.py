@@ -17,7 +17,7 @@ PACKAGE = Path(atman_kernels.__file__).parent
 # From the bottom up. A module may import from its own layer and from those below.
 LAYERS = (
     ("errors", "arguments", "files", "assets"),
-    ("formula", "pack", "native"),
+    ("formula", "pack", "native", "progress"),
     ("backends",),
     ("autograd",),
     ("ops",),

@@ -5,6 +5,7 @@ from typing import Any
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.inputs.text_generation import Question
+from atman_kernels.progress import Listener, listener
 from atman_kernels.run.packed import Work
 
 
@@ -13,7 +14,10 @@ def atman(context: MethodContext, questions: Sequence[Question]) -> MethodOutcom
 
     Cost: for n tokens Σ(n − i + m) tokens through the layers, in packs.
     """
-    outcome = context.runner.run(questions, [context.factors(question) for question in questions])
+    factors = [context.factors(question) for question in questions]
+    heard = listener() or Listener()
+    heard.asked(questions)
+    outcome = context.runner.run(questions, factors, found=heard.found)
     return MethodOutcome(
         scores=[own - perturbed for own, perturbed in zip(outcome.unperturbed, outcome.perturbed, strict=True)],
         logprobs=outcome.unperturbed,
