@@ -24,7 +24,7 @@ PINS = ROOT / "constraints.txt"
 PROMISES = {  # extra: what can be done with it
     "bench": "import captum, inseq, pytest_benchmark, scipy",
     "captum": "from atman_kernels.adapters.captum import AtManAttribution",
-    "dev": "import hypothesis, mypy, pre_commit, pybind11, pytest, build",
+    "dev": "import httpx, hypothesis, mypy, pre_commit, pybind11, pytest, build",
     "docs": "import mkdocs, material, mkdocstrings_handlers.python",
     "evaluation": "import scipy; from atman_kernels.evaluation.metrics import interquartile_mean",
     "gguf": "import gguf, accelerate",
@@ -34,6 +34,7 @@ PROMISES = {  # extra: what can be done with it
     "lasso": "from sklearn.linear_model import Lasso",
     "notebooks": "import jupytext, nbclient, ipykernel, ipywidgets, matplotlib",
     "plots": "from atman_kernels import plots",
+    "serve": "from atman_kernels.serve.app import create_app",
     "triton": "import triton",
 }
 

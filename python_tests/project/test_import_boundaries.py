@@ -25,7 +25,8 @@ LAYERS = (
     ("hf",),
     ("result",),
     ("inputs", "run", "explain", "steering"),
-    ("cli", "plots", "evaluation", "adapters"),
+    ("serve", "plots", "evaluation", "adapters"),
+    ("cli",),
 )
 # A layer that must do without one below it, although it may import it by its place.
 FORBIDDEN = {"planning": ("backends", "autograd", "ops"), "result": ("backends", "autograd", "ops", "hf")}
@@ -37,7 +38,11 @@ HEAVY = {
     "triton": ("backends.triton",),
     "transformers": ("hf", "inputs", "run", "explain", "steering", "cli", "evaluation", "adapters"),
     "matplotlib": ("plots",),
-    "PIL": ("result.overlay",),
+    "PIL": ("result.overlay", "serve.pictures"),
+    "fastapi": ("serve",),
+    "starlette": ("serve",),
+    "uvicorn": ("serve",),
+    "prometheus_client": ("serve",),
     "captum": ("adapters",),
     "inseq": ("adapters",),
     "click": ("cli",),

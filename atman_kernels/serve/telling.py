@@ -1,0 +1,152 @@
+"""What becomes known while the model works, told to the requests it belongs to; and whether they still want to know."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from atman_kernels.errors import Cancelled
+from atman_kernels.progress import Listener
+from atman_kernels.serve.errors import RequestError
+from atman_kernels.serve.job import Job
+from atman_kernels.serve.requests import ExplainRequest
+from atman_kernels.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from atman_kernels.inputs.text_generation import Question
+
+
+class ToldJob:
+    """A job, and what it has been told already: its work may begin anew."""
+
+    def __init__(self, job: Job, tokenizer: Any, ends: set[int]) -> None:
+        self.job = job
+        self._tokenizer, self._ends = tokenizer, ends
+        self._ids: list[int] = []
+        self._said = ""
+        self._asked = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model is to answer by itself."""
+        return getattr(self.job.request, "target", None) is None
+
+    def begin_answer(self) -> None:
+        self._ids = []
+
+    def say(self, token: int) -> None:
+        """One more token of the answer. Characters that are not whole yet wait for the next."""
+        if not self.job.streamed or (token in self._ids[-1:] and token in self._ends):
+            return
+        self._ids.append(token)
+        text = self._tokenizer.decode([each for each in self._ids if each not in self._ends])
+        if text.endswith("�") or not text.startswith(self._said) or text == self._said:
+            return
+        self.job.tell("answer", {"text": text[len(self._said) :]})
+        self._said = text
+
+    def ask(self, question: "Question", total_tokens: int) -> None:
+        if self._asked or not self.job.streamed:
+            return
+        self._asked = True
+        self.job.tell(
+            "question",
+            {
+                "prompt": question.prompt,
+                "target": question.target,
+                "target_tokens": list(question.target_tokens),
+                "units": [asdict(unit) for unit in question.units],
+                "total_tokens": total_tokens,
+            },
+        )
+
+
+class Telling(Listener):
+    """Tells jobs that are worked on together. Whenever it is told, it looks whether that is still wanted.
+
+    Args:
+        told: the jobs, as the prompts of one call.
+        settings: limits, for what is known only now.
+
+    Raises:
+        Cancelled, from every method: nobody wants the work any more, or those who do are better off without the rest.
+    """
+
+    def __init__(self, told: Sequence[ToldJob], settings: Settings) -> None:
+        self._told, self._settings = told, settings
+        self._answering = iter([each for each in told if each.answers])
+        self._left = [0] * len(told)  # tokens of units that are still to come
+        self._cost: list[list[int]] = [[] for _ in told]
+        self._done = 0
+        self._versus: dict[int, int] = {}  # question of another answer -> of the answer itself
+        self._halves: dict[tuple[int, int], Tensor] = {}
+
+    def answering(self) -> Callable[[int], object]:
+        each = next(self._answering)
+        each.begin_answer()
+
+        def say(token: int) -> None:
+            self._look()
+            if each.job.cancelled is not None:
+                raise Cancelled
+            each.say(token)
+
+        return say
+
+    def asked(self, questions: "Sequence[Question]") -> None:
+        self._look()
+        requests = [each.job.request for each in self._told]
+        contrasted = [number for number, each in enumerate(requests) if getattr(each, "versus", None) is not None]
+        self._versus = dict(zip(range(len(self._told), len(questions)), contrasted, strict=True))
+        for number, (each, question) in enumerate(zip(self._told, questions, strict=False)):
+            self._check_size(question)
+            self._cost[number] = [len(question.ids) - min(unit.token_indices) for unit in question.units]
+            self._left[number] = sum(self._cost[number])
+            each.ask(question, len(question.ids))
+
+    def progressed(self, done: int, total: int) -> None:
+        self._done = done
+        self._look()
+        for each in self._told:
+            if each.job.streamed:
+                each.job.tell("progress", {"done": done, "total": total})
+
+    def found(self, question: int, unit: int, scores: Tensor) -> None:
+        number = self._versus.get(question, question)
+        each = self._told[number]
+        if question < len(self._told):
+            self._left[number] -= self._cost[number][unit]
+        if not each.job.streamed:
+            return
+        request = each.job.request
+        assert isinstance(request, ExplainRequest)
+        if request.versus is not None:
+            other = self._halves.pop((number, unit), None)
+            if other is None:
+                self._halves[number, unit] = scores.double().sum() * (1 if question == number else -1)
+                return
+            scores = (other + scores.double().sum() * (1 if question == number else -1))[None]
+        each.job.tell("unit", {"index": unit, "scores": scores.tolist(), "exact": True})
+
+    def _check_size(self, question: "Question") -> None:
+        """What could not be known before the images were seen."""
+        limits = {
+            "tokens": (len(question.ids), self._settings.max_tokens),
+            "units": (len(question.units), self._settings.max_units),
+        }
+        for what, (count, most) in limits.items():
+            if count > most:
+                raise RequestError("too_large", f"the request has {count} {what}, this service takes {most}")
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for each in self._told:
+            if each.job.deadline is not None and now > each.job.deadline:
+                seconds = self._settings.seconds
+                each.job.cancel(RequestError("timed_out", f"not done within {seconds:g} seconds; ask for less"))
+        gone = [number for number, each in enumerate(self._told) if each.job.cancelled is not None]
+        # What is done would be done again for those who stay: worth it where more than that can be left out.
+        if len(gone) == len(self._told) or sum(self._left[number] for number in gone) > self._done:
+            raise Cancelled

@@ -1,0 +1,74 @@
+"""The thread that works: takes what waits, has the engine work on it, and ends in good order."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from atman_kernels.serve.engine import Engine
+from atman_kernels.serve.errors import RequestError
+from atman_kernels.serve.job import Job
+from atman_kernels.serve.waiting import Waiting
+
+LOG = logging.getLogger("atman_kernels.serve")
+PATIENCE = 0.02  # seconds for requests that arrive at the same time, which cost less together than in a row
+ENDING = "the service is about to end; try again in a moment, it may be back or there may be another"
+
+
+class Worker:
+    """One thread, the only one that touches the model.
+
+    Args:
+        engine: what does the work.
+        waiting: where it comes from.
+        on_end: called in that thread when it ends, however it does.
+    """
+
+    def __init__(self, engine: Engine, waiting: Waiting, on_end: Callable[[], None] = lambda: None) -> None:
+        self.engine, self.waiting = engine, waiting
+        self._at_work: list[Job] = []
+        self._thread = threading.Thread(target=self._loop, name="atman-model", daemon=True)
+        self._on_end = on_end
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Takes no new requests; what waits is still worked on."""
+        self.waiting.close(RequestError("busy", ENDING, retry_after=5))
+
+    def stop(self, grace: float) -> None:
+        """Ends the thread: what is not done after so many seconds is refused or stopped."""
+        self.drain()
+        self._thread.join(grace)
+        if self._thread.is_alive():
+            error = RequestError("busy", ENDING, retry_after=5)
+            self.waiting.drop(error)
+            for job in self._at_work:
+                job.cancel(error)
+            self._thread.join()
+
+    def _loop(self) -> None:
+        try:
+            while jobs := self.waiting.take(PATIENCE):
+                self._at_work = jobs
+                now = time.monotonic()
+                for job in jobs:
+                    self.engine.metrics.waited.observe(now - job.queued)
+                self.engine.metrics.batches.observe(len(jobs))
+                self.engine.run(jobs)
+                self._at_work = []
+        except BaseException:  # nothing of a request comes here, so this is a defect of ours
+            LOG.exception("the thread that works on requests ended")
+            raise
+        finally:
+            error = RequestError("busy", ENDING, retry_after=5)
+            self.waiting.close(error)
+            self.waiting.drop(error)
+            for job in self._at_work:
+                job.fail(RequestError("internal", "the service failed"))
+            self._on_end()
