@@ -11,7 +11,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from atman_kernels.arguments import entries, integer, real, shown, text
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.attention.interface import AttentionCall, activate
+from atman_kernels.hf.attention.interface import AttentionCall
 from atman_kernels.hf.attention.suppression import SuppressedRun, is_encoder_decoder
 from atman_kernels.inputs.image_places import seen_region
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of
@@ -131,7 +131,7 @@ def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, im
     patch_height, patch_width = patch if isinstance(patch, list | tuple) else (patch, patch)
     rows, columns = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
     counts = _KeyCounts()
-    with activate(part, counts, part), torch.inference_mode():
+    with counts.installed(part, part), torch.inference_mode():
         try:
             part(pixel_values=pixels)
         except (TypeError, InputError) as error:  # another argument is missing; attention that our op does not know

@@ -1,7 +1,6 @@
 """Explanations of models that read both ways: every variant is a whole row of a batch, for nothing can be shared."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +11,9 @@ from transformers import PreTrainedModel
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.explain.methods.perturbation import cost
-from atman_kernels.hf.attention.interface import activate, computing_dtype
-from atman_kernels.hf.attention.suppression import SourceRun, SuppressedRun, is_encoder_decoder
-from atman_kernels.hf.forward.pooling import pooling_through
+from atman_kernels.hf.attention.interface import computing_dtype
+from atman_kernels.hf.attention.suppression import SuppressedRun
+from atman_kernels.hf.forward.pooling import encoder_run
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.planning.factors import factor_rows
 from atman_kernels.planning.packing import Variant, VariantQueue, token_budget, whole_factors
@@ -64,19 +63,8 @@ def values_under(task: Task, factor: Tensor | None, perturbation: Perturbation) 
         UnsupportedModelError: the attention to some of the keys was not reached.
     """
     options: dict[str, Any] = {"mode": perturbation.mode, "layers": perturbation.layers}
-    with ExitStack() as stack:
-        if task.run is not None:
-            run = task.run(factor, **options)
-        elif is_encoder_decoder(task.part):
-            run = SourceRun(task.part, factor, **options)
-        else:
-            run = SuppressedRun(factor, **options)
-        scope = stack.enter_context(activate(task.part, run, task.part))
-        if isinstance(run, SourceRun):
-            stack.enter_context(run.watching(scope))
-        else:
-            stack.enter_context(pooling_through(task.part, run, scope))
-        stack.enter_context(torch.inference_mode())
+    run = encoder_run(task.part, factor, **options) if task.run is None else task.run(factor, **options)
+    with run.installed(task.part, task.part), torch.inference_mode():
         values = task.values(1 if factor is None else len(factor))
     if not run.reached:
         raise UnsupportedModelError(

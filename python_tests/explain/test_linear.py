@@ -10,7 +10,7 @@ from comparison import assert_within
 from torch import Tensor, nn
 
 import atman_kernels as ak
-from atman_kernels.hf.attention.interface import AttentionCall, activate, compact_mask
+from atman_kernels.hf.attention.interface import AttentionCall, Run
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
 ANSWER = "w20 w21"
@@ -21,15 +21,12 @@ FAMILIES = ["llama", "gemma2", "mistral", "gpt2", "gpt_oss", "bloom"]  # softcap
 STEP = 1e-3
 
 
-class Towards:
+class Towards(Run):
     """Attention outputs moved by a share of the way to what suppression makes of them."""
 
     def __init__(self, factor: Tensor, mode: str, share: float, layers: tuple[int, ...]) -> None:
         self.factor, self.mode, self.share, self.layers = factor, mode, share, layers
         self.seen: list[nn.Module] = []
-
-    def mask(self, **kwargs: Any) -> Tensor | None:
-        return compact_mask(**kwargs)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         self.seen.append(module)
@@ -45,7 +42,7 @@ def slopes(model: Any, factor: float, mode: str, layers: tuple[int, ...]) -> Ten
     def losses(first: int, last: int, share: float) -> Tensor:
         row = torch.ones(1, IDS.shape[1] - 1)
         row[:, first:last] = factor
-        with torch.no_grad(), activate(model, Towards(row, mode, share, layers)):
+        with torch.no_grad(), Towards(row, mode, share, layers).installed(model):
             logits = model(IDS[:, :-1], use_cache=False).logits[0, 9:]
         return -logits.double().log_softmax(-1).gather(1, IDS[0, 10:, None])[:, 0]
 

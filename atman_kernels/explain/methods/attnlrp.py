@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import TokenScores
-from atman_kernels.hf.attention.interface import AttentionCall, activate, decoder_of
+from atman_kernels.hf.attention.interface import AttentionCall, Run, decoder_of
 from atman_kernels.hf.attention.replacement import replaced
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.inputs.text_generation import Question
@@ -91,7 +91,7 @@ def rules(model: PreTrainedModel) -> Iterator[None]:
     """
     found = _rules(decoder_of(model))  # refuses before anything is changed
     with ExitStack() as stack:
-        scope = stack.enter_context(activate(model, _AttentionRules(type(model).__name__)))
+        scope = stack.enter_context(_AttentionRules(type(model).__name__).installed(model))
         for module, rule in found:
             stack.enter_context(replaced(module, scope, partial(rule, module)))
         yield
@@ -190,7 +190,7 @@ def _check_rule(module: nn.Module, expected: Tensor, output: Tensor) -> None:
         )
 
 
-class _AttentionRules:
+class _AttentionRules(Run):
     """Fused attention whose inputs get AttnLRP's shares."""
 
     def __init__(self, model_name: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.formula import window_visible
-from atman_kernels.hf.attention.interface import AttentionCall, activate, compact_mask
+from atman_kernels.hf.attention.interface import AttentionCall, Run
 from atman_kernels.hf.attention.suppression import LayerSelection
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.inputs.text_generation import Question
@@ -61,7 +61,7 @@ def _linear(
     how = context.runner.perturbation
     ids = question.ids[:-1]
     run = _EffectsRun(context.factors(question)[:, : len(ids)], how.mode, LayerSelection(how.layers))
-    with differentiation(context.model, checkpointing=checkpointing), activate(context.model, run):
+    with differentiation(context.model, checkpointing=checkpointing), run.installed(context.model):
         forward = differentiable_run(context.model, ids, question.rows, question.targets)
         columns = []
         for _ in target_gradients(forward.logprobs, [forward.embeddings], whole_answer=whole_answer):
@@ -69,15 +69,12 @@ def _linear(
     return torch.stack(columns, dim=1).cpu(), forward.logprobs[0].detach().cpu()
 
 
-class _EffectsRun:
+class _EffectsRun(Run):
     """The model's attention by our op, and on the way back the sum of every unit's effects."""
 
     def __init__(self, factor: Tensor, mode: str, layers: LayerSelection) -> None:
         self.factor, self.mode, self.layers = factor, mode, layers
         self._effects: Tensor | None = None  # (n_units,)
-
-    def mask(self, **kwargs: Any) -> Tensor | None:
-        return compact_mask(**kwargs)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         output = call.attend(None, self.mode)  # (1, T, Hq, Dv)

@@ -1,7 +1,7 @@
-"""How a run reaches a model's attention: the interface name, the switch, and the state of active runs.
+"""How a run reaches a model's attention: the interface name, the switch, and the state of installed runs.
 
 transformers looks attention and mask functions up by name. Both are registered here under `NAME`, and a model is
-switched to that name for as long as a `Run` is active on it. The functions themselves do nothing of their own: they
+switched to that name for as long as a `Run` is installed on it. The functions themselves do nothing of their own: they
 find the run that owns the calling module and whose scope the caller is in, and hand the call over. A call without one,
 such as another thread's, goes to what the model would have called under its own name.
 """
@@ -9,10 +9,11 @@ such as another thread's, goes to what the model would have called under its own
 import inspect
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,16 +98,52 @@ def additive(mask: Tensor) -> Tensor:
     return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
 
 
-class Run(Protocol):
-    """What is done with a model's attention while the run is active."""
+class Run(ABC):
+    """What is done with a model's attention while the run is installed."""
 
+    @abstractmethod
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """The attention output of one layer, (B, T, Hq, Dv)."""
-        ...
 
     def mask(self, **kwargs: Any) -> Tensor | None:
         """The mask that the model's layers get; arguments as of transformers' mask functions."""
-        ...
+        return compact_mask(**kwargs)
+
+    def hooks(self, part: PreTrainedModel, scope: Scope) -> AbstractContextManager[object]:
+        """What the run needs beside the attention and mask functions, for callers in the scope; by default nothing."""
+        return nullcontext()
+
+    @contextmanager
+    def installed(
+        self, model: nn.Module, part: PreTrainedModel | None = None, scope: Scope | None = None
+    ) -> Iterator[Scope]:
+        """Route a model's attention through this run; on exit, and after any exception, all is as before.
+
+        Calls from outside the context, such as other threads', are the model's own meanwhile.
+
+        Args:
+            model: what the errors name.
+            part: whose attention; None for the model's decoder, see `decoder_of`.
+            scope: a new one, whose calls the run is for; None: of our own code alone.
+
+        Yields:
+            the scope.
+
+        Raises:
+            InputError, UnsupportedModelError: see `decoder_of`; also if the caller is inside another run on the model.
+        """
+        decoder = decoder_of(model) if part is None else reachable(part, type(model).__name__)
+        active = _active_on(decoder, self, Scope() if scope is None else scope, type(model).__name__)
+        _check_free(active)
+        with _acting(decoder, active), self.hooks(decoder, active.scope):
+            yield active.scope
+
+    @contextmanager
+    def reinstalled(self, part: PreTrainedModel) -> Iterator[Scope]:
+        """As `installed`, in preference to whatever is active: for what repeats an earlier call."""
+        active = _active_on(part, self, Scope(), type(part).__name__)
+        with _acting(part, active), self.hooks(part, active.scope):
+            yield active.scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,39 +352,6 @@ def reachable(part: PreTrainedModel, name: str) -> PreTrainedModel:
                 "never calls transformers' attention interface"
             )
     return part
-
-
-@contextmanager
-def activate(
-    model: nn.Module, run: Run, part: PreTrainedModel | None = None, scope: Scope | None = None
-) -> Iterator[Scope]:
-    """Route the attention of `model` through `run`; on exit, and after any exception, all is as before.
-
-    Calls from outside the context, such as other threads', are the model's own meanwhile.
-
-    Args:
-        part: whose attention; None for its decoder, see `decoder_of`.
-        scope: a new one, whose calls the run is for; None: of our own code alone.
-
-    Yields:
-        the scope.
-
-    Raises:
-        InputError, UnsupportedModelError: see `decoder_of`; also if the caller is inside another run on the model.
-    """
-    decoder = decoder_of(model) if part is None else reachable(part, type(model).__name__)
-    active = _active_on(decoder, run, Scope() if scope is None else scope, type(model).__name__)
-    _check_free(active)
-    with _acting(decoder, active):
-        yield active.scope
-
-
-@contextmanager
-def reactivated(run: Run, part: PreTrainedModel) -> Iterator[Scope]:
-    """As `activate`, in preference to whatever is active: for what repeats an earlier call."""
-    active = _active_on(part, run, Scope(), type(part).__name__)
-    with _acting(part, active):
-        yield active.scope
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -18,11 +18,10 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import MODES
 from atman_kernels.hf.attention.interface import (
     AttentionCall,
-    activate,
+    Run,
     compact_mask,
     decoder_of,
     is_under_a_run,
-    reactivated,
     text_stack,
 )
 from atman_kernels.hf.attention.positional import Factors, LayerFactors, Queries, checked_queries
@@ -132,7 +131,7 @@ def suppressed(
     run = SourceRun(part, factor, attention=attention, **options) if is_both else SuppressedRun(factor, **options)
 
     scope = Scope(entering_frame())
-    recomputations = Recomputations(part, scope, partial(_once_more, run, part))
+    recomputations = Recomputations(part, scope, partial(run.reinstalled, part))
     run.computing = recomputations.note
 
     @torch.compiler.disable
@@ -148,19 +147,10 @@ def suppressed(
             )
 
     with ExitStack() as stack:
-        stack.enter_context(activate(model, run, part, scope))
-        if isinstance(run, SourceRun):
-            stack.enter_context(run.watching(scope))
+        stack.enter_context(run.installed(model, part, scope))
         stack.enter_context(observed(part, check_reached))
         stack.enter_context(recomputations.watched())
         yield scope
-
-
-@contextmanager
-def _once_more(run: "SuppressedRun", part: PreTrainedModel) -> Iterator[None]:
-    """A run that may have ended, for what repeats one of its forwards."""
-    with reactivated(run, part) as scope, run.watching(scope) if isinstance(run, SourceRun) else nullcontext():
-        yield
 
 
 def _part_of(model: nn.Module, attention: Attention, queries: Queries) -> PreTrainedModel:
@@ -187,7 +177,7 @@ class _ForwardState(threading.local):
         self.cross: set[int] = set()  # ids of modules that were handed another stack's states
 
 
-class SuppressedRun:
+class SuppressedRun(Run):
     """Dense attention, changed layer by layer; arguments as of `suppress`."""
 
     def __init__(
@@ -285,7 +275,7 @@ class SourceRun(SuppressedRun):
     """An encoder-decoder model whose attention to the source is suppressed; the decoder's to itself is not.
 
     A call is cross-attention if its module, or one around it, was handed another stack's states: neither its shapes
-    nor `is_causal` tell. `watching` has to be entered for that.
+    nor `is_causal` tell. The run's hooks note that.
     """
 
     def __init__(
@@ -302,14 +292,13 @@ class SourceRun(SuppressedRun):
         self._layers_by_role = {role: LayerSelection(wanted) for role in ("self", "cross")}
         self._roles = {"self", "cross"} if attention == "both" else {attention}
         self._to_see = set(self._roles)
-        self._model = model
         self._encoder = frozenset(id(module) for module in encoder_of(model).modules())
 
     @contextmanager
-    def watching(self, scope: Scope) -> Iterator[None]:
+    def hooks(self, part: PreTrainedModel, scope: Scope) -> Iterator[None]:
         """Inside, forwards of the scope tell which of their modules attend to another stack."""
         with ExitStack() as stack:
-            for module in self._model.modules():
+            for module in part.modules():
                 names = list(inspect.signature(module.forward).parameters)
                 given = [(name, names.index(name)) for name in _OTHER_STATES if name in names]
                 if given:

@@ -9,7 +9,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +23,15 @@ from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import window_visible
 from atman_kernels.hf.attention.interface import (
     AttentionCall,
-    activate,
+    Run,
     additive,
-    compact_mask,
     computing_dtype,
     decoder_of,
     text_stack,
 )
 from atman_kernels.hf.attention.replacement import innermost_forward, is_replacement, replaced
 from atman_kernels.hf.attention.scope import Scope
-from atman_kernels.hf.attention.suppression import LayerSelection, SuppressedRun
+from atman_kernels.hf.attention.suppression import LayerSelection
 from atman_kernels.hf.forward.sequence import (
     Embedded,
     Pictured,
@@ -41,7 +40,7 @@ from atman_kernels.hf.forward.sequence import (
     suffix_inputs,
     whole_inputs,
 )
-from atman_kernels.hf.images.vision import vision_suppressed
+from atman_kernels.hf.images.vision import ImageTextRun
 from atman_kernels.hf.models.packability import why_rows_do_not_mix, why_unpackable
 from atman_kernels.pack import VariantPack
 
@@ -141,7 +140,7 @@ class _LayerStore:
         self.tensors[module] = self._block[index].copy_(tensor) if fits else tensor.contiguous()
 
 
-class _CaptureRun:
+class _CaptureRun(Run):
     """The model's own attention, recomputed by our op, with every layer's K/V kept."""
 
     def __init__(self, layers: int | None) -> None:
@@ -150,9 +149,6 @@ class _CaptureRun:
         self.patterns: dict[nn.Module, Tensor] = {}
         self.by_position = False
         self._made: dict[tuple[int, bool, int | None], tuple[Tensor, Tensor | None]] = {}
-
-    def mask(self, **kwargs: Any) -> Tensor | None:
-        return compact_mask(**kwargs)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         if module in self.keys.tensors:
@@ -191,7 +187,7 @@ def _beyond_causal(call: AttentionCall) -> Tensor | None:
     return pattern
 
 
-class _PackedRun:
+class _PackedRun(Run):
     """Each layer's rows attend to that layer's base K/V and to their own variant."""
 
     def __init__(self, base: Base, pack: VariantPack, factor: Tensor, mode: str, layers: Iterable[int] | None) -> None:
@@ -311,7 +307,7 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
-    with activate(model, run) as scope, _later_features(model, ids, scope):
+    with run.installed(model) as scope, _later_features(model, ids, scope):
         logprobs = logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
     captured = len(run.keys.tensors)
     if not captured:
@@ -358,7 +354,7 @@ def packed_logprobs(
     """
     inputs = suffix_inputs(ids, positions)
     run = _PackedRun(base, pack, factor, mode, layers)
-    with activate(model, run) as scope, _later_features(model, ids, scope):
+    with run.installed(model) as scope, _later_features(model, ids, scope):
         return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
 
 
@@ -386,7 +382,7 @@ def grow(
     inputs = suffix_inputs(ids, torch.cat(positions).to(pack.device))
     run = _GrowingRun(base, pack, factor, mode, layers, grown, places, positions[: len(places)])
     nothing = torch.zeros(1, dtype=torch.int64, device=pack.device)  # a model's forward ends with some logits
-    with activate(model, run) as scope, _later_features(model, ids, scope):
+    with run.installed(model) as scope, _later_features(model, ids, scope):
         logprobs_of(reader_of(model, ids), inputs, nothing, nothing[None])
 
 
@@ -412,11 +408,8 @@ def full_row_logprobs(
         (V, R) log-probs.
     """
     variants = factor.shape[0]
-    run = SuppressedRun(factor, mode=mode, layers=layers)
-    with ExitStack() as stack:
-        scope = stack.enter_context(activate(model, run))
-        stack.enter_context(vision_suppressed(model, ids, factor, mode))
-        stack.enter_context(_later_features(model, ids, scope, variants))
+    run = ImageTextRun(model, ids, factor, mode=mode, layers=layers)
+    with run.installed(model) as scope, _later_features(model, ids, scope, variants):
         return logprobs_of(reader_of(model, ids), whole_inputs(ids, variants), rows, targets.expand(variants, -1))
 
 

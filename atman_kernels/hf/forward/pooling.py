@@ -1,4 +1,7 @@
-"""Attention that pools patches inside torch's own `nn.MultiheadAttention`, past transformers' interface (SigLIP)."""
+"""Full rows of an encoder or an encoder-decoder under factors of what it reads.
+
+SigLIP pools its patches inside torch's own `nn.MultiheadAttention`, past transformers' interface.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -6,22 +9,37 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.attention.interface import AttentionCall
 from atman_kernels.hf.attention.replacement import replaced
 from atman_kernels.hf.attention.scope import Scope
-from atman_kernels.hf.attention.suppression import SuppressedRun
+from atman_kernels.hf.attention.suppression import SourceRun, SuppressedRun, is_encoder_decoder
 
 
-@contextmanager
-def pooling_through(model: nn.Module, run: SuppressedRun, scope: Scope) -> Iterator[None]:
-    """In the scope, every `nn.MultiheadAttention` of a model goes through a run, as its other attention does."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, nn.MultiheadAttention):
-                stack.enter_context(replaced(module, scope, partial(_attend, module, run)))
-        yield
+def encoder_run(part: PreTrainedModel, factor: Tensor | None, **options: Any) -> SuppressedRun:
+    """A run over whole rows of a part that reads its input in both directions.
+
+    Args:
+        part: an encoder, or an encoder-decoder, whose attention to its source is suppressed.
+        factor: (V, L) over the positions of the encoder; None: our attention without any.
+        options: of `SuppressedRun`.
+    """
+    return SourceRun(part, factor, **options) if is_encoder_decoder(part) else EncoderRun(factor, **options)
+
+
+class EncoderRun(SuppressedRun):
+    """An encoder's attention under factors, that of its pooling head included."""
+
+    @contextmanager
+    def hooks(self, part: PreTrainedModel, scope: Scope) -> Iterator[None]:
+        """In the scope, every `nn.MultiheadAttention` of the part goes through the run, as its other attention does."""
+        with ExitStack() as stack:
+            for module in part.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    stack.enter_context(replaced(module, scope, partial(_attend, module, self)))
+            yield
 
 
 def _attend(

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.interface import AttentionCall, activate, decoder_of, reachable
+from atman_kernels.hf.attention.interface import AttentionCall, decoder_of, reachable
+from atman_kernels.hf.attention.scope import Scope
 from atman_kernels.hf.attention.suppression import SuppressedRun
 from atman_kernels.hf.forward.sequence import Pictured, Sequence
 
@@ -38,24 +40,39 @@ def vision_encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return reachable(found[0], name)
 
 
-@contextmanager
-def vision_suppressed(
-    model: PreTrainedModel, sequence: Sequence | Pictured, factor: Tensor, mode: str
-) -> Iterator[None]:
-    """Inside, a forward over copies of a sequence, one per row of factor (V, L), sees its images under these factors.
+class ImageTextRun(SuppressedRun):
+    """The attention of a text decoder under factors of its tokens, and of the vision encoder under those of patches.
 
-    Sequences without images that are still to be seen are left alone.
-
-    Raises:
-        UnsupportedModelError: at the end, the encoder did not attend to all patches; in a forward, to others.
+    Args:
+        model: the image-text model.
+        sequence: what the model reads. Images that are not still to be seen are left alone.
+        factor: (V, L) over the tokens.
+        options: of `SuppressedRun`; layers are the decoder's.
     """
-    if not isinstance(sequence, Pictured):
-        yield
-        return
-    run = VisionRun(type(model).__name__, sequence.patch_factors(factor), sequence.in_one_row, mode)
-    with activate(model, run, vision_encoder_of(model)):
-        yield
-    run.check_finished()
+
+    def __init__(
+        self, model: PreTrainedModel, sequence: Sequence | Pictured, factor: Tensor, *, mode: str, **options: Any
+    ) -> None:
+        super().__init__(factor, mode=mode, **options)
+        self._model = model
+        self._vision: VisionRun | None = None
+        if isinstance(sequence, Pictured):
+            patch_factors = sequence.patch_factors(factor)
+            self._vision = VisionRun(type(model).__name__, patch_factors, sequence.in_one_row, mode)
+
+    @contextmanager
+    def hooks(self, part: PreTrainedModel, scope: Scope) -> Iterator[None]:
+        """Inside, the vision encoder sees the images of each variant under its factors.
+
+        Raises:
+            UnsupportedModelError: at the end, the encoder did not attend to all patches; in a forward, to others.
+        """
+        if self._vision is None:
+            yield
+            return
+        with self._vision.installed(self._model, vision_encoder_of(self._model)):
+            yield
+        self._vision.check_finished()
 
 
 class VisionRun(SuppressedRun):
