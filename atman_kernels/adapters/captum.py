@@ -78,7 +78,7 @@ class SuppressedTextInput(TextTokenInput):
         *,
         language: str = "en",
     ) -> None:
-        if explainer.kind != "language":
+        if explainer.task != "text-generation":
             name = type(explainer.model).__name__
             raise UnsupportedModelError(f"explainer: {name} is no causal language model, which captum's texts are for")
         self.explainer = explainer

@@ -21,7 +21,7 @@ from atman_kernels.hf.attention.suppression import checked_layers
 from atman_kernels.hf.forward.logprobs import evaluating
 from atman_kernels.hf.forward.sequence import Embedded
 from atman_kernels.hf.images.embedding import check_vision
-from atman_kernels.hf.models.tasks import Kind, kind_of, part_of
+from atman_kernels.hf.models import tasks
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.encoders import Asked, task_of
 from atman_kernels.inputs.image_places import ImageUnitChoice, checked_image_units
@@ -161,18 +161,18 @@ class Explainer:
         progress: Progress = True,
     ) -> None:
         model = unwrapped(model)
-        self.kind = kind_of(model)
-        part = part_of(model, self.kind)  # refuses what cannot be reached
+        self.task = tasks.task_of(model)
+        part = tasks.part_of(model, self.task)  # refuses what cannot be reached
         self.vision = flag(vision, "vision")
         if self.vision:
-            _check_vision(model, self.kind)
+            _check_vision(model, self.task)
         if token_budget is not None:
             token_budget = integer(token_budget, "token_budget", least=1, expected="an integer >= 1 or None")
         self.model: PreTrainedModel = model
         self._given = tokenizer
         self.processor = tokenizer if hasattr(tokenizer, "image_processor") else None
         self.tokenizer = tokenizer if self.processor is None else self.processor.tokenizer
-        if self.kind == "language" and not hasattr(self.tokenizer, "is_fast"):
+        if self.task == "text-generation" and not hasattr(self.tokenizer, "is_fast"):
             raise InputError(f"tokenizer must be a tokenizer or processor of transformers, got {described(tokenizer)}")
         self.factor = checked_factor(factor)
         self.similarity_threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
@@ -239,7 +239,7 @@ class Explainer:
         chosen = methods.method(method, options)
         asking = _Asking.of(include_target, chat, max_new_tokens, language)
         image_units = checked_image_units(image_units)
-        if self.kind != "language":
+        if self.task != "text-generation":
             if asking.include_target or asking.chat or versus is not None or method != "atman":
                 name = type(self.model).__name__
                 raise InputError(
@@ -307,7 +307,7 @@ class Explainer:
         asking = _Asking.of(include_target, chat, max_new_tokens, language)
         image_units = checked_image_units(image_units)
         listed = _entries(prompts, targets, units, versus, images)
-        if self.kind != "language":
+        if self.task != "text-generation":
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
         return self._explained_entries(chosen, listed, image_units, asking)
 
@@ -461,10 +461,14 @@ class Explainer:
         """Of a model that reads both ways: every variant is a whole row."""
         started = time.perf_counter()
         with evaluating(self.model):
-            task = task_of(self.model, self._given, self.kind, asked)
+            task = task_of(self.model, self._given, self.task, asked)
             answered = time.perf_counter()
             outcome = run_task(self._context(), task)
-        units = asked.picture_units if self.kind in ("image label", "image text") else asked.units
+        units = (
+            asked.picture_units
+            if self.task in ("image-classification", "zero-shot-image-classification")
+            else asked.units
+        )
         name = units if units is None or isinstance(units, str | int | float) else "spans"
         settings = self._settings(method, outcome, name) | task.facts
         return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
@@ -514,12 +518,12 @@ class Explainer:
         }
 
 
-def _check_vision(model: PreTrainedModel, kind: Kind) -> None:
+def _check_vision(model: PreTrainedModel, task: tasks.Task) -> None:
     """Raises InputError or UnsupportedModelError if a model has no vision encoder beside what is suppressed anyway."""
     name = type(model).__name__
-    if kind == "picture answer":
+    if task in ("visual-question-answering", "image-to-text"):
         return
-    if kind not in ("language", "pictured translation"):
+    if task not in ("text-generation", "image-text-to-text"):
         raise InputError(f"vision is for models that read images beside text; {name} is none")
     if getattr(model.config, "vision_config", None) is None:
         raise InputError(f"vision is for models that read images beside text; {name} has no vision encoder")

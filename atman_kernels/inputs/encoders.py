@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from atman_kernels.arguments import choice, integer
 from atman_kernels.arguments import texts as texts_of
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.models.tasks import Kind, part_of
+from atman_kernels.hf.models import tasks
 from atman_kernels.inputs import blip, seq2seq
 from atman_kernels.inputs.encoder_inputs import Reading, checked_text, encode, only, read_audio, read_image, read_text
 from atman_kernels.inputs.image_text import read_source
@@ -46,7 +46,7 @@ class Asked:
         return self.units if self.image_units == "patch" else self.image_units
 
 
-def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) -> Task:
+def task_of(model: PreTrainedModel, processor: Any, name: tasks.Task, asked: Asked) -> Task:
     """What a model is asked, ready to run.
 
     Raises:
@@ -54,31 +54,37 @@ def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) ->
         UnsupportedModelError: the model cannot be explained, with the reason.
     """
     given = {"prompt": asked.prompt, "images": asked.images, "audio": asked.audio}
-    of_pictures = ("image label", "image text", "picture answer", "pictured translation")
-    wanted = dict.fromkeys(of_pictures, "images") | {"speech": "audio"}
-    if kind in ("picture answer", "pictured translation"):
+    wanted = {
+        "image-classification": "images",
+        "zero-shot-image-classification": "images",
+        "visual-question-answering": "images",
+        "image-to-text": "images",
+        "image-text-to-text": "images",
+        "automatic-speech-recognition": "audio",
+    }.get(name, "prompt")
+    if name in ("visual-question-answering", "image-to-text", "image-text-to-text"):
         del given["prompt"]  # may come, too
-    thing = only(given, wanted.get(kind, "prompt"), model)
+    thing = only(given, wanted, model)
     choice(asked.pooling, "pooling", POOLINGS)
-    if asked.labels is not None and kind != "image text":
+    if asked.labels is not None and name != "zero-shot-image-classification":
         raise InputError(f"labels are for models that compare images with texts; {type(model).__name__} is none")
-    if asked.pooling != "mean" and kind != "embedding":
+    if asked.pooling != "mean" and name != "feature-extraction":
         raise InputError(f"pooling is for embedding models; {type(model).__name__} is none")
-    if wanted.get(kind, "prompt") == "prompt" and isinstance(thing, tuple) and kind != "text label":
+    if wanted == "prompt" and isinstance(thing, tuple) and name != "text-classification":
         raise InputError(f"prompt must be a text, got a pair; {type(model).__name__} is no classifier of pairs")
-    part = part_of(model, kind)
-    if kind in ("translation", "speech", "pictured translation"):
+    part = tasks.part_of(model, name)
+    if name in ("text2text-generation", "automatic-speech-recognition", "image-text-to-text"):
         tokenizer = seq2seq.tokenizer_of(processor)
-        if kind == "pictured translation":
+        if name == "image-text-to-text":
             read = read_source(
                 model, processor, tokenizer, asked.prompt, thing, asked.units, asked.image_units, asked.language
             )
-        elif kind == "speech":
+        elif name == "automatic-speech-recognition":
             read = read_audio(model, processor, thing, asked.units)
         else:
             read = read_text(model, tokenizer, thing, asked.units, asked.language)
         return seq2seq.task(part, tokenizer, read, asked.target, asked.max_new_tokens)
-    if kind == "picture answer":
+    if name in ("visual-question-answering", "image-to-text"):
         return blip.task(
             model,
             processor,
@@ -91,12 +97,12 @@ def task_of(model: PreTrainedModel, processor: Any, kind: Kind, asked: Asked) ->
             max_new_tokens=asked.max_new_tokens,
             language=asked.language,
         )
-    if kind in ("image label", "image text"):
+    if name in ("image-classification", "zero-shot-image-classification"):
         read = read_image(model, part, processor, thing, asked.picture_units)
-        ask = _label_task if kind == "image label" else _likeness_to_text
+        ask = _label_task if name == "image-classification" else _likeness_to_text
         return ask(model, part, processor, read, asked)
     read = read_text(model, processor, thing, asked.units, asked.language)
-    return (_label_task if kind == "text label" else _embedding_task)(model, part, processor, read, asked)
+    return (_label_task if name == "text-classification" else _embedding_task)(model, part, processor, read, asked)
 
 
 def _task(

@@ -13,7 +13,7 @@ from atman_kernels.hf.attention.interface import computing_dtype
 from atman_kernels.hf.forward.logprobs import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.models.packability import why_lengths_do_not_mix, why_rows_do_not_mix
-from atman_kernels.hf.models.tasks import kind_of
+from atman_kernels.hf.models.tasks import task_of
 from atman_kernels.inputs.text_generation import Question
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
@@ -95,7 +95,7 @@ class VariantRunner:
             UnsupportedModelError: our attention does not reproduce the model's own, or is never called.
             MemoryError: a single variant does not fit.
         """
-        if kind_of(self.model) != "language":
+        if task_of(self.model) != "text-generation":
             name = type(self.model).__name__
             raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
         questions, factors = list(questions), list(factors)

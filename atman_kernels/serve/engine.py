@@ -49,7 +49,7 @@ class Engine:
         self.model, self._given = model, tokenizer
         self._explainers: OrderedDict[Suppression, Explainer] = OrderedDict()
         explainer = self._explainer(Suppression())  # refuses what cannot be explained
-        if explainer.kind != "language":
+        if explainer.task != "text-generation":
             raise InputError(f"model: only language models are served, {type(explainer.model).__name__} is none")
         self.model, self.tokenizer = explainer.model, explainer.tokenizer
         self._reads_images = explainer.processor is not None

@@ -25,7 +25,7 @@ WAYS = {
 
 def explain(model, progress=False, **settings):
     explainer = ak.Explainer(model, tiny_models.tokenizer(), progress=progress, token_budget=20, **settings)
-    return explainer.explain(PROMPT, None if explainer.kind != "language" else ANSWER)
+    return explainer.explain(PROMPT, None if explainer.task != "text-generation" else ANSWER)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -451,5 +451,5 @@ class _Placeholders:
 def other_model(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> Trial:
     """The cosine of two texts, unless the model is refused as what reads no text, or has another purpose."""
     model = tiny_configs.tiny_model(config_class, model_class, is_decoder=False, image_size=SIDE, patch_size=PATCH)
-    kind = ak.Explainer(model, tiny_models.tokenizer(), progress=False).kind
-    return _answer_to_text(model) if kind == "language" else embedding_model(config_class, model_class)
+    task = ak.Explainer(model, tiny_models.tokenizer(), progress=False).task
+    return _answer_to_text(model) if task == "text-generation" else embedding_model(config_class, model_class)

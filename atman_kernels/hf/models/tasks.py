@@ -1,4 +1,4 @@
-"""What a model is for, as far as an explanation needs to know it. Told by transformers' own tables of model classes."""
+"""What a model is for, by the names of transformers' pipelines. Told by transformers' own tables of model classes."""
 
 import inspect
 from typing import Literal
@@ -10,28 +10,33 @@ from transformers.models.auto import modeling_auto as tables
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.attention.interface import decoder_of, reachable
 
-Kind = Literal[
-    "language",
-    "translation",
-    "pictured translation",
-    "speech",
-    "text label",
-    "image label",
-    "image text",
-    "picture answer",
-    "embedding",
+Task = Literal[
+    "text-generation",  # by a causal decoder; images among its tokens included
+    "text2text-generation",  # by an encoder-decoder
+    "image-text-to-text",  # by an encoder-decoder behind a vision tower: BLIP-2 over T5
+    "automatic-speech-recognition",
+    "text-classification",
+    "image-classification",
+    "zero-shot-image-classification",
+    "visual-question-answering",  # BLIP's
+    "image-to-text",  # BLIP's captions
+    "feature-extraction",  # embeddings of texts
 ]
 
-# A class is looked up from the top; what stands in none of these is taken for a language model.
-_KINDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
-    ("speech", ("SPEECH_SEQ_2_SEQ",)),
-    ("language", ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")),
-    ("translation", ("SEQ_TO_SEQ_CAUSAL_LM",)),
-    ("text label", ("SEQUENCE_CLASSIFICATION",)),
-    ("image label", ("IMAGE_CLASSIFICATION",)),
-    ("image text", ("ZERO_SHOT_IMAGE_CLASSIFICATION",)),
+# A class is looked up from the top; what stands in none of these is taken for a causal language model.
+_TABLES: tuple[tuple[Task, tuple[str, ...]], ...] = (
+    ("automatic-speech-recognition", ("SPEECH_SEQ_2_SEQ",)),
+    ("text-generation", ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")),
+    ("text2text-generation", ("SEQ_TO_SEQ_CAUSAL_LM",)),
+    ("text-classification", ("SEQUENCE_CLASSIFICATION",)),
+    ("image-classification", ("IMAGE_CLASSIFICATION",)),
+    ("zero-shot-image-classification", ("ZERO_SHOT_IMAGE_CLASSIFICATION",)),
 )
-_PICTURE_ANSWER = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")  # transformers has no table of these
+# transformers has no table of BLIP's two
+_BLIP: dict[str, Task] = {
+    "BlipForConditionalGeneration": "image-to-text",
+    "BlipForQuestionAnswering": "visual-question-answering",
+}
 _REFUSED = {
     "MASKED_LM": "fills in masked tokens",
     "TOKEN_CLASSIFICATION": "labels tokens",
@@ -45,8 +50,8 @@ _REFUSED = {
 }
 
 
-def kind_of(model: nn.Module) -> Kind:
-    """What is asked of a model: to write on, to translate or transcribe, to label, to compare, to embed.
+def task_of(model: nn.Module) -> Task:
+    """What a model is for, which decides what can be asked of it.
 
     Raises:
         InputError: `model` is not a transformers model.
@@ -55,23 +60,24 @@ def kind_of(model: nn.Module) -> Kind:
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> config = BertConfig(vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
-        >>> kind_of(BertForSequenceClassification(config))
-        'text label'
+        >>> task_of(BertForSequenceClassification(config))
+        'text-classification'
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
-    if any(base.__name__ in _PICTURE_ANSWER for base in type(model).__mro__):
-        return "picture answer"
+    for base in type(model).__mro__:
+        if base.__name__ in _BLIP:
+            return _BLIP[base.__name__]
     both = bool(getattr(model.config, "is_encoder_decoder", False))
-    for kind, listed in _KINDS:
+    for task, listed in _TABLES:
         if any(_is_in(model, table) for table in listed):
-            if both == (kind in ("translation", "speech")):
-                return kind
+            if both == (task in ("text2text-generation", "automatic-speech-recognition")):
+                return task
             if both:
                 break
     if both and getattr(model.config, "model_type", None) == "blip-2" and _is_in(model, "IMAGE_TEXT_TO_TEXT"):
-        return "pictured translation"
+        return "image-text-to-text"
     if both:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder model that neither translates text nor transcribes speech, which is not "
@@ -83,27 +89,32 @@ def kind_of(model: nn.Module) -> Kind:
     if _is_headless(model):
         if not _reads_text(model):
             raise UnsupportedModelError(f"{name} has no head: there is no label or text whose score could change")
-        return "embedding"
+        return "feature-extraction"
     if not _reads_text(model) and not model.can_generate():
         raise UnsupportedModelError(f"{name} reads no text, and is for nothing that can be explained here")
-    return "language"
+    return "text-generation"
 
 
-def part_of(model: PreTrainedModel, kind: Kind) -> PreTrainedModel:
+def part_of(model: PreTrainedModel, task: Task) -> PreTrainedModel:
     """The part whose attention is suppressed: all stacks of an encoder-decoder, the tower that sees the image.
 
     Raises:
         UnsupportedModelError: its attention cannot be reached, with the reason.
     """
-    if kind in ("translation", "speech", "picture answer"):
+    if task in (
+        "text2text-generation",
+        "automatic-speech-recognition",
+        "visual-question-answering",
+        "image-to-text",
+    ):
         return reachable(model, type(model).__name__)
-    if kind == "pictured translation":  # BLIP-2 over T5
+    if task == "image-text-to-text":  # BLIP-2 over T5
         return decoder_of(model)
-    if kind in ("image label", "image text"):
+    if task in ("image-classification", "zero-shot-image-classification"):
         tower = getattr(model, "vision_model", None)
         if isinstance(tower, PreTrainedModel):
             return reachable(tower, type(model).__name__)
-    if kind == "image text":
+    if task == "zero-shot-image-classification":
         raise UnsupportedModelError(f"{type(model).__name__} has no part of its own that sees the image")
     return decoder_of(model)
 
