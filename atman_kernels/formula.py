@@ -15,7 +15,7 @@ WIDEST_WINDOW = 1 << 30  # reaches over every sequence; positions plus a window 
 MODES: tuple[str, ...] = get_args(Mode)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScoreOptions:
     """How scores are made from queries and keys: what every backend receives beside the tensors.
 
@@ -51,6 +51,11 @@ class Saved:
     lse: Tensor
     grad_output: Tensor
     grad_lse: Tensor | None
+
+    def as_batch(self) -> "Saved":
+        """The same of a batch of one: of a pack (1, Hq, T, …)."""
+        grad_lse = None if self.grad_lse is None else self.grad_lse[None]
+        return Saved(self.output[None], self.lse[None], self.grad_output[None], grad_lse)
 
     def delta(self) -> Tensor:
         """(...) what every weight of a row loses in the softmax's gradient: dO · o - d lse, in the lse's dtype."""

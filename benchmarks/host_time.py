@@ -20,6 +20,7 @@ from triton.runtime.driver import driver
 from atman_kernels import ops
 from atman_kernels.backends import triton as backend
 from atman_kernels.backends.triton import offline
+from atman_kernels.ops import validation
 from atman_kernels.pack import VariantPack
 
 CAPABILITY, MULTIPROCESSORS = (9, 0), 132
@@ -50,7 +51,7 @@ def nothing_runs() -> Iterator[None]:
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     instead: list[tuple[Any, str, Callable[..., Any]]] = [
         (backend, "unavailable_reason", lambda device_type: None),
-        (ops, "_check_factor_values", lambda factor, query: None),  # no call on a GPU reads them
+        (validation, "check_factor_values", lambda factor, query: None),  # no call on a GPU reads them
         (torch.cuda, "get_device_properties", lambda device: properties),
         (torch.cuda, "get_device_capability", lambda *device: CAPABILITY),
     ]

@@ -1,16 +1,11 @@
 """Backends: one definition (`reference`) and its faster twins. None imports another.
 
-A backend is a module with two functions::
+A backend is a module with the two functions of `call.Backend`, and with ``unavailable_reason(device_type)``: why it
+cannot run there, or None. It may have more:
 
-    suppressed_attention(query, key, value, factor, key_mask, sinks, position_bias, options)
-    packed_suppressed_attention(query, key, value, base_key, base_value, suffix_starts, prefix_lengths,
-                                base_starts, row_variant, row_position, factor, sinks, position_bias, options)
-
-Both receive validated tensors (shapes in `atman_kernels.ops`) and a `formula.ScoreOptions`, and return
-``(output, lse)``; lse has no elements unless ``options.return_lse``. `unavailable_reason` of a module says why it
-cannot run on a device type, or returns None. A module that does not take everything also has
-``unsupported_reason(query, value)``. A backend with variants, named after a colon ("cpu:avx2"), has a function
-`variant` that returns an object with the two functions.
+- ``unsupported_reason(query, value)``, where it does not take everything
+- the two functions of `call.Differentiable`; without them the reference computes gradients, holding all scores
+- ``variant(name)``, where it has variants, named after a colon ("cpu:avx2"): a `call.Backend`
 """
 
 import warnings

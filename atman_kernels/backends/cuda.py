@@ -5,7 +5,7 @@ colon insists on one: ``"cuda:plain"`` does everything and is no fast kernel, ``
 capability 9.0. No call gets here unless it asks for it by name.
 """
 
-from dataclasses import dataclass
+import sys
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atman_kernels.backends import native
+from atman_kernels.backends.call import Backend, DenseCall, PackedCall, Result, pinned
 from atman_kernels.errors import BackendUnavailableError
 from atman_kernels.formula import ScoreOptions
-from atman_kernels.native import dense_extras, describe, described, packed_extras, score_arguments, whole_rows
 
 KERNELS = ("hopper", "plain")
 # Where which kernel was measured to be the fastest: (compute capability, head dimension, "packed" | "dense") -> kernel.
@@ -23,6 +24,7 @@ KERNELS = ("hopper", "plain")
 MEASURED: dict[tuple[tuple[int, int], int, str], str] = {}
 
 _TAKEN = (torch.bfloat16, torch.float16)
+_VECTORS = ("query", "key", "value", "own_key", "own_value")
 _ALIGNMENT = 16  # bytes: tensor maps and 16-byte loads
 
 
@@ -69,7 +71,7 @@ def variants() -> tuple[str, ...]:
     return KERNELS if torch.cuda.get_device_capability() == (9, 0) else KERNELS[1:]
 
 
-def variant(name: str) -> "Pinned":
+def variant(name: str) -> Backend:
     """The two ops with one kernel pinned.
 
     Raises:
@@ -77,88 +79,33 @@ def variant(name: str) -> "Pinned":
     """
     if name not in variants():
         raise BackendUnavailableError(f"backend 'cuda:{name}' cannot run here; what can: {variants() or 'nothing'}")
-    return Pinned(name)
+    return pinned(sys.modules[__name__], name)
 
 
-@dataclass(frozen=True)
-class Pinned:
-    """The two ops on one kernel."""
-
-    kernel: str
-
-    def suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return suppressed_attention(*arguments, kernel=self.kernel)
-
-    def packed_suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return packed_suppressed_attention(*arguments, kernel=self.kernel)
+def suppressed_attention(call: DenseCall, *, variant: str | None = None) -> Result:
+    return _attend(native.dense_tensors(call), call.options, variant)
 
 
-def suppressed_attention(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-    options: ScoreOptions,
-    *,
-    kernel: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    extras = dense_extras(factor, key_mask, sinks, position_bias)
-    return _attend({"query": query, "key": key, "value": value}, extras, options, kernel)
+def packed_suppressed_attention(call: PackedCall, *, variant: str | None = None) -> Result:
+    tensors = native.packed_tensors(call) | {"row_variant": call.row_variant.contiguous()}
+    output, lse = _attend(tensors, call.options, variant)
+    return output[0], lse[0] if call.options.return_lse else lse
 
 
-def packed_suppressed_attention(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-    options: ScoreOptions,
-    *,
-    kernel: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    vectors = {
-        "query": query[None],
-        "key": base_key[None],
-        "value": base_value[None],
-        "own_key": key,
-        "own_value": value,
-    }
-    extras = packed_extras(suffix_starts, prefix_lengths, base_starts, factor, sinks, position_bias)
-    extras["row_variant"] = row_variant.contiguous()
-    output, lse = _attend(vectors, extras, options, kernel)
-    return output[0], lse[0] if options.return_lse else lse
-
-
-def _attend(
-    vectors: dict[str, Tensor], extras: dict[str, Tensor | None], options: ScoreOptions, kernel: str | None
-) -> tuple[Tensor, Tensor]:
+def _attend(tensors: native.Tensors, options: ScoreOptions, kernel: str | None) -> Result:
     module = _load()
     if isinstance(module, str):
         raise BackendUnavailableError(f"backend 'cuda' cannot run: {module}")
-    query, value = vectors["query"], vectors["value"]
+    query, value = tensors["query"], tensors["value"]
     reason = unsupported_reason(query, value) or _device_problem(_device_index(query))
     if reason:
         raise BackendUnavailableError(f"backend 'cuda' cannot do this call: {reason}; 'triton' and 'reference' may")
-    vectors = {name: aligned(tensor) for name, tensor in vectors.items()}
+    tensors |= {name: aligned(tensor) for name in _VECTORS if (tensor := tensors.get(name)) is not None}
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
-    tensors = {**vectors, "output": output, "lse": lse if options.return_lse else None, **extras}
-    call = module.Call(
-        **described(module, tensors),
-        **score_arguments(options),
-    )
-    kernel = kernel or _measured_kernel(call, query, "suffix_starts" in extras)
+    tensors |= {"output": output, "lse": lse if options.return_lse else None}
+    call = module.Call(**native.described(module, tensors), **native.score_arguments(options))
+    kernel = kernel or _measured_kernel(call, query, "suffix_starts" in tensors)
     refusal = call.refusal(kernel)
     if refusal:
         raise BackendUnavailableError(
@@ -168,7 +115,7 @@ def _attend(
     workspace = query.new_empty(call.workspace_bytes(kernel, multiprocessors), dtype=torch.uint8)
     call.attend(
         kernel=kernel,
-        workspace=describe(module, workspace),
+        workspace=native.describe(module, workspace),
         device=_device_index(query),
         multiprocessors=multiprocessors,
         stream=torch.cuda.current_stream(query.device).cuda_stream,
@@ -187,7 +134,7 @@ def aligned(tensor: Tensor) -> Tensor:
     step = _ALIGNMENT // tensor.element_size()
     strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
     if tensor.data_ptr() % _ALIGNMENT == 0 and all(stride > 0 and stride % step == 0 for stride in strides):
-        return whole_rows(tensor)
+        return native.whole_rows(tensor)
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

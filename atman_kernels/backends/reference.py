@@ -7,28 +7,22 @@ those of torch.autograd through it.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atman_kernels.formula import Saved, ScoreOptions, suppress_scores, window_visible
+from atman_kernels.backends.call import DenseCall, Gradients, PackedCall, Result, Wanted
+from atman_kernels.formula import Saved, suppress_scores, window_visible
 
 
 def unavailable_reason(device_type: str) -> str | None:
     return None
 
 
-def suppressed_attention(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool, True = visible
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # broadcastable to (B, Hq, Lq, Lk)
-    options: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (query, key, value))
+def suppressed_attention(call: DenseCall) -> Result:
+    options, factor, sinks = call.options, call.factor, call.sinks
+    q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (call.query, call.key, call.value))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     queries, keys = q.shape[2], k.shape[2]
 
@@ -36,15 +30,16 @@ def suppressed_attention(
     query_position = torch.arange(queries, device=q.device) + keys - queries  # the last query sees every key
     visible = window_visible(query_position, key_position, options.is_causal, options.sliding_window)
     visible = visible[None, None]
-    if key_mask is not None:
-        visible = visible & key_mask[:, None, None, :]
+    if call.key_mask is not None:
+        visible = visible & call.key_mask[:, None, None, :]
 
     scores = options.scale * (q @ k.mT)  # [B, Hq, Lq, Lk]
     if options.softcap is not None:
         scores = options.softcap * torch.tanh(scores / options.softcap)
-    if position_bias is not None:
-        visible = visible & (position_bias > -math.inf)
-        scores = scores + position_bias.to(q.dtype).masked_fill(position_bias == -math.inf, 0.0)
+    if call.position_bias is not None:
+        bias = call.position_bias
+        visible = visible & (bias > -math.inf)
+        scores = scores + bias.to(q.dtype).masked_fill(bias == -math.inf, 0.0)
     unsuppressed, per_head = scores, None
     if factor is not None:
         per_head = (factor if factor.ndim == 3 else factor[:, None])[:, :, None].to(q.dtype)  # [B, 1|Hq, 1, Lk]
@@ -61,7 +56,7 @@ def suppressed_attention(
     if per_head is not None and per_head.requires_grad and options.mode == "log_additive":
         growth = _growth_from_zero(unsuppressed, lse, per_head, visible)
         output, lse = output + growth @ v - growth.sum(-1, keepdim=True) * output, lse + growth.sum(-1)
-    return output.to(query.dtype), lse if options.return_lse else lse.new_empty(0)
+    return output.to(call.query.dtype), lse if options.return_lse else lse.new_empty(0)
 
 
 def _growth_from_zero(scores: Tensor, lse: Tensor, factor: Tensor, visible: Tensor) -> Tensor:
@@ -76,76 +71,56 @@ def _growth_from_zero(scores: Tensor, lse: Tensor, factor: Tensor, visible: Tens
     return slope * (factor - factor.detach()).masked_fill(factor != 0, 0.0)
 
 
-def packed_suppressed_attention(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K), over absolute positions
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P), over absolute positions
-    options: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
+def packed_suppressed_attention(call: PackedCall) -> Result:
     """Each variant alone: dense attention of its suffix to its prefix and itself."""
     outputs, lses = [], []
-    starts = suffix_starts.tolist()
-    for v, (prefix, base) in enumerate(zip(prefix_lengths.tolist(), base_starts.tolist(), strict=True)):
+    starts, prefixes, bases = (x.tolist() for x in (call.suffix_starts, call.prefix_lengths, call.base_starts))
+    for v, (prefix, base) in enumerate(zip(prefixes, bases, strict=True)):
         rows = slice(starts[v], starts[v + 1])
-        own_key = torch.cat([base_key[:, base : base + prefix], key[:, rows]], dim=1)
-        own_value = torch.cat([base_value[:, base : base + prefix], value[:, rows]], dim=1)
+        own_key = torch.cat([call.base_key[:, base : base + prefix], call.key[:, rows]], dim=1)
+        own_value = torch.cat([call.base_value[:, base : base + prefix], call.value[:, rows]], dim=1)
         keys = own_key.shape[1]
-        own_factor = None if factor is None else factor[v : v + 1, ..., :keys]
-        own_bias = position_bias
+        own_factor = None if call.factor is None else call.factor[v : v + 1, ..., :keys]
+        own_bias = call.position_bias
         if own_bias is not None:  # the queries of the variant stand at positions prefix ..
             own_bias = own_bias[:, prefix:keys] if own_bias.shape[1] > 1 else own_bias
             own_bias = own_bias[None, ..., :keys]
-        output, lse = suppressed_attention(
-            query[None, :, rows], own_key[None], own_value[None], own_factor, None, sinks, own_bias, options
+        alone = DenseCall(
+            query=call.query[None, :, rows],
+            key=own_key[None],
+            value=own_value[None],
+            factor=own_factor,
+            key_mask=None,
+            sinks=call.sinks,
+            position_bias=own_bias,
+            options=call.options,
         )
+        output, lse = suppressed_attention(alone)
         outputs.append(output[0])
-        lses.append(lse[0] if options.return_lse else lse)
+        lses.append(lse[0] if call.options.return_lse else lse)
     return torch.cat(outputs, dim=1), torch.cat(lses, dim=-1)
 
 
-def suppressed_attention_backward(
-    *tensors: Tensor | None, options: ScoreOptions, saved: Saved, wanted: tuple[bool, ...]
-) -> list[Tensor | None]:
-    return _gradients(suppressed_attention, tensors, options, saved, wanted)
+def suppressed_attention_backward(call: DenseCall, saved: Saved, wanted: Wanted) -> Gradients:
+    return _gradients(suppressed_attention, call, saved, wanted)
 
 
-def packed_suppressed_attention_backward(
-    *tensors: Tensor | None, options: ScoreOptions, saved: Saved, wanted: tuple[bool, ...]
-) -> list[Tensor | None]:
-    return _gradients(packed_suppressed_attention, tensors, options, saved, wanted)
+def packed_suppressed_attention_backward(call: PackedCall, saved: Saved, wanted: Wanted) -> Gradients:
+    return _gradients(packed_suppressed_attention, call, saved, wanted)
 
 
 def _gradients(
-    forward: Callable[..., tuple[Tensor, Tensor]],
-    tensors: tuple[Tensor | None, ...],
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
+    forward: Callable[[Any], Result], call: DenseCall | PackedCall, saved: Saved, wanted: Wanted
+) -> Gradients:
     """The definition, computed again and differentiated."""
-    options = replace(options, return_lse=saved.grad_lse is not None)
+    options = replace(call.options, return_lse=saved.grad_lse is not None)
     with torch.enable_grad():
-        leaves = [
-            x.detach().requires_grad_() if x is not None and need else x
-            for x, need in zip(tensors, wanted, strict=True)
-        ]
-        results = forward(*leaves, options)
-        asked = [x for x, need in zip(leaves, wanted, strict=True) if x is not None and need]
-        pairs = [(saved.grad_output, results[0])]
-        pairs += [] if saved.grad_lse is None else [(saved.grad_lse, results[1])]
+        leaves = {name: getattr(call, name).detach().requires_grad_() for name in wanted}
+        output, lse = forward(replace(call, **leaves, options=options))
+        pairs = [(output, saved.grad_output)]
+        pairs += [] if saved.grad_lse is None else [(lse, saved.grad_lse)]
+        results, gradients = zip(*pairs, strict=True)
         found = torch.autograd.grad(
-            [result for _, result in pairs], asked, [gradient for gradient, _ in pairs],
-            allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
-    gradients = iter(found)
-    return [next(gradients).contiguous() if need else None for need in wanted]
+            results, list(leaves.values()), gradients, allow_unused=True, materialize_grads=True
+        )
+    return {name: gradient.contiguous() for name, gradient in zip(leaves, found, strict=True)}

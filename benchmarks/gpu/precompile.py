@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -96,20 +97,23 @@ def _tuning() -> Iterator[tuple[str, Call]]:
         yield f"{key} {config}", run
 
 
+_HELD = ExitStack()  # of the process, which compiles and does nothing else
+
+
 def compile_only() -> list[str]:
     """From here on launches compile; the list gets the name of each kernel that was not in the cache."""
     from triton.runtime.driver import driver
 
     from atman_kernels.backends import triton as backend
+    from atman_kernels.backends.call import DenseCall, PackedCall
     from atman_kernels.backends.triton import launch, offline
-    from atman_kernels.formula import ScoreOptions
 
     compiled: list[str] = []
 
     def ours(func: Any, arguments: list[Any]) -> Any:
-        *tensors, mode, is_causal, scale, window, softcap, return_lse, _ = arguments
-        op = getattr(backend, func._schema.name.partition("::")[2])
-        return op(*tensors, ScoreOptions(mode, is_causal, scale, window, softcap, return_lse))
+        name = func._schema.name.partition("::")[2]
+        call, _ = (DenseCall if name == DenseCall.OP else PackedCall).read(arguments)
+        return getattr(backend, name)(call)
 
     def run(kernel: Any, grid: Any, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
         held = {n: a.held if isinstance(a, pretended_cuda.Pretended) else a for n, a in arguments.items()}
@@ -117,7 +121,7 @@ def compile_only() -> list[str]:
         kernel.warmup(grid=grid, **held)
 
     pretended_cuda.install(ours)
-    launch.run = run
+    _HELD.enter_context(launch.intercepted(run))
     driver.set_active(offline._Driver(CAPABILITY))
     return compiled
 

@@ -12,7 +12,8 @@ from attention_cases import DENSE_CASES, PACK_CASES
 from torch import Tensor
 
 import atman_kernels as ak
-from atman_kernels import backends, ops
+from atman_kernels import backends
+from atman_kernels.ops import validation
 from atman_kernels.pack import VariantPack
 
 # (B, Hq, Lq, D) = (2, 4, 7, 16), (B, Hkv, Lk, D) = (2, 2, 11, 16)
@@ -26,10 +27,10 @@ Change = Callable[[Any], Any]
 
 def refused(function: Callable[..., Any], good: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     """Bad input is refused the first time, and as well after the same call without the changes was accepted."""
-    ops._accepted.clear()
+    validation._accepted.clear()
     raises(function, good | changes, words)
     function(**good)
-    assert len(ops._accepted) == 1
+    assert len(validation._accepted) == 1
     raises(function, good | changes, words)
 
 
@@ -215,12 +216,12 @@ def test_options_are_looked_at_in_every_call() -> None:
 
 
 def test_what_was_accepted_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_MOST_ACCEPTED", 3)
-    ops._accepted.clear()
+    monkeypatch.setattr(validation, "_MOST_ACCEPTED", 3)
+    validation._accepted.clear()
     for keys in range(1, 8):
         call = replace(DENSE, key_length=keys).build(torch.float32)
         ak.suppressed_attention(**call)
-        assert len(ops._accepted) <= 3
+        assert len(validation._accepted) <= 3
 
 
 def test_what_is_right_is_accepted() -> None:

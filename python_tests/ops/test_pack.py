@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from atman_kernels.backends.call import PackedCall
 from atman_kernels.backends.cpu import blocked, compiled
 from atman_kernels.errors import InputError
 from atman_kernels.formula import ScoreOptions
@@ -306,7 +307,7 @@ def largest_tensor_of(backend: str, case: PackCase, mode: str) -> int:
     options = ScoreOptions(mode, True, case.head_dim**-0.5, None, case.softcap, False)
     tensors = [call[name] for name in ("query", "key", "value", "base_key", "base_value")]
     with LargestTensor() as watch:
-        module.packed_suppressed_attention(*tensors, *layout, call["factor"], None, None, options)
+        module.packed_suppressed_attention(PackedCall(*tensors, *layout, call["factor"], None, None, options))
     return watch.elements
 
 

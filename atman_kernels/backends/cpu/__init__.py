@@ -5,12 +5,23 @@ latter, ``"cpu:avx2"`` and so on for an instruction set of the former.
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
 
+from atman_kernels.backends.call import (
+    Backend,
+    DenseCall,
+    Differentiable,
+    Gradients,
+    PackedCall,
+    Result,
+    Wanted,
+    pinned,
+)
 from atman_kernels.backends.cpu import blocked, blocked_gradients, compiled
 from atman_kernels.errors import BackendUnavailableError
+from atman_kernels.formula import Saved
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -22,16 +33,18 @@ def variants() -> tuple[str, ...]:
     return (*compiled.instruction_sets(torch.bfloat16), "torch")
 
 
-# the ops and their backward, made of torch's products
-_TORCH = SimpleNamespace(
-    suppressed_attention=blocked.suppressed_attention,
-    packed_suppressed_attention=blocked.packed_suppressed_attention,
-    suppressed_attention_backward=blocked_gradients.suppressed_attention_backward,
-    packed_suppressed_attention_backward=blocked_gradients.packed_suppressed_attention_backward,
+_TORCH = cast(
+    Differentiable,
+    SimpleNamespace(
+        suppressed_attention=blocked.suppressed_attention,
+        packed_suppressed_attention=blocked.packed_suppressed_attention,
+        suppressed_attention_backward=blocked_gradients.suppressed_attention_backward,
+        packed_suppressed_attention_backward=blocked_gradients.packed_suppressed_attention_backward,
+    ),
 )
 
 
-def variant(name: str) -> Any:
+def variant(name: str) -> Backend:
     """The two ops and their backward with one implementation pinned.
 
     Raises:
@@ -42,24 +55,24 @@ def variant(name: str) -> Any:
     if name not in variants():
         reason = compiled.unavailable_reason() or f"can run {', '.join(variants()[:-1])}"
         raise BackendUnavailableError(f"backend 'cpu:{name}' cannot run here; the compiled module: {reason}")
-    return compiled.Pinned(name)
+    return pinned(compiled, name)
 
 
-def _implementation(dtype: torch.dtype) -> Any:
-    return compiled if compiled.instruction_sets(dtype) else _TORCH
+def _implementation(call: DenseCall | PackedCall) -> Differentiable:
+    return compiled if compiled.instruction_sets(call.query.dtype) else _TORCH
 
 
-def suppressed_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementation(arguments[0].dtype).suppressed_attention(*arguments)
+def suppressed_attention(call: DenseCall) -> Result:
+    return _implementation(call).suppressed_attention(call)
 
 
-def packed_suppressed_attention(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementation(arguments[0].dtype).packed_suppressed_attention(*arguments)
+def packed_suppressed_attention(call: PackedCall) -> Result:
+    return _implementation(call).packed_suppressed_attention(call)
 
 
-def suppressed_attention_backward(*arguments: Any, **saved: Any) -> list[torch.Tensor | None]:
-    return _implementation(arguments[0].dtype).suppressed_attention_backward(*arguments, **saved)  # type: ignore[no-any-return]
+def suppressed_attention_backward(call: DenseCall, saved: Saved, wanted: Wanted) -> Gradients:
+    return _implementation(call).suppressed_attention_backward(call, saved, wanted)
 
 
-def packed_suppressed_attention_backward(*arguments: Any, **saved: Any) -> list[torch.Tensor | None]:
-    return _implementation(arguments[0].dtype).packed_suppressed_attention_backward(*arguments, **saved)  # type: ignore[no-any-return]
+def packed_suppressed_attention_backward(call: PackedCall, saved: Saved, wanted: Wanted) -> Gradients:
+    return _implementation(call).packed_suppressed_attention_backward(call, saved, wanted)

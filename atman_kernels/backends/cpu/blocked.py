@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from atman_kernels.backends.call import DenseCall, PackedCall, Result
 from atman_kernels.formula import ScoreOptions, suppress_scores, window_visible
 
 # Scores of one tile over all heads: about the 1 MB of L2 that a core has, in the 2 bytes of the unfused path.
@@ -58,61 +59,32 @@ class Tile:
     key_position: Tensor | None = None
 
 
-def suppressed_attention(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-    options: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
-    output, lse = _outputs(query, value, options)
-    for tile in dense_tiles(query, key, factor, key_mask, position_bias, options):
+def suppressed_attention(call: DenseCall) -> Result:
+    output, lse = _outputs(call)
+    for tile in dense_tiles(call):
         b = tile.batch
-        k, v = (x[b if x.shape[0] > 1 else 0, :, tile.base] for x in (key, value))
-        _attend(query[b], k, v, tile, sinks, options, output[b], lse[b] if options.return_lse else None)
+        k, v = (x[b if x.shape[0] > 1 else 0, :, tile.base] for x in (call.key, call.value))
+        lses = lse[b] if call.options.return_lse else None
+        _attend(call.query[b], k, v, tile, call.sinks, call.options, output[b], lses)
     return output, lse
 
 
-def packed_suppressed_attention(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-    options: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
-    output, lse = _outputs(query, value, options)
-    layout = (suffix_starts, prefix_lengths, base_starts, row_variant, row_position)
-    for tile in packed_tiles(query, *layout, factor, position_bias, options):
+def packed_suppressed_attention(call: PackedCall) -> Result:
+    output, lse = _outputs(call)
+    for tile in packed_tiles(call):
         k, v = (
             torch.cat([base[:, tile.base], own[:, tile.own]], dim=1)
-            for base, own in ((base_key, key), (base_value, value))
+            for base, own in ((call.base_key, call.key), (call.base_value, call.value))
         )
-        _attend(query, k, v, tile, sinks, options, output, lse if options.return_lse else None)
+        lses = lse if call.options.return_lse else None
+        _attend(call.query, k, v, tile, call.sinks, call.options, output, lses)
     return output, lse
 
 
-def dense_tiles(
-    query: Tensor,
-    key: Tensor,
-    factor: Tensor | None,
-    key_mask: Tensor | None,
-    position_bias: Tensor | None,
-    options: ScoreOptions,
-) -> Iterator[Tile]:
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
+def dense_tiles(call: DenseCall) -> Iterator[Tile]:
+    options, factor = call.options, call.factor
+    batch, heads, queries, _ = call.query.shape
+    keys = call.key.shape[2]
     for b in range(batch):
         for rows in _row_blocks(queries, heads * keys):
             position = torch.arange(rows.start, rows.stop, device="cpu") + (keys - queries)
@@ -121,10 +93,10 @@ def dense_tiles(
                 position, torch.arange(seen.start, seen.stop, device="cpu"), options.is_causal, options.sliding_window
             )
             bias = None
-            if key_mask is not None:
-                visible = visible & key_mask[b, seen]
-            if position_bias is not None:
-                bias = position_bias[b if position_bias.shape[0] > 1 else 0]  # [1|Hq, 1|Lq, 1|Lk]
+            if call.key_mask is not None:
+                visible = visible & call.key_mask[b, seen]
+            if call.position_bias is not None:
+                bias = call.position_bias[b if call.position_bias.shape[0] > 1 else 0]  # [1|Hq, 1|Lq, 1|Lk]
                 bias = bias.expand(-1, queries, keys)[:, rows, seen]
             row_factor = None
             if factor is not None:
@@ -133,18 +105,9 @@ def dense_tiles(
             yield Tile(b, rows, seen, None, visible, row_factor, bias)
 
 
-def packed_tiles(
-    query: Tensor,
-    suffix_starts: Tensor,
-    prefix_lengths: Tensor,
-    base_starts: Tensor,
-    row_variant: Tensor,
-    row_position: Tensor,
-    factor: Tensor | None,
-    position_bias: Tensor | None,
-    options: ScoreOptions,
-) -> Iterator[Tile]:
-    starts, prefixes, bases = suffix_starts.tolist(), prefix_lengths.tolist(), base_starts.tolist()
+def packed_tiles(call: PackedCall) -> Iterator[Tile]:
+    options, row_variant, row_position = call.options, call.row_variant, call.row_position
+    starts, prefixes, bases = (x.tolist() for x in (call.suffix_starts, call.prefix_lengths, call.base_starts))
     for group in _groups(starts, prefixes, bases):
         # the keys of the group: the part of the base that any of its rows can see, then its own rows
         low = _first_visible(group.first_position, options)
@@ -153,14 +116,14 @@ def packed_tiles(
         prefix_position = torch.arange(low, max(low, group.prefix), device="cpu")
         key_position = torch.cat([prefix_position, row_position[own]])
         in_prefix = len(prefix_position)
-        for block in _row_blocks(group.last_row - group.first_row, query.shape[0] * len(key_position)):
+        for block in _row_blocks(group.last_row - group.first_row, call.query.shape[0] * len(key_position)):
             rows = slice(own.start + block.start, own.start + block.stop)
             seen = in_prefix + (block.stop if options.is_causal else own.stop - own.start)
             variant = row_variant[rows].long()
             visible = window_visible(row_position[rows], key_position[:seen], options.is_causal, options.sliding_window)
             if group.variants > 1:
                 own_variant = row_variant[own][: seen - in_prefix]
-                visible[:, :in_prefix] &= prefix_position < prefix_lengths[variant][:, None]
+                visible[:, :in_prefix] &= prefix_position < call.prefix_lengths[variant][:, None]
                 visible[:, in_prefix:] &= own_variant == variant[:, None]
             yield Tile(
                 0,
@@ -168,8 +131,8 @@ def packed_tiles(
                 base,
                 slice(own.start, own.start + seen - in_prefix),
                 visible,
-                _row_factors(factor, variant, key_position[:seen], group.variants),
-                _bias_at(position_bias, row_position[rows], key_position[:seen]),
+                _row_factors(call.factor, variant, key_position[:seen], group.variants),
+                _bias_at(call.position_bias, row_position[rows], key_position[:seen]),
                 variant,
                 row_position[rows],
                 key_position[:seen],
@@ -367,7 +330,9 @@ def _key_range(first_position: int, last_position: int, keys: int, options: Scor
     return slice(min(_first_visible(first_position, options), stop), stop)
 
 
-def _outputs(query: Tensor, value: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+def _outputs(call: DenseCall | PackedCall) -> Result:
+    """Room for the results."""
+    query = call.query
+    output = query.new_empty((*query.shape[:-1], call.value.shape[-1]))
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=dtype)
+    return output, query.new_empty(query.shape[:-1] if call.options.return_lse else (0,), dtype=dtype)

@@ -9,110 +9,77 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atman_kernels.backends.call import DenseCall, Gradients, PackedCall, Wanted
 from atman_kernels.backends.cpu.blocked import Tile, dense_tiles, packed_tiles
 from atman_kernels.formula import Saved, ScoreOptions, suppress_scores, suppression_gradient
 
 
-def suppressed_attention_backward(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-    *,
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
-    tensors = (query, key, value, factor, key_mask, sinks, position_bias)
-    found = _sums(tensors, wanted, saved)
-    d_query, d_key, d_value, d_factor, _, d_sinks, d_bias = found
-    delta = saved.delta()
-    for tile in dense_tiles(query, key, factor, key_mask, position_bias, options):
+def suppressed_attention_backward(call: DenseCall, saved: Saved, wanted: Wanted) -> Gradients:
+    sums, delta = _sums(call, saved, wanted), saved.delta()
+    for tile in dense_tiles(call):
         b = tile.batch
-        kv = b if key.shape[0] > 1 else 0
-        parts = _differentiate(
-            query[b], key[kv, :, tile.base], value[kv, :, tile.base], tile, options, saved.lse[b], delta[b],
-            saved.grad_output[b], d_query is not None, d_key is not None, d_value is not None, d_factor is not None,
-            d_bias is not None,
-        )  # fmt: skip
-        if d_query is not None:
-            d_query[b, :, tile.rows] = parts.query
-        for total, part in ((d_key, parts.key), (d_value, parts.value)):
-            if total is not None:
-                total[kv, :, tile.base] += part
-        if d_factor is not None:
-            per_key = parts.factor.sum(1)  # [Hq, N]
-            d_factor[b, ..., tile.base] += per_key if d_factor.ndim == 3 else per_key.sum(0)
-        if d_bias is not None:
-            entry = d_bias[b if d_bias.shape[0] > 1 else 0]
-            _add_broadcast(entry, tile.rows, tile.base, parts.bias)
-    if d_sinks is not None and sinks is not None:
-        d_sinks += saved.sink_gradient(sinks, delta)
-    return [None if x is None or t is None else x.to(t.dtype) for x, t in zip(found, tensors, strict=True)]
+        kv = b if call.key.shape[0] > 1 else 0
+        key, value = call.key[kv, :, tile.base], call.value[kv, :, tile.base]
+        row = _Rows(call.query[b], saved.lse[b], delta[b], saved.grad_output[b])
+        parts = _differentiate(row, key, value, tile, call.options, wanted)
+        if "query" in sums:
+            sums["query"][b, :, tile.rows] = parts.query
+        for name, part in (("key", parts.key), ("value", parts.value)):
+            if name in sums:
+                sums[name][kv, :, tile.base] += part
+        if "factor" in sums:
+            total, per_key = sums["factor"], parts.factor.sum(1)  # [Hq, N]
+            total[b, ..., tile.base] += per_key if total.ndim == 3 else per_key.sum(0)
+        if "position_bias" in sums:
+            total = sums["position_bias"]
+            _add_broadcast(total[b if total.shape[0] > 1 else 0], tile.rows, tile.base, parts.bias)
+    return _finished(call, saved, delta, sums)
 
 
-def packed_suppressed_attention_backward(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-    *,
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
-    layout = (suffix_starts, prefix_lengths, base_starts, row_variant, row_position)
-    tensors = (query, key, value, base_key, base_value, *layout, factor, sinks, position_bias)
-    found = _sums(tensors, wanted, saved)
-    d_query, d_key, d_value, d_base_key, d_base_value, *_, d_factor, d_sinks, d_bias = found
-    delta = saved.delta()
-    for tile in packed_tiles(query, *layout, factor, position_bias, options):
+def packed_suppressed_attention_backward(call: PackedCall, saved: Saved, wanted: Wanted) -> Gradients:
+    sums, delta = _sums(call, saved, wanted), saved.delta()
+    of_tiles = {name.removeprefix("base_") for name in wanted}
+    rows = _Rows(call.query, saved.lse, delta, saved.grad_output)
+    for tile in packed_tiles(call):
         assert tile.own is not None
-        k, v = (torch.cat([b[:, tile.base], o[:, tile.own]], 1) for b, o in ((base_key, key), (base_value, value)))
-        of_key, of_value = d_key is not None or d_base_key is not None, d_value is not None or d_base_value is not None
-        parts = _differentiate(
-            query, k, v, tile, options, saved.lse, delta, saved.grad_output,
-            d_query is not None, of_key, of_value, d_factor is not None, d_bias is not None,
-        )  # fmt: skip
-        if d_query is not None:
-            d_query[:, tile.rows] = parts.query
+        pairs = (call.base_key, call.key), (call.base_value, call.value)
+        key, value = (torch.cat([base[:, tile.base], own[:, tile.own]], 1) for base, own in pairs)
+        parts = _differentiate(rows, key, value, tile, call.options, of_tiles)
+        if "query" in sums:
+            sums["query"][:, tile.rows] = parts.query
         in_base = tile.base.stop - tile.base.start
-        for own, base, part in ((d_key, d_base_key, parts.key), (d_value, d_base_value, parts.value)):
-            if base is not None:
-                base[:, tile.base] += part[:, :in_base]
-            if own is not None:
-                own[:, tile.own] += part[:, in_base:]
-        if d_factor is not None or d_bias is not None:
-            for variant, rows, columns in _variants_of(tile, in_base):
-                positions = _span(tile.key_position, columns)
-                if d_factor is not None:
-                    per_key = parts.factor[:, rows, columns].sum(1)
-                    d_factor[variant, ..., positions] += per_key if d_factor.ndim == 3 else per_key.sum(0)
-                if d_bias is not None:
-                    _add_broadcast(d_bias, _span(tile.query_position, rows), positions, parts.bias[:, rows, columns])
-    if d_sinks is not None and sinks is not None:
-        d_sinks += saved.sink_gradient(sinks, delta)
-    return [None if x is None or t is None else x.to(t.dtype) for x, t in zip(found, tensors, strict=True)]
+        for name, part in (("key", parts.key), ("value", parts.value)):
+            if f"base_{name}" in sums:
+                sums[f"base_{name}"][:, tile.base] += part[:, :in_base]
+            if name in sums:
+                sums[name][:, tile.own] += part[:, in_base:]
+        if "factor" in sums or "position_bias" in sums:
+            _add_by_variant(sums, tile, parts, in_base)
+    return _finished(call, saved, delta, sums)
 
 
-def _sums(tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...], saved: Saved) -> list[Tensor | None]:
+def _sums(call: DenseCall | PackedCall, saved: Saved, wanted: Wanted) -> Gradients:
     """Zeros in the dtype of the lse, for what is wanted."""
-    return [
-        saved.lse.new_zeros(x.shape) if need and x is not None else None
-        for x, need in zip(tensors, wanted, strict=True)
-    ]
+    return {name: saved.lse.new_zeros(getattr(call, name).shape) for name in wanted}
+
+
+def _finished(call: DenseCall | PackedCall, saved: Saved, delta: Tensor, sums: Gradients) -> Gradients:
+    """The sums over all tiles in the dtypes of the call's tensors, with the sinks' gradient."""
+    if "sinks" in sums and call.sinks is not None:
+        sums["sinks"] = saved.sink_gradient(call.sinks, delta)
+    return {name: total.to(getattr(call, name).dtype) for name, total in sums.items()}
+
+
+def _add_by_variant(sums: Gradients, tile: Tile, parts: "_Parts", in_base: int) -> None:
+    """The gradients of a pack's tile by factors and biases, which go by variant and position."""
+    for variant, rows, columns in _variants_of(tile, in_base):
+        positions = _span(tile.key_position, columns)
+        if "factor" in sums:
+            total, per_key = sums["factor"], parts.factor[:, rows, columns].sum(1)
+            total[variant, ..., positions] += per_key if total.ndim == 3 else per_key.sum(0)
+        if "position_bias" in sums:
+            queries = _span(tile.query_position, rows)
+            _add_broadcast(sums["position_bias"], queries, positions, parts.bias[:, rows, columns])
 
 
 def _add_broadcast(total: Tensor, rows: slice, columns: slice, part: Tensor) -> None:
@@ -142,6 +109,16 @@ def _span(positions: Tensor | None, at: slice) -> slice:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """All rows of a batch entry, or of a pack."""
+
+    query: Tensor  # (Hq, T, D)
+    lse: Tensor  # (Hq, T)
+    delta: Tensor  # (Hq, T)
+    grad_output: Tensor  # (Hq, T, Dv)
+
+
+@dataclass(frozen=True)
 class _Parts:
     """A tile's gradients; what is not wanted has no elements."""
 
@@ -153,24 +130,17 @@ class _Parts:
 
 
 def _differentiate(
-    queries: Tensor,  # (Hq, T, D), all rows
+    all_rows: _Rows,
     key: Tensor,  # (Hkv, N, D), the tile's
     value: Tensor,  # (Hkv, N, Dv)
     tile: Tile,
     options: ScoreOptions,
-    lses: Tensor,  # (Hq, T)
-    deltas: Tensor,  # (Hq, T)
-    grad_outputs: Tensor,  # (Hq, T, Dv)
-    of_query: bool,
-    of_key: bool,
-    of_value: bool,
-    of_factor: bool,
-    of_bias: bool,
+    wanted: Wanted,
 ) -> _Parts:
-    wide, none = lses.dtype, lses.new_empty(0)
-    query, d_output = queries[:, tile.rows].to(wide), grad_outputs[:, tile.rows].to(wide)
+    wide, none = all_rows.lse.dtype, all_rows.lse.new_empty(0)
+    query, d_output = all_rows.query[:, tile.rows].to(wide), all_rows.grad_output[:, tile.rows].to(wide)
     key, value = key.to(wide), value.to(wide)
-    lse, delta = lses[:, tile.rows, None], deltas[:, tile.rows, None]
+    lse, delta = all_rows.lse[:, tile.rows, None], all_rows.delta[:, tile.rows, None]
     heads, rows, _ = query.shape
     kv_heads, keys, _ = key.shape
 
@@ -190,25 +160,27 @@ def _differentiate(
         scores = scores + tile.bias.to(wide).masked_fill(hidden, 0.0)
     visible = visible & (lse != -torch.inf)
     factor = tile.factor if tile.factor is None else tile.factor.to(wide)
-    if factor is None and of_factor:
+    if factor is None and "factor" in wanted:
         factor = scores.new_ones(1, 1, 1)  # all are 1, and have a gradient
     suppressed = scores if factor is None else suppress_scores(scores, factor, options.mode, visible)
     weights = (suppressed - lse).exp_().masked_fill_(~visible, 0.0)
-    d_value = torch.bmm(folded(weights).mT, folded(d_output)) if of_value else none
-    if not (of_query or of_key or of_factor or of_bias):
+    d_value = torch.bmm(folded(weights).mT, folded(d_output)) if "value" in wanted else none
+    if not wanted & {"query", "key", "factor", "position_bias"}:
         return _Parts(none, none, d_value, none, none)
 
     rise = torch.bmm(folded(d_output), value.mT).reshape(heads, rows, keys).sub_(delta)  # of the loss with a weight
     d_scores, d_factor = suppression_gradient(
         (weights * rise).masked_fill_(~visible, 0.0), scores, factor, options.mode, visible
     )
-    if of_factor and factor is not None and d_factor is not None and options.mode == "log_additive":
+    if "factor" in wanted and factor is not None and d_factor is not None and options.mode == "log_additive":
         removed = (factor == 0) & visible
         if removed.any():
             d_factor = torch.where(removed, (scores - lse).exp() * rise, d_factor)
     d_bias = d_scores
     if capped_slope is not None:
         d_scores = d_scores * capped_slope
-    d_query = torch.bmm(folded(d_scores), key).mul_(options.scale).reshape(heads, rows, -1) if of_query else none
-    d_key = torch.bmm(folded(d_scores).mT, folded(query)).mul_(options.scale) if of_key else none
+    d_query = (
+        torch.bmm(folded(d_scores), key).mul_(options.scale).reshape(heads, rows, -1) if "query" in wanted else none
+    )
+    d_key = torch.bmm(folded(d_scores).mT, folded(query)).mul_(options.scale) if "key" in wanted else none
     return _Parts(d_query, d_key, d_value, none if d_factor is None else d_factor, d_bias)

@@ -5,19 +5,18 @@ the weighted values, without a score leaving the core's cache. `csrc/README.md` 
 """
 
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from atman_kernels.backends import native
+from atman_kernels.backends.call import DenseCall, Gradients, PackedCall, Result, Wanted
 from atman_kernels.backends.cpu import blocked_gradients
 from atman_kernels.errors import BackendUnavailableError
 from atman_kernels.formula import Saved, ScoreOptions
-from atman_kernels.native import dense_extras, described, dtype_code, packed_extras, score_arguments, whole_rows
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,7 +47,7 @@ def instruction_sets(dtype: torch.dtype) -> tuple[str, ...]:
     module = _load()
     if isinstance(module, str) or dtype not in _FLOATS:
         return ()
-    names = module.cpu_instruction_sets(dtype_code(module, dtype))
+    names = module.cpu_instruction_sets(native.dtype_code(module, dtype))
     return tuple(name for name in names if _computes_right(name, dtype))
 
 
@@ -62,7 +61,8 @@ def _computes_right(name: str, dtype: torch.dtype) -> bool:
     query, key, value = normal(1, 4, 37, 72), normal(1, 2, 150, 72), normal(1, 2, 150, 72)
     factor = normal(1, 150).float().abs()
     options = ScoreOptions("log_additive", False, 72**-0.5, None, None, False)
-    found, _ = _attend(query, key, value, {"factor": factor[:, None]}, options, name)
+    call = DenseCall(query, key, value, factor, key_mask=None, sinks=None, position_bias=None, options=options)
+    found, _ = _attend(native.dense_tensors(call), options, name)
     wide_key, wide_value = (x.float().repeat_interleave(2, dim=1) for x in (key, value))
     mask = factor.log()[:, None, None]
     expected = scaled_dot_product_attention(query.float(), wide_key, wide_value, attn_mask=mask)
@@ -93,222 +93,95 @@ def _chosen(dtype: torch.dtype, instruction_set: str | None) -> str:
     return instruction_set or usable[0]
 
 
-@dataclass(frozen=True)
-class Pinned:
-    """The two ops on one instruction set."""
-
-    instruction_set: str
-
-    def suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return suppressed_attention(*arguments, instruction_set=self.instruction_set)
-
-    def packed_suppressed_attention(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return packed_suppressed_attention(*arguments, instruction_set=self.instruction_set)
-
-    def suppressed_attention_backward(self, *arguments: Any, **saved: Any) -> list[Tensor | None]:
-        return suppressed_attention_backward(*arguments, **saved, instruction_set=self.instruction_set)
-
-    def packed_suppressed_attention_backward(self, *arguments: Any, **saved: Any) -> list[Tensor | None]:
-        return packed_suppressed_attention_backward(*arguments, **saved, instruction_set=self.instruction_set)
+def suppressed_attention(call: DenseCall, *, variant: str | None = None) -> Result:
+    return _attend(native.dense_tensors(call), call.options, _chosen(call.query.dtype, variant))
 
 
-def suppressed_attention(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-    options: ScoreOptions,
-    *,
-    instruction_set: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    extras = dense_extras(factor, key_mask, sinks, position_bias)
-    return _attend(query, key, value, extras, options, _chosen(query.dtype, instruction_set))
+def packed_suppressed_attention(call: PackedCall, *, variant: str | None = None) -> Result:
+    output, lse = _attend(native.packed_tensors(call), call.options, _chosen(call.query.dtype, variant))
+    return output[0], lse[0] if call.options.return_lse else lse
 
 
-def packed_suppressed_attention(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-    options: ScoreOptions,
-    *,
-    instruction_set: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    extras = packed_extras(suffix_starts, prefix_lengths, base_starts, factor, sinks, position_bias)
-    extras |= {"own_key": whole_rows(key), "own_value": whole_rows(value)}
-    chosen = _chosen(query.dtype, instruction_set)
-    output, lse = _attend(query[None], base_key[None], base_value[None], extras, options, chosen)
-    return output[0], lse[0] if options.return_lse else lse
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    extras: dict[str, Tensor | None],
-    options: ScoreOptions,
-    instruction_set: str,
-) -> tuple[Tensor, Tensor]:
+def _attend(tensors: native.Tensors, options: ScoreOptions, instruction_set: str) -> Result:
     module = _load()
     assert not isinstance(module, str), module
+    query, value = tensors["query"], tensors["value"]
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
-    tensors = {
-        "query": whole_rows(query),
-        "key": whole_rows(key),
-        "value": whole_rows(value),
-        "output": output,
-        **extras,
-    }
-    tensors["lse"] = lse if options.return_lse else None
+    tensors |= {"output": output, "lse": lse if options.return_lse else None}
     module.attend_cpu(
-        **described(module, tensors),
-        **score_arguments(options),
+        **native.described(module, tensors),
+        **native.score_arguments(options),
         instruction_set=instruction_set,
         threads=torch.get_num_threads(),
     )
     return output, lse
 
 
+# The module's names for the tensors of which it finds gradients.
+_DENSE = {name: name for name in ("query", "key", "value", "factor")}
+_PACKED = {
+    "query": "query",
+    "key": "own_key",
+    "value": "own_value",
+    "base_key": "key",
+    "base_value": "value",
+    "factor": "factor",
+}
+
+
 def suppressed_attention_backward(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-    *,
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-    instruction_set: str | None = None,
-) -> list[Tensor | None]:
-    tensors = (query, key, value, factor, key_mask, sinks, position_bias)
-    if wanted[-1]:  # a gradient as large as the scores, or sums of those across tiles: torch's products do it
-        return blocked_gradients.suppressed_attention_backward(*tensors, options=options, saved=saved, wanted=wanted)
-    extras = dense_extras(factor, key_mask, sinks, position_bias)
-    places = _places({"grad_query": query, "grad_key": key, "grad_value": value}, wanted)
-    d_factor, d_sinks = _differentiate(
-        query, key, value, extras, places, factor if wanted[3] else None, sinks if wanted[5] else None, options, saved,
-        _chosen(query.dtype, instruction_set),
-    )  # fmt: skip
-    return [*places.values(), d_factor, None, d_sinks, None]
+    call: DenseCall, saved: Saved, wanted: Wanted, *, variant: str | None = None
+) -> Gradients:
+    if "position_bias" in wanted:  # as large as the scores, or sums of those across tiles: torch's products do it
+        return blocked_gradients.suppressed_attention_backward(call, saved, wanted)
+    return _differentiate(call, native.dense_tensors(call), _DENSE, saved, wanted, variant)
 
 
 def packed_suppressed_attention_backward(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-    *,
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-    instruction_set: str | None = None,
-) -> list[Tensor | None]:
-    layout = (suffix_starts, prefix_lengths, base_starts)
-    if wanted[-1]:
-        tensors = (
-            query,
-            key,
-            value,
-            base_key,
-            base_value,
-            *layout,
-            row_variant,
-            row_position,
-            factor,
-            sinks,
-            position_bias,
-        )
-        return blocked_gradients.packed_suppressed_attention_backward(
-            *tensors, options=options, saved=saved, wanted=wanted
-        )
-    extras = packed_extras(*layout, factor, sinks, position_bias)
-    extras |= {"own_key": whole_rows(key), "own_value": whole_rows(value)}
-    batched = (query[None], base_key[None], base_value[None])
-    names = {"grad_query": batched[0], "grad_own_key": key, "grad_own_value": value,
-             "grad_key": batched[1], "grad_value": batched[2]}  # fmt: skip
-    places = _places(names, wanted)
-    as_batch = Saved(saved.output[None], saved.lse[None], saved.grad_output[None],
-                     None if saved.grad_lse is None else saved.grad_lse[None])  # fmt: skip
-    d_factor, d_sinks = _differentiate(
-        *batched, extras, places, factor if wanted[10] else None, sinks if wanted[11] else None, options, as_batch,
-        _chosen(query.dtype, instruction_set),
-    )  # fmt: skip
-    d_query, d_key, d_value, d_base_key, d_base_value = places.values()
-    own = [None if x is None else x[0] for x in (d_query, d_base_key, d_base_value)]
-    return [own[0], d_key, d_value, own[1], own[2], *(None,) * 5, d_factor, d_sinks, None]
-
-
-def _places(tensors: dict[str, Tensor], wanted: tuple[bool, ...]) -> dict[str, Tensor | None]:
-    """Room for what is wanted of the first gradients."""
-    needs = zip(tensors.items(), wanted, strict=False)
-    return {name: x.new_empty(x.shape) if need else None for (name, x), need in needs}
+    call: PackedCall, saved: Saved, wanted: Wanted, *, variant: str | None = None
+) -> Gradients:
+    if "position_bias" in wanted:
+        return blocked_gradients.packed_suppressed_attention_backward(call, saved, wanted)
+    return _differentiate(call, native.packed_tensors(call), _PACKED, saved.as_batch(), wanted, variant)
 
 
 def _differentiate(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    extras: dict[str, Tensor | None],
-    places: dict[str, Tensor | None],  # written
-    factor: Tensor | None,
-    sinks: Tensor | None,
-    options: ScoreOptions,
+    call: DenseCall | PackedCall,
+    tensors: native.Tensors,
+    names: dict[str, str],
     saved: Saved,
-    instruction_set: str,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fills the places; returns the gradients by the factors and the sinks that are passed."""
+    wanted: Wanted,
+    variant: str | None,
+) -> Gradients:
+    """The gradients by the call's tensors, which are `tensors` by the module's names for them."""
+    instruction_set = _chosen(call.query.dtype, variant)
     module = _load()
     assert not isinstance(module, str), module
     delta = saved.delta()
-    d_sinks = None if sinks is None else saved.sink_gradient(sinks, delta)
-    d_factor = None
-    if factor is not None and extras["factor"] is not None:
-        d_factor = query.new_empty(extras["factor"].shape, dtype=torch.float32)
-    if query.numel() == 0:  # nothing is written then
-        for place in (*places.values(), d_factor):
-            if place is not None:
-                place.zero_()
-    elif d_factor is not None or any(x is not None for x in places.values()):
-        tensors = {
-            "query": whole_rows(query),
-            "key": whole_rows(key),
-            "value": whole_rows(value),
+    found = {}
+    for name, native_name in names.items():
+        tensor = tensors[native_name]
+        if name in wanted and tensor is not None:
+            found[name] = tensor.new_empty(tensor.shape)
+    if call.query.numel() == 0:  # nothing is written then
+        for place in found.values():
+            place.zero_()
+    elif found:
+        tensors |= {
             "grad_output": saved.grad_output.contiguous(),
             "lse": saved.lse.contiguous(),
             "delta": delta.contiguous(),
-            "grad_factor": d_factor,
-            **places,
-            **extras,
+            **{f"grad_{names[name]}": place for name, place in found.items()},
         }
         module.differentiate_cpu(
-            **described(module, tensors),
-            **score_arguments(options),
+            **native.described(module, tensors),
+            **native.score_arguments(call.options),
             instruction_set=instruction_set,
             threads=torch.get_num_threads(),
         )
-    return None if d_factor is None or factor is None else d_factor.reshape(factor.shape).to(factor.dtype), d_sinks
+    like = {name: getattr(call, name) for name in found}
+    gradients = {name: place.reshape(like[name].shape).to(like[name].dtype) for name, place in found.items()}
+    if "sinks" in wanted and call.sinks is not None:
+        gradients["sinks"] = saved.sink_gradient(call.sinks, delta)
+    return gradients

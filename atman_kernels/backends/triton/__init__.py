@@ -7,16 +7,20 @@ Triton itself is imported when a call comes.
 
 import os
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from atman_kernels.formula import Saved, ScoreOptions
+from atman_kernels.backends.call import DenseCall, Gradients, PackedCall, Result, Wanted
+from atman_kernels.formula import Saved
+
+if TYPE_CHECKING:
+    from atman_kernels.backends.triton.launch import Extras, Layout
 
 LEAST_CAPABILITY = (8, 0)
 LARGEST_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INDICES = ("suffix_starts", "prefix_lengths", "base_starts", "row_variant", "row_position")
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -45,105 +49,59 @@ def unsupported_reason(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def suppressed_attention(
-    query: Tensor,  # (B, Hq, Lq, D)
-    key: Tensor,  # (1|B, Hkv, Lk, D)
-    value: Tensor,  # (1|B, Hkv, Lk, Dv)
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-    options: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
+def suppressed_attention(call: DenseCall) -> Result:
     from atman_kernels.backends.triton import launch
 
-    extras = launch.Extras(factor, key_mask, sinks, position_bias)
-    return launch.attend(query, key, value, None, extras, options)
+    extras = launch.Extras(call.factor, call.key_mask, call.sinks, call.position_bias)
+    return launch.attend(call.query, call.key, call.value, None, extras, call.options)
 
 
-def packed_suppressed_attention(
-    query: Tensor,  # (Hq, T, D)
-    key: Tensor,  # (Hkv, T, D)
-    value: Tensor,  # (Hkv, T, Dv)
-    base_key: Tensor,  # (Hkv, S, D)
-    base_value: Tensor,  # (Hkv, S, Dv)
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    row_variant: Tensor,  # (T,)
-    row_position: Tensor,  # (T,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-    options: ScoreOptions,
-) -> tuple[Tensor, Tensor]:
+def packed_suppressed_attention(call: PackedCall) -> Result:
     from atman_kernels.backends.triton import launch
 
-    layout = launch.Layout(key[None], value[None], suffix_starts, prefix_lengths, base_starts, row_variant)
-    extras = launch.Extras(factor, None, sinks, None if position_bias is None else position_bias[None])
-    output, lse = launch.attend(query[None], base_key[None], base_value[None], layout, extras, options)
-    return output[0], lse[0] if options.return_lse else lse
+    tensors, layout, extras = _as_batch(call)
+    output, lse = launch.attend(*tensors, layout, extras, call.options)
+    return output[0], lse[0] if call.options.return_lse else lse
 
 
-def suppressed_attention_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    factor: Tensor | None,
-    key_mask: Tensor | None,
-    sinks: Tensor | None,
-    position_bias: Tensor | None,
-    *,
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
+def suppressed_attention_backward(call: DenseCall, saved: Saved, wanted: Wanted) -> Gradients:
     from atman_kernels.backends.triton import launch, launch_backward
 
-    names = ("query", "key", "value", "factor", "key_mask", "sinks", "bias")
-    asked = {name: want for name, want in zip(names, wanted, strict=True) if name != "key_mask"}
-    extras = launch.Extras(factor, key_mask, sinks, position_bias)
-    found = launch_backward.gradients(query, key, value, None, extras, options, saved, launch_backward.Wanted(**asked))
-    return [found.get(name) for name in names]
+    extras = launch.Extras(call.factor, call.key_mask, call.sinks, call.position_bias)
+    asked = launch_backward.Wanted(**{_DENSE_NAMES.get(name, name): True for name in wanted})
+    found = launch_backward.gradients(call.query, call.key, call.value, None, extras, call.options, saved, asked)
+    return {name: found[_DENSE_NAMES.get(name, name)] for name in wanted}
 
 
-def packed_suppressed_attention_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    base_key: Tensor,
-    base_value: Tensor,
-    suffix_starts: Tensor,
-    prefix_lengths: Tensor,
-    base_starts: Tensor,
-    row_variant: Tensor,
-    row_position: Tensor,
-    factor: Tensor | None,
-    sinks: Tensor | None,
-    position_bias: Tensor | None,
-    *,
-    options: ScoreOptions,
-    saved: Saved,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
-    from atman_kernels.backends.triton import launch, launch_backward
+def packed_suppressed_attention_backward(call: PackedCall, saved: Saved, wanted: Wanted) -> Gradients:
+    from atman_kernels.backends.triton import launch_backward
 
-    names = ("query", "own_key", "own_value", "key", "value", *INDICES, "factor", "sinks", "bias")
-    asked = {name: want for name, want in zip(names, wanted, strict=True) if name not in INDICES}
-    layout = launch.Layout(key[None], value[None], suffix_starts, prefix_lengths, base_starts, row_variant)
-    extras = launch.Extras(factor, None, sinks, None if position_bias is None else position_bias[None])
-    batched = Saved(
-        saved.output[None],
-        saved.lse[None],
-        saved.grad_output[None],
-        None if saved.grad_lse is None else saved.grad_lse[None],
+    tensors, layout, extras = _as_batch(call)
+    asked = launch_backward.Wanted(**{_PACKED_NAMES.get(name, name): True for name in wanted})
+    found = launch_backward.gradients(*tensors, layout, extras, call.options, saved.as_batch(), asked)
+    return {name: found[_PACKED_NAMES.get(name, name)].reshape(getattr(call, name).shape) for name in wanted}
+
+
+# The kernels' names for tensors, where they are others than a call's.
+_DENSE_NAMES = {"position_bias": "bias"}
+_PACKED_NAMES = _DENSE_NAMES | {"key": "own_key", "value": "own_value", "base_key": "key", "base_value": "value"}
+
+
+def _as_batch(call: PackedCall) -> tuple[tuple[Tensor, Tensor, Tensor], "Layout", "Extras"]:
+    """A pack as the kernels see it: a batch of one over the base, with keys and values of its own."""
+    from atman_kernels.backends.triton import launch
+
+    layout = launch.Layout(
+        call.key[None],
+        call.value[None],
+        call.suffix_starts,
+        call.prefix_lengths,
+        call.base_starts,
+        call.row_variant,
     )
-    found = launch_backward.gradients(
-        query[None], base_key[None], base_value[None], layout, extras, options, batched, launch_backward.Wanted(**asked)
-    )
-    for name in found.keys() - {"factor", "sinks"}:  # those have no batch axis in a pack
-        found[name] = found[name][0]
-    return [found.get(name) for name in names]
+    bias = None if call.position_bias is None else call.position_bias[None]
+    extras = launch.Extras(call.factor, None, call.sinks, bias)
+    return (call.query[None], call.base_key[None], call.base_value[None]), layout, extras
 
 
 def _interpreting() -> bool:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atman_kernels.backends.call import DenseCall, PackedCall
 from atman_kernels.formula import ScoreOptions
+
+Tensors = dict[str, Any]  # by the modules' names for them; None for one that a call does without
 
 _DTYPES = {
     torch.float32: "float32",
@@ -26,7 +29,7 @@ def dtype_code(module: ModuleType, dtype: torch.dtype) -> Any:
     return module.DTYPES[_DTYPES[dtype]]
 
 
-def described(module: ModuleType, tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+def described(module: ModuleType, tensors: Tensors) -> dict[str, Any]:
     """Each tensor as the module's `Tensor`; nothing keeps the memory alive but the tensors themselves."""
     return {name: None if tensor is None else describe(module, tensor) for name, tensor in tensors.items()}
 
@@ -43,38 +46,33 @@ def whole_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def dense_extras(
-    factor: Tensor | None,  # (B, Lk) or (B, Hq, Lk)
-    key_mask: Tensor | None,  # (B, Lk) bool
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|B, 1|Hq, 1|Lq, 1|Lk)
-) -> dict[str, Tensor | None]:
-    """The optional arguments of the dense op in the forms that the kernels read."""
+def dense_tensors(call: DenseCall) -> Tensors:
+    """The tensors of a call in the forms that the kernels read."""
     return {
-        "factor": _factor(factor),
-        "key_mask": None if key_mask is None else key_mask.contiguous(),
-        "sinks": None if sinks is None else sinks.float().contiguous(),
-        "position_bias": None if position_bias is None else whole_rows(position_bias.float()),
+        "query": whole_rows(call.query),
+        "key": whole_rows(call.key),
+        "value": whole_rows(call.value),
+        "factor": _factor(call.factor),
+        "key_mask": None if call.key_mask is None else call.key_mask.contiguous(),
+        "sinks": _sinks(call.sinks),
+        "position_bias": None if call.position_bias is None else whole_rows(call.position_bias.float()),
     }
 
 
-def packed_extras(
-    suffix_starts: Tensor,  # (V + 1,)
-    prefix_lengths: Tensor,  # (V,)
-    base_starts: Tensor,  # (V,)
-    factor: Tensor | None,  # (V, K) or (V, Hq, K)
-    sinks: Tensor | None,  # (Hq,)
-    position_bias: Tensor | None,  # (1|Hq, 1|P, 1|P)
-) -> dict[str, Tensor | None]:
-    """The layout and the optional arguments of the packed op in the forms that the kernels read."""
-    bias = None if position_bias is None else position_bias[None]
-    extras = dense_extras(factor, None, sinks, bias)
-    del extras["key_mask"]  # a pack has none
+def packed_tensors(call: PackedCall) -> Tensors:
+    """The tensors of a call in the forms that the kernels read: a batch of one, whose keys are the base's."""
     return {
-        "suffix_starts": suffix_starts.contiguous(),
-        "prefix_lengths": prefix_lengths.contiguous(),
-        "base_starts": base_starts.contiguous(),
-        **extras,
+        "query": whole_rows(call.query[None]),
+        "key": whole_rows(call.base_key[None]),
+        "value": whole_rows(call.base_value[None]),
+        "own_key": whole_rows(call.key),
+        "own_value": whole_rows(call.value),
+        "suffix_starts": call.suffix_starts.contiguous(),
+        "prefix_lengths": call.prefix_lengths.contiguous(),
+        "base_starts": call.base_starts.contiguous(),
+        "factor": _factor(call.factor),
+        "sinks": _sinks(call.sinks),
+        "position_bias": None if call.position_bias is None else whole_rows(call.position_bias[None].float()),
     }
 
 
@@ -94,3 +92,7 @@ def _factor(factor: Tensor | None) -> Tensor | None:
     if factor is None:
         return None
     return whole_rows((factor if factor.ndim == 3 else factor[:, None]).float())
+
+
+def _sinks(sinks: Tensor | None) -> Tensor | None:
+    return None if sinks is None else sinks.float().contiguous()
