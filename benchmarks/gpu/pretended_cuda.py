@@ -13,6 +13,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -286,6 +287,9 @@ def _patch_tensors() -> None:
     torch.Generator = Generator  # type: ignore[misc, assignment]
 
 
+_HELD = ExitStack()  # of the process: nothing is launched in it
+
+
 def _patch_backends() -> None:
     """Both GPU backends are there; a launch of a Triton kernel does nothing."""
     from atman_kernels.backends import cuda
@@ -296,7 +300,7 @@ def _patch_backends() -> None:
         from atman_kernels.backends.triton import launch
     except ImportError:  # no Triton here
         return
-    launch.run = lambda *_, **__: None
+    _HELD.enter_context(launch.intercepted(lambda *_: None))
 
 
 def main(module: ModuleType | str, arguments: list[str]) -> None:

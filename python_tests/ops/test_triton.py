@@ -55,17 +55,13 @@ def _poison() -> Iterator[None]:
 def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """What is launched, by name and arguments; it still runs."""
     found: list[tuple[str, dict[str, Any]]] = []
-    before = launch.run
 
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *ready: Any) -> Any:
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any) -> Any:
         found.append((kernel.fn.__name__, arguments))
-        return before(kernel, grid, arguments, *ready)
+        return launch.on_stream(kernel, grid, arguments, ready)
 
-    launch.run = run
-    try:
+    with launch.intercepted(run):
         yield found
-    finally:
-        launch.run = before
 
 
 # --- tiles and splits ---
@@ -150,13 +146,12 @@ def test_unflagged_blocks_equal_flagged_ones_bit_for_bit(mode: str, kind: str) -
     if kind == "packed":
         case = PackCase((2,) * 8, (300,) * 8, query_heads=2, kv_heads=1, factor_values="sparse")
     call = case.build(torch.float16, "keys", DEVICE)
-    before = launch.run
 
-    def all_flags(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *ready: Any) -> Any:
+    def all_flags(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any) -> Any:
         prepares = kernel.fn.__name__ == "prepare_factors"
         if prepares:  # terms are written where flags are set
             arguments["terms"].fill_(1.0 if mode == "multiplicative" else 0.0)
-        done = before(kernel, grid, arguments, *ready)
+        done = launch.on_stream(kernel, grid, arguments, ready)
         if prepares:
             flags, reach, _ = term_rows(arguments)
             flags.fill_(-1)
@@ -166,11 +161,8 @@ def test_unflagged_blocks_equal_flagged_ones_bit_for_bit(mode: str, kind: str) -
     config = KernelConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
     with configs.forced(config, 1):
         output, lse = run("triton", call, mode)
-        launch.run = all_flags
-        try:
+        with launch.intercepted(all_flags):
             flagged, flagged_lse = run("triton", call, mode)
-        finally:
-            launch.run = before
     assert_same_bits(flagged, output)
     assert_same_bits(flagged_lse, lse, "lse")
 

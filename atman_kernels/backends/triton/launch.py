@@ -5,9 +5,11 @@ was there before costs the host little more than its launches.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,16 +79,41 @@ def attend(
     return output, lse
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> Any:
+class Launcher(Protocol):
+    """What puts a kernel on the current stream: `on_stream`, or what `intercepted` has take its place."""
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None, /) -> Any:
+        """`ready` is what this returned for arguments of the same kind; None: there was no such call yet."""
+
+
+def on_stream(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> Any:
     """Puts a kernel on the current stream.
 
-    `ready` is what this function returned for arguments of the same kind: alike in all but the addresses of tensors,
-    and these aligned alike. It spares Triton a look at each of them.
+    Arguments of the same kind are alike in all but the addresses of tensors, and these aligned alike. What was returned
+    for them, `ready`, spares Triton a look at each of them.
     """
     if ready is None:
         return kernel[grid](**arguments)
     ready[grid](*[arguments[name] for name in kernel.arg_names])
     return ready
+
+
+_launcher: ContextVar[Launcher] = ContextVar("launcher", default=on_stream)
+
+
+@contextmanager
+def intercepted(launcher: Launcher) -> Iterator[None]:
+    """Launches go to `launcher`, which may compile a kernel, or look at its arguments and hand it to `on_stream`."""
+    token = _launcher.set(launcher)
+    try:
+        yield
+    finally:
+        _launcher.reset(token)
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> Any:
+    """A launch, by whoever is in charge of it."""
+    return _launcher.get()(kernel, grid, arguments, ready)
 
 
 @dataclass
@@ -99,11 +126,9 @@ class Step:
     ready: Any = None
 
     def __call__(self, tensors: dict[str, Tensor | None]) -> None:
-        arguments = self.arguments | tensors
+        ready = run(self.kernel, self.grid, self.arguments | tensors, self.ready)
         if self.ready is None:
-            self.ready = run(self.kernel, self.grid, arguments)
-        else:
-            run(self.kernel, self.grid, arguments, self.ready)
+            self.ready = ready
 
 
 Room = dict[str, tuple[tuple[int, ...], torch.dtype]]  # what is to be allocated

@@ -135,16 +135,12 @@ def _target(capability: int) -> Iterator[None]:
 def _collected() -> Iterator[list[Any]]:
     """Launches compile, and run nothing."""
     kernels: list[Any] = []
-    before = launch.run
 
     def compiled(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> None:
         kernels.append(kernel.warmup(grid=grid, **arguments))
 
-    launch.run = compiled
-    try:
+    with launch.intercepted(compiled):
         yield kernels
-    finally:
-        launch.run = before
 
 
 class _Driver:
