@@ -32,8 +32,8 @@ from atman_kernels.adapters.token_question import run_rows, suppressing, token_q
 from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.hf.attention.interface import decoder_of
-from atman_kernels.hf.forward.logprobs import evaluating
+from atman_kernels.hf.models.eval_mode import evaluating
+from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import generated

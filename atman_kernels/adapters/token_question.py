@@ -8,7 +8,7 @@ from torch import Tensor
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.attention.suppression import suppress
-from atman_kernels.hf.forward.logprobs import evaluating
+from atman_kernels.hf.models.eval_mode import evaluating
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions
 from atman_kernels.inputs.text_generation import Question
 from atman_kernels.planning.units import Unit

@@ -17,11 +17,11 @@ from atman_kernels.explain import methods
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.explain.methods.perturbation import cost, suppression
 from atman_kernels.formula import MODES
-from atman_kernels.hf.attention.suppression import checked_layers
-from atman_kernels.hf.forward.logprobs import evaluating
-from atman_kernels.hf.forward.sequence import Embedded
+from atman_kernels.hf.attention.layers import checked_layers
 from atman_kernels.hf.images.embedding import check_vision
 from atman_kernels.hf.models import tasks
+from atman_kernels.hf.models.eval_mode import evaluating
+from atman_kernels.hf.models.model_input import Embedded
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.encoders import Asked, task_of
 from atman_kernels.inputs.image_places import ImageUnitChoice, checked_image_units

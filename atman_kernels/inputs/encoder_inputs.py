@@ -11,8 +11,9 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from atman_kernels.arguments import entries, integer, real, shown, text
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.attention.interface import AttentionCall
-from atman_kernels.hf.attention.suppression import SuppressedRun, is_encoder_decoder
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
+from atman_kernels.hf.models.parts import is_encoder_decoder
 from atman_kernels.inputs.image_places import seen_region
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of
 from atman_kernels.inputs.text_generation import check_fast, special_flags

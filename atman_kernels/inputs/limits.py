@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from atman_kernels.errors import InputError
-from atman_kernels.hf.attention.interface import decoder_of
 from atman_kernels.hf.models.packability import grows_with_length
+from atman_kernels.hf.models.parts import decoder_of
 
 # how configs call it: of decoders that attend to an encoder, in general, MPT's ALiBi
 _POSITIONS = ("max_target_positions", "max_position_embeddings", "max_seq_len")

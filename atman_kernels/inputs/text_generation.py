@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atman_kernels import arguments
 from atman_kernels.arguments import described, of_entry, shown, text_or_empty
 from atman_kernels.errors import InputError
-from atman_kernels.hf.forward.sequence import Embedded, Pictured
-from atman_kernels.hf.forward.sequence import Sequence as TokenSequence
+from atman_kernels.hf.models.model_input import Embedded, Pictured
+from atman_kernels.hf.models.model_input import Sequence as TokenSequence
 from atman_kernels.inputs.chat import as_texts, checked_messages, templated
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated, without_ends

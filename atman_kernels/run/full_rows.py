@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.explain.methods.perturbation import cost
-from atman_kernels.hf.attention.interface import computing_dtype
-from atman_kernels.hf.attention.suppression import SuppressedRun
-from atman_kernels.hf.forward.pooling import encoder_run
+from atman_kernels.hf.attention.pooling import encoder_run
+from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
+from atman_kernels.hf.models.parts import computing_dtype
 from atman_kernels.planning.factors import factor_rows
 from atman_kernels.planning.packing import Variant, VariantQueue, token_budget, whole_factors
 from atman_kernels.planning.units import Unit

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.interface import computing_dtype
-from atman_kernels.hf.forward.logprobs import Base, PackingUnsupportedError, base_run, full_row_logprobs, own_logprobs
+from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, own_logprobs
+from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.models.packability import why_lengths_do_not_mix, why_rows_do_not_mix
+from atman_kernels.hf.models.parts import computing_dtype
 from atman_kernels.hf.models.tasks import task_of
 from atman_kernels.inputs.text_generation import Question
 from atman_kernels.planning.factors import first_suppressed

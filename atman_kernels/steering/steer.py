@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from atman_kernels.arguments import described, entries, flag, integer, of_entry
 from atman_kernels.errors import InputError
-from atman_kernels.hf.attention.scope import Scope
-from atman_kernels.hf.attention.suppression import is_encoder_decoder, suppressed
-from atman_kernels.hf.forward.logprobs import check_loaded
+from atman_kernels.hf.attention.suppression import suppressed
+from atman_kernels.hf.models.eval_mode import check_loaded
+from atman_kernels.hf.models.parts import is_encoder_decoder
 from atman_kernels.hf.models.wrapped import unwrapped
+from atman_kernels.hf.scope import Scope
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.text_generation import Prompt, encode_prompt
 from atman_kernels.steering.spans import Spans, SteeredSpan, TokenizedText, resolve, spans_by_prompt

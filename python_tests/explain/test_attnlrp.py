@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atman_kernels import UnsupportedModelError, suppress
 from atman_kernels.explain.methods.attnlrp import FAMILIES, attnlrp, rules
-from atman_kernels.hf.forward.logprobs import own_logprobs
+from atman_kernels.hf.forward.base import own_logprobs
 from atman_kernels.inputs.text_generation import Question, ask
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"

@@ -27,7 +27,7 @@ from captum.attr import (
 )
 
 from atman_kernels.adapters.captum import AtManAttribution, SuppressedLLMAttribution, SuppressedTextInput
-from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.models.parts import decoder_of
 
 PROMPT = "w5 w6 w7 w8 w9 w10"
 ANSWER = "w20 w6 w22"  # w6 is in the prompt as well: similar tokens are sought in both

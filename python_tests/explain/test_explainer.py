@@ -9,8 +9,9 @@ import torch
 import transformers as hf
 
 import atman_kernels as ak
-from atman_kernels.hf.attention import interface
+from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.forward import logprobs as forward
+from atman_kernels.hf.forward.base import own_logprobs
 from atman_kernels.run import packed as execution
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16"
@@ -203,7 +204,7 @@ def test_16_bit_head_is_widened_exactly():
     with torch.no_grad():
         hidden = model.model(ids[None], use_cache=False).last_hidden_state[0].float()
         expected = (hidden @ model.lm_head.weight.float().T).log_softmax(-1)[rows, ids]
-    torch.testing.assert_close(forward.own_logprobs(model, ids, rows, ids), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(own_logprobs(model, ids, rows, ids), expected, atol=1e-5, rtol=0)
 
 
 # --- never silently wrong ---
@@ -240,8 +241,8 @@ def test_layers_that_mix_tokens_otherwise_are_recomputed_in_batches(tokenizer):
 
 def test_attention_that_we_do_not_reproduce_is_refused(tokenizer, monkeypatch):
     model = tiny_models.build("llama")
-    real = interface.AttentionCall.attend
-    monkeypatch.setattr(interface.AttentionCall, "attend", lambda self, *args: real(self, *args) * 1.1)
+    real = AttentionCall.attend
+    monkeypatch.setattr(AttentionCall, "attend", lambda self, *args: real(self, *args) * 1.1)
     with pytest.raises(ak.UnsupportedModelError, match="does not reproduce its own"):
         explainer_of(model, tokenizer).explain(PROMPT, ANSWER)
     assert model.config._attn_implementation == "sdpa"

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 import atman_kernels as ak
-from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.models.parts import decoder_of
 
 inseq = pytest.importorskip("inseq")
 import_module("atman_kernels.adapters.inseq")  # which registers the method

@@ -10,7 +10,8 @@ from comparison import assert_within
 from torch import Tensor, nn
 
 import atman_kernels as ak
-from atman_kernels.hf.attention.interface import AttentionCall, Run
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.switch import Run
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
 ANSWER = "w20 w21"

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 import atman_kernels as ak
-from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.limits import positions_of
 
 PROMPT = "w5 w6 w7 w8"

@@ -15,7 +15,8 @@ import torch
 import transformers as hf
 
 import atman_kernels as ak
-from atman_kernels.hf.attention import interface, replacement
+from atman_kernels.hf import replacement
+from atman_kernels.hf.attention import switch
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
 OTHER = torch.tensor([[1.0, 1, 1, 1, 1, 0, 1, 1]])
@@ -31,8 +32,8 @@ def model(request):
 def _nothing_is_left(request):
     yield
     if "model" in request.fixturenames:
-        assert not interface._everywhere
-        assert not interface._switches
+        assert not switch._everywhere
+        assert not switch._switches
         assert not replacement._sites
 
 
@@ -127,7 +128,7 @@ def test_a_generator_that_is_dropped_in_the_middle_leaves_nothing(model):
     contextvars.copy_context().run(next, steps)
     del steps
     gc.collect()
-    assert not interface._everywhere
+    assert not switch._everywhere
     same([logits(model)], plain)
 
 
@@ -231,7 +232,7 @@ def test_a_cancelled_task_leaves_nothing(model):
     async def cancelled():
         task = asyncio.create_task(body())
         await asyncio.sleep(0)
-        assert interface._everywhere
+        assert switch._everywhere
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

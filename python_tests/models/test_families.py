@@ -9,7 +9,8 @@ import tiny_models
 import torch
 
 import atman_kernels as ak
-from atman_kernels.hf.attention import families, interface
+from atman_kernels.hf.attention import switch
+from atman_kernels.hf.models import families
 
 MODES = ("log_additive", "multiplicative", "shifted")
 FAMILIES = tuple(tiny_models.OWN_ATTENTION)
@@ -174,7 +175,7 @@ def test_nothing_is_left_behind(family):
     explained(model, [draw(9, 1)], [draw(1, 2)])
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == attributes
     assert model.config._attn_implementation == implementation
-    assert not interface._switches
+    assert not switch._switches
     assert torch.equal(model(PROMPT).logits, expected)
 
 
@@ -286,5 +287,5 @@ def test_what_differs_from_the_models_own_attention_is_refused():
 
 def test_weights_of_attention_inside_modules_are_refused():
     model = tiny_models.build("bloom")
-    with pytest.raises(ak.UnsupportedModelError, match="BloomForCausalLM computes attention"), interface.eager(model):
+    with pytest.raises(ak.UnsupportedModelError, match="BloomForCausalLM computes attention"), switch.eager(model):
         pass

@@ -12,7 +12,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 import atman_kernels as ak
 from atman_kernels.explain import methods
-from atman_kernels.hf.forward import logprobs as forward
+from atman_kernels.hf.forward import base as base_runs
+from atman_kernels.hf.forward import packed
+from atman_kernels.hf.forward.base import Base, PackingUnsupportedError
 from atman_kernels.hf.images import layouts as image_layouts
 from atman_kernels.inputs import image_places
 from atman_kernels.run import packed as execution
@@ -509,7 +511,7 @@ def test_earlier_answer_tokens_and_chat_messages():
 @pytest.mark.parametrize("family", ["gemma3", "paligemma"])
 def test_blocks_taken_for_causal_are_found_by_the_probe(family, monkeypatch):
     """Without its pattern a packed suffix would not see the later part of its own block."""
-    monkeypatch.setattr(forward, "_beyond_causal", lambda call: None)
+    monkeypatch.setattr(base_runs, "_beyond_causal", lambda call: None)
     explainer, images = explainer_of(family), [tiny.picture(40, 30)]
     with pytest.warns(UserWarning, match="cannot be packed .*(differ by|both ways)"):
         explanation = explainer.explain(images=images, text=TEXTS[family], target=ANSWER)
@@ -520,7 +522,7 @@ def test_blocks_taken_for_causal_are_found_by_the_probe(family, monkeypatch):
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3", "blip2"])
 def test_full_rows_serve_where_packing_cannot(family, monkeypatch):
     def refuse(*args, **kwargs):
-        raise forward.PackingUnsupportedError("for this test")
+        raise PackingUnsupportedError("for this test")
 
     monkeypatch.setattr(execution, "packed_logprobs", refuse)
     explainer, images = explainer_of(family), [tiny.picture(40, 30)]
@@ -531,9 +533,9 @@ def test_full_rows_serve_where_packing_cannot(family, monkeypatch):
 
 def test_position_ids_of_the_model_are_not_positions_in_the_sequence(monkeypatch):
     """With M-RoPE an image takes fewer position ids than tokens; counting rows instead must not go unnoticed."""
-    real = forward.suffix_inputs
+    real = packed.suffix_inputs
     monkeypatch.setattr(
-        forward, "suffix_inputs", lambda sequence, rows: real(sequence, rows) | {"position_ids": rows[None]}
+        packed, "suffix_inputs", lambda sequence, rows: real(sequence, rows) | {"position_ids": rows[None]}
     )
     with pytest.warns(UserWarning, match="cannot be packed .*differ by"):
         explainer_of("qwen2_vl").explain(images=tiny.picture(40, 30), text=TEXTS["qwen2_vl"], target=ANSWER)
@@ -543,13 +545,13 @@ def test_suffixes_never_begin_inside_a_block():
     visible = torch.ones(7, 7).tril().bool()
     visible[2:5, 2:5] = True  # an image of three tokens
     pattern = torch.zeros(1, 7, 7).masked_fill(~visible, -torch.inf)
-    base = forward.Base({}, {}, (0,), {torch.nn.Identity(): pattern})
+    base = Base({}, {}, (0,), {torch.nn.Identity(): pattern})
     assert base.suffix_starts().tolist() == [0, 1, 2, 2, 2, 5, 6, 7]
     blind = base.patterns | {torch.nn.Identity(): torch.full((1, 7, 7), -torch.inf)}
-    assert forward.Base({}, {}, (0,), blind).suffix_starts().tolist() == [0, 1, 2, 2, 2, 5, 6, 7]
+    assert Base({}, {}, (0,), blind).suffix_starts().tolist() == [0, 1, 2, 2, 2, 5, 6, 7]
     nothing = {torch.nn.Identity(): torch.full((1, 7, 7), -torch.inf)}
-    assert forward.Base({}, {}, (0,), nothing).suffix_starts().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert forward.Base({}, {}, (0,)).suffix_starts() is None
+    assert Base({}, {}, (0,), nothing).suffix_starts().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert Base({}, {}, (0,)).suffix_starts() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import atman_kernels as ak
-from atman_kernels.hf.attention import interface
+from atman_kernels.hf.attention import switch
 
 FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2")
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]])
@@ -289,13 +289,13 @@ def test_model_is_as_before_on_exit_and_after_an_exception():
     model = tiny_models.build("llama")
     before, expected = implementations(model), model(PROMPT).logits
     with ak.suppress(model, torch.zeros(1, 12)):
-        assert set(implementations(model)) == {interface.NAME}
+        assert set(implementations(model)) == {switch.NAME}
     with pytest.raises(KeyError), ak.suppress(model, torch.zeros(1, 12)):
         raise KeyError("in the middle")
     assert implementations(model) == before
     assert not model.model._forward_hooks
-    assert not interface._everywhere
-    assert not interface._switches
+    assert not switch._everywhere
+    assert not switch._switches
     assert torch.equal(model(PROMPT).logits, expected)
 
 
@@ -304,7 +304,7 @@ def test_without_a_run_the_function_is_plain_sdpa():
     mask = torch.ones(1, 12, dtype=torch.long)
     mask[0, :3] = 0
     expected = model(PROMPT, attention_mask=mask).logits
-    model.set_attn_implementation(interface.NAME)
+    model.set_attn_implementation(switch.NAME)
     assert torch.equal(model(PROMPT, attention_mask=mask).logits, expected)
 
 
@@ -313,7 +313,7 @@ def test_without_a_run_softcap_and_sinks_still_count(family):
     model = tiny_models.build(family)
     model.set_attn_implementation("eager")
     expected = model(PROMPT).logits
-    model.set_attn_implementation(interface.NAME)
+    model.set_attn_implementation(switch.NAME)
     torch.testing.assert_close(model(PROMPT).logits, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 import atman_kernels as ak
-from atman_kernels.hf.attention import interface, replacement
+from atman_kernels.hf import replacement
+from atman_kernels.hf.attention import switch
 
 WORDS = [f"w{i}" for i in range(12)]
 TEXT = " ".join(WORDS)
@@ -96,8 +97,8 @@ def check(family: str, seconds: float) -> None:
     counts, wrong = disturbed(things, expected, seconds)
     assert not wrong, sorted(set(wrong))
     assert sum(counts.values()) >= 16
-    assert not interface._everywhere
-    assert not interface._switches
+    assert not switch._everywhere
+    assert not switch._switches
     assert not replacement._sites
     for name, module in model.named_modules():
         assert set(module.__dict__) == attributes[name], name

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atman_kernels import Explainer
-from atman_kernels.hf.forward.logprobs import Base
+from atman_kernels.hf.forward.base import Base
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant
 from atman_kernels.planning.sharing import Content, Stage, Trunk, chunks, share, standing_on

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 import atman_kernels as ak
-from atman_kernels.hf.attention import families
 from atman_kernels.hf.images.layouts import IMAGE_FAMILIES
+from atman_kernels.hf.models import families
 
 MODES = ("log_additive", "multiplicative", "shifted")
 EXACT = 1e-3  # nats; float32 models of random weights, some of them ill-conditioned

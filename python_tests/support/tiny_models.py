@@ -150,7 +150,7 @@ PACKABLE: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gemma3n": _gemma3n,
 }
 
-# models whose attention modules do not call transformers' attention interface: hf/attention/families.py
+# models whose attention modules do not call transformers' attention interface: hf/models/families.py
 OWN_ATTENTION: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "gptj": _rotary_gpt("GPTJ"),
     "codegen": _rotary_gpt("CodeGen"),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.arguments import flag, integer, real
 from atman_kernels.errors import InputError
-from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.text_generation import Question
 from atman_kernels.run.runner import VariantRunner
 

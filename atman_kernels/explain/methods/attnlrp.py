@@ -30,9 +30,11 @@ from transformers.pytorch_utils import Conv1D
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import TokenScores
-from atman_kernels.hf.attention.interface import AttentionCall, Run, decoder_of
-from atman_kernels.hf.attention.replacement import replaced
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
+from atman_kernels.hf.models.parts import decoder_of
+from atman_kernels.hf.replacement import replaced
 from atman_kernels.inputs.text_generation import Question
 
 # model_type of the decoder -> name of the linear map that reads a gated product; None where nothing is gated

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
-from atman_kernels.hf.forward.logprobs import own_logprobs
+from atman_kernels.hf.forward.base import own_logprobs
 from atman_kernels.inputs.text_generation import Question
 
 

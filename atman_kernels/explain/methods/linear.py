@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.formula import window_visible
-from atman_kernels.hf.attention.interface import AttentionCall, Run
-from atman_kernels.hf.attention.suppression import LayerSelection
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.layers import LayerSelection
+from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.inputs.text_generation import Question
 

@@ -19,10 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from atman_kernels.arguments import flag
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.interface import decoder_of, eager
-from atman_kernels.hf.attention.replacement import replaced
-from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.attention.switch import eager
 from atman_kernels.hf.forward.logprobs import head_in_float32
+from atman_kernels.hf.models.parts import decoder_of
+from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.scope import Scope
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atman_kernels.hf.attention.families import family_of
-from atman_kernels.hf.attention.interface import AttentionCall
-from atman_kernels.hf.attention.suppression import LayerSelection, SuppressedRun
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.layers import LayerSelection
+from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
 from atman_kernels.hf.forward.logprobs import logprobs_of
+from atman_kernels.hf.models.families import family_of
 
 _Source = Literal["image", "text"]
 

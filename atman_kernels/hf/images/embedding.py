@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.attention.interface import decoder_of
-from atman_kernels.hf.attention.replacement import replaced
-from atman_kernels.hf.attention.scope import Scope
-from atman_kernels.hf.forward.logprobs import has_hooks, logprobs_of
-from atman_kernels.hf.forward.sequence import Embedded, Pictured
+from atman_kernels.hf.forward.logprobs import logprobs_of
 from atman_kernels.hf.images.layouts import ImageTokens, image_family_of
-from atman_kernels.hf.images.vision import towers, vision_encoder_of
 from atman_kernels.hf.models.memory import is_out_of_memory
+from atman_kernels.hf.models.model_input import Embedded, Pictured
+from atman_kernels.hf.models.parts import decoder_of, towers, vision_encoder_of
+from atman_kernels.hf.replacement import has_hooks, replaced
+from atman_kernels.hf.scope import Scope
 
 NOT_READ = ("labels", "num_crops")  # what processors return for training and for themselves
 READ_BY_DECODER = ("inputs_embeds", "position_ids", "attention_mask", "visual_pos_masks", "deepstack_visual_embeds")

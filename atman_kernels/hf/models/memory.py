@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from atman_kernels.hf.attention.interface import text_stack
+from atman_kernels.hf.models.parts import text_stack
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from atman_kernels.errors import InputError
-from atman_kernels.hf.attention.families import chooses_keys, families_in
-from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.models.families import chooses_keys, families_in
+from atman_kernels.hf.models.parts import decoder_of
 
 
 def why_unpackable(model: nn.Module) -> str | None:

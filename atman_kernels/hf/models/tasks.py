@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as tables
 
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.attention.interface import decoder_of, reachable
+from atman_kernels.hf.models.parts import decoder_of, reachable
 
 Task = Literal[
     "text-generation",  # by a causal decoder; images among its tokens included

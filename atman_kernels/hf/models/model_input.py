@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atman_kernels.hf.attention.interface import decoder_of
+from atman_kernels.hf.models.parts import decoder_of
 
 
 @dataclass(frozen=True, eq=False)

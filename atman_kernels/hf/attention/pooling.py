@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.interface import AttentionCall
-from atman_kernels.hf.attention.replacement import replaced
-from atman_kernels.hf.attention.scope import Scope
-from atman_kernels.hf.attention.suppression import SourceRun, SuppressedRun, is_encoder_decoder
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.suppressed_runs import SourceRun, SuppressedRun
+from atman_kernels.hf.models.parts import is_encoder_decoder
+from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.scope import Scope
 
 
 def encoder_run(part: PreTrainedModel, factor: Tensor | None, **options: Any) -> SuppressedRun:

@@ -7,7 +7,6 @@ such as another thread's, goes to what the model would have called under its own
 """
 
 import inspect
-import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -22,80 +21,20 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
     eager_mask,
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atman_kernels import ops
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.attention.families import KeyBias, chooses_keys, families_in, handed_over, why_refused
-from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.attention.calls import AttentionCall, call_of
+from atman_kernels.hf.attention.masks import additive, compact_mask, only_chosen
+from atman_kernels.hf.models.families import chooses_keys, families_in, handed_over
+from atman_kernels.hf.models.parts import decoder_of, reachable
+from atman_kernels.hf.scope import Scope
 
 NAME = "atman"
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call of an attention function, in the op's terms.
-
-    query (B, Hq, T, D); key and value (B, Hkv, S, D|Dv), after rotary embedding and cache update; mask None,
-    (B, 1, 1, S) for padding alone, or the whole (B, 1, T, S), bool (True = visible) or additive. key_bias says how
-    a position_bias follows from the keys' positions, where it does.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    scale: float | None
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    position_bias: Tensor | None
-    key_bias: KeyBias | None = None
-
-    def attend(self, factor: Tensor | None, mode: str, backend: str | None = None) -> Tensor:
-        """Dense suppressed attention; factor (B, S) or (B, Hq, S). Returns (B, T, Hq, Dv)."""
-        mask, bias, key_mask = self.mask, self.position_bias, None
-        is_causal, window = self.is_causal, self.sliding_window
-        if mask is not None and mask.dtype == torch.bool and _same_for_all_queries(mask):
-            key_mask = mask[:, 0, 0].expand(self.query.shape[0], -1)
-            is_causal = is_causal and mask.shape[2] == 1
-        elif mask is not None:
-            is_causal, window = False, None  # the mask holds both already
-            bias = additive(mask) if bias is None else additive(mask) + bias
-        output = ops.suppressed_attention(
-            self.query,
-            self.key,
-            self.value,
-            factor,
-            mode=mode,
-            is_causal=is_causal,
-            key_mask=key_mask,
-            scale=self.scale,
-            sliding_window=window,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            position_bias=bias,
-            backend=backend,
-        )
-        return output.transpose(1, 2)  # type: ignore[union-attr]
-
-
-def _same_for_all_queries(mask: Tensor) -> bool:
-    return mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0)
-
-
-def additive(mask: Tensor) -> Tensor:
-    """A mask as a float32 bias; transformers writes the dtype's minimum where it means -inf."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -math.inf)
-    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)
 
 
 class Run(ABC):
@@ -179,60 +118,8 @@ def attention(
         return _eager_of(module)(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("dropout"):
         raise InputError(f"model must be in eval mode: {type(module).__name__} asks for attention dropout")
-    call = _call(module, query, key, value, attention_mask, kwargs)
+    call = call_of(module, query, key, value, attention_mask, kwargs)
     return active.run.attend(module, call).contiguous(), None  # some callers take a view of it
-
-
-def _call(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-) -> AttentionCall:
-    is_causal = kwargs.get("is_causal")
-    if kwargs.get("sinks") is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} cannot be suppressed: its sinks are not one per head but of another kind"
-        )
-    chosen = kwargs.get("indices")
-    query, key, value = (as_computed(x) for x in (query, key, value))
-    return AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        mask=mask if chosen is None else _only_chosen(mask, chosen, key.shape[2]),
-        is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
-        scale=kwargs.get("scaling"),
-        sliding_window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-        position_bias=kwargs.get("position_bias"),
-        key_bias=kwargs.get("key_bias"),
-    )
-
-
-def as_computed(states: Tensor) -> Tensor:
-    """Queries, keys or values in the dtype in which torch's own attention would take them: that of autocast, if any."""
-    return states.to(_autocast(states.device, states.dtype))
-
-
-def computing_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of a model's products: its own, or that of autocast."""
-    return _autocast(model.device, model.dtype)
-
-
-def _autocast(device: torch.device, own: torch.dtype) -> torch.dtype:
-    """What autocast, where there is one and it is on, makes of a dtype; it leaves float64 alone."""
-    kind = device.type  # "meta" of models whose weights lie elsewhere
-    if own == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return own
-    return torch.get_autocast_dtype(kind)
-
-
-def _only_chosen(mask: Tensor | None, chosen: Tensor, keys: int) -> Tensor:
-    """The mask (B, 1, T, S) without the keys that an indexer did not choose; chosen (B, T, k) are their indices."""
-    if mask is None:
-        raise InputError("an attention that chooses its keys came without a mask")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    picked = torch.zeros(*chosen.shape[:2], keys, dtype=torch.bool, device=mask.device)
-    return visible & picked.scatter_(-1, chosen.long(), True)[:, None]
 
 
 def _own_attention(
@@ -241,7 +128,7 @@ def _own_attention(
     """What the module computes under the name that its config had, or has."""
     name = own_name(getattr(module, "config", None))
     if kwargs.get("indices") is not None and name in ("eager", "sdpa"):  # models merge these themselves for the two
-        visible = _only_chosen(mask, kwargs["indices"], key.shape[2])
+        visible = only_chosen(mask, kwargs["indices"], key.shape[2])
         mask = visible if name == "sdpa" else additive(visible).to(query.dtype)
     if name in (None, "eager"):
         return _eager_of(module)(module, query, key, value, mask, **kwargs)
@@ -264,7 +151,7 @@ def _eager_of(module: nn.Module) -> AttentionFunction:
 def _without_factors(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    return _call(module, query, key, value, mask, kwargs).attend(None, "log_additive"), None
+    return call_of(module, query, key, value, mask, kwargs).attend(None, "log_additive"), None
 
 
 @torch.compiler.disable
@@ -285,73 +172,8 @@ def mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
     return ~visible
 
 
-def compact_mask(*, whole: bool = False, **kwargs: Any) -> Tensor | None:
-    """A mask in as little memory as its pattern allows, in the forms that `AttentionCall` understands.
-
-    None for plain causal attention aligned at the end, (B, 1, 1, S) for that with padding, an expanded
-    (B, 1, T, S) for bidirectional attention, and the whole (B, 1, T, S) for every other pattern, or for causal ones
-    too where `whole` asks for it.
-    """
-    pattern = kwargs.get("mask_function", causal_mask_function)
-    queries, keys, batch = kwargs["q_length"], kwargs["kv_length"], kwargs["batch_size"]
-    offset = kwargs.get("kv_offset", 0)
-    padding = kwargs.get("attention_mask")
-    if padding is not None:
-        padding = padding[:, offset : offset + keys]
-    if pattern is causal_mask_function and not whole:
-        ends_together = offset + keys == kwargs.get("q_offset", 0) + queries  # not so with a static cache
-        if ends_together and (padding is None or padding.shape[1] == keys):
-            return None if padding is None else padding[:, None, None, :]
-    if pattern is bidirectional_mask_function and (padding is None or padding.shape[1] == keys):
-        if padding is None:
-            padding = torch.ones(batch, keys, dtype=torch.bool, device=kwargs.get("device"))
-        return padding[:, None, None, :].expand(batch, 1, queries, keys)
-    return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-
-
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
-
-
-def decoder_of(model: nn.Module) -> PreTrainedModel:
-    """The part of a model whose attention is suppressed: its text decoder, or the encoder of an encoder.
-
-    Raises:
-        InputError: `model` is not a transformers model.
-        UnsupportedModelError: its attention cannot be reached, with the reason.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    decoder = text_stack(model)
-    if any(family.across for family in families_in(decoder)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be suppressed by factors of its tokens: it attends to an image beside them"
-        )
-    return reachable(decoder, type(model).__name__)
-
-
-def text_stack(model: PreTrainedModel) -> PreTrainedModel:
-    """What `decoder_of` answers, whether or not its attention can be reached."""
-    decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # ModernBERT's: a layer of its head
-
-
-def reachable(part: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The part itself.
-
-    Raises:
-        UnsupportedModelError: not all of its attention can be reached; `name` is the model's.
-    """
-    reason = why_refused(part)
-    if reason is not None:
-        raise UnsupportedModelError(f"{name} cannot be suppressed: {reason}")
-    for module in part.modules():
-        if isinstance(module, PreTrainedModel) and not (module._can_set_attn_implementation() or families_in(module)):
-            raise UnsupportedModelError(
-                f"{name} cannot be suppressed: {type(module).__name__} computes attention inside its own layers and "
-                "never calls transformers' attention interface"
-            )
-    return part
 
 
 @contextmanager

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.replacement import innermost_forward, overlaid, replaced
-from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.replacement import innermost_forward, overlaid, replaced
+from atman_kernels.hf.scope import Scope
 
 
 class Attend(Protocol):
-    """`hf.interface.attention`: returns ((B, T, Hq, Dv), None)."""
+    """`switch.attention`: returns ((B, T, Hq, Dv), None)."""
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any

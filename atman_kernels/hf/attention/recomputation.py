@@ -20,8 +20,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.replacement import replaced
-from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.replacement import replaced
+from atman_kernels.hf.scope import Scope
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # under this name layers that checkpoint themselves know how
 _TORCHS = torch.utils.checkpoint.__file__

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as model_hooks
 
-from atman_kernels.hf.attention.scope import Scope
+from atman_kernels.hf.scope import Scope
 
 # (what the module would compute otherwise, *arguments of the method) -> what the method returns
 Compute = Callable[..., Any]
@@ -75,6 +76,18 @@ def innermost_forward(module: nn.Module) -> str:
 def is_replacement(method: Any) -> bool:
     """Whether it is what `replaced` puts on an instance."""
     return isinstance(method, _Method)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of a module run something of the user's, by hooks or by a forward put on the instance."""
+    of_all = model_hooks._global_forward_hooks or model_hooks._global_forward_pre_hooks
+    return bool(of_all or module._forward_hooks or module._forward_pre_hooks or is_rewritten(module))
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether somebody has put a forward on the instance, other than accelerate, which only brings weights, and us."""
+    own = module.__dict__.get("forward")
+    return own is not None and "_old_forward" not in module.__dict__ and not is_replacement(own)
 
 
 class _Method:

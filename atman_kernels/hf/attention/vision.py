@@ -9,35 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.attention.interface import AttentionCall, decoder_of, reachable
-from atman_kernels.hf.attention.scope import Scope
-from atman_kernels.hf.attention.suppression import SuppressedRun
-from atman_kernels.hf.forward.sequence import Pictured, Sequence
-
-
-def towers(module: nn.Module, decoder: nn.Module) -> list[PreTrainedModel]:
-    """The outermost transformers models that lie beside the decoder."""
-    found = []
-    for child in module.children():
-        if child is decoder:
-            continue
-        if any(part is decoder for part in child.modules()) or not isinstance(child, PreTrainedModel):
-            found += towers(child, decoder)
-        else:
-            found.append(child)
-    return found
-
-
-def vision_encoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The one encoder beside the text decoder.
-
-    Raises:
-        UnsupportedModelError: there are several, or none, or its attention cannot be reached.
-    """
-    name, found = type(model).__name__, towers(model, decoder_of(model))
-    if len(found) != 1:
-        raise UnsupportedModelError(f"{name} cannot be suppressed in its vision encoder: it has {len(found)} encoders")
-    return reachable(found[0], name)
+from atman_kernels.hf.attention.calls import AttentionCall
+from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
+from atman_kernels.hf.models.model_input import Pictured, Sequence
+from atman_kernels.hf.models.parts import vision_encoder_of
+from atman_kernels.hf.scope import Scope
 
 
 class ImageTextRun(SuppressedRun):
