@@ -172,7 +172,7 @@ class Explanation:
             InputError: unknown kind.
             ImportError: matplotlib is not installed; the message says how to get it.
         """
-        from atman_kernels import plots
+        from atman_kernels.result import plots
 
         kinds = {"bar": plots.bar, "heat": plots.heat}
         if kind not in kinds:

@@ -30,14 +30,12 @@ LAYERS = (
 )
 # A layer that must do without one below it, although it may import it by its place.
 FORBIDDEN = {"planning": ("backends", "ops"), "result": ("backends", "ops", "hf")}
-# An explanation knows how to draw itself; the drawing is imported when asked for, inside the method.
-UPWARD_WHEN_CALLED = {("result", "plots")}
 
 # Libraries and the only places that may import them.
 HEAVY = {
     "triton": ("backends.triton",),
     "transformers": ("hf", "inputs", "run", "explain", "steering", "cli", "evaluation", "adapters"),
-    "matplotlib": ("plots",),
+    "matplotlib": ("result.plots",),
     "PIL": ("result.overlay", "serve.pictures"),
     "fastapi": ("serve",),
     "starlette": ("serve",),
@@ -53,7 +51,6 @@ HEAVY = {
 class Import:
     importer: str  # without the package's name; "" is the package itself
     imported: str  # absolute
-    when_called: bool
     line: int
 
 
@@ -63,22 +60,21 @@ def imports_of(path: Path) -> Iterator[Import]:
     importer = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     package = ["atman_kernels", *parts[:-1]]
 
-    def visit(node: ast.AST, when_called: bool) -> Iterator[Import]:
+    def visit(node: ast.AST) -> Iterator[Import]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(importer, alias.name, when_called, node.lineno)
+                yield Import(importer, alias.name, node.lineno)
         if isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                yield Import(importer, f"{source}.{alias.name}", when_called, node.lineno)
-        inside = when_called or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                yield Import(importer, f"{source}.{alias.name}", node.lineno)
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, inside)
+            yield from visit(child)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")))
 
 
 def all_imports() -> list[Import]:
@@ -107,8 +103,7 @@ def test_imports_point_downwards() -> None:
         if target is None or found.importer in ("", "__main__"):
             continue
         heads = (found.importer.split(".")[0], target.split(".")[0])
-        upward = layer_of(target) > layer_of(found.importer)
-        if upward and not (found.when_called and heads in UPWARD_WHEN_CALLED):
+        if layer_of(target) > layer_of(found.importer):
             wrong.append(f"{found.importer}:{found.line} imports {target} from a layer above")
         if heads[1] in FORBIDDEN.get(heads[0], ()):
             wrong.append(f"{found.importer}:{found.line} imports {target}; {heads[0]} must do without")
