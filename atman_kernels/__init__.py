@@ -16,7 +16,7 @@ _HOME = {
     "suppress": "hf.attention.suppression",
     "Explainer": "explain.explainer",
     "Explanation": "result.explanation",
-    "Ablation": "run.subsets",
+    "Ablation": "result.ablation",
     "Unit": "planning.units",
     "steer": "steering.steer",
     "Steered": "steering.steer",
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
     from atman_kernels.pack import VariantPack
     from atman_kernels.planning.units import Unit
+    from atman_kernels.result.ablation import Ablation
     from atman_kernels.result.explanation import Explanation
-    from atman_kernels.run.subsets import Ablation
     from atman_kernels.steering.spans import Occurrence
     from atman_kernels.steering.steer import Steered, steer
 

@@ -30,11 +30,12 @@ from atman_kernels.inputs.text_generation import Prompt, Question, UnitChoice, a
 from atman_kernels.planning.factors import checked_factor, checked_threshold, factor_rows
 from atman_kernels.planning.units import check_language, checked_choice
 from atman_kernels.progress import Progress, checked_progress
+from atman_kernels.result.ablation import Ablation
 from atman_kernels.result.explanation import Explanation
 from atman_kernels.run.full_rows import Task, run_task
 from atman_kernels.run.packed import Perturbation
 from atman_kernels.run.runner import VariantRunner
-from atman_kernels.run.subsets import Ablation, Masks, checked_masks, run_subsets
+from atman_kernels.run.subsets import Masks, checked_masks, run_subsets
 
 
 @dataclass(frozen=True)
