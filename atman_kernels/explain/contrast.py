@@ -5,7 +5,8 @@ from torch import Tensor
 
 from atman_kernels.errors import InputError
 from atman_kernels.inputs.text_generation import Question
-from atman_kernels.result.explanation import RISE, Explanation
+from atman_kernels.result.data import RISE, AnswerLogprobs
+from atman_kernels.result.explanation import Explanation
 
 
 def check_versus(target: str | None, versus: str | None, include_target: bool) -> None:
@@ -48,14 +49,12 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         scores=(explanation.scores.double().sum(1) - other.scores.double().sum(1)).float()[:, None],
         target_tokens=(f"{explanation.target} rather than {other.target}",),
         base_logprobs=torch.tensor([own - others], dtype=torch.float32, device="cpu"),
-        settings=explanation.settings
-        | {
-            "versus": other.target,
-            "logprobs": {"target": own, "versus": others},
-            "measure": "fall of ln p(answer) − ln p(other answer) when suppressed, in nats"
-            if measure == RISE
-            else f"{measure}; of the answer minus of the other answer",
-        },
+        settings=explanation.settings,
         stats=explanation.stats,
         standard_errors=errors,
+        measure="fall of ln p(answer) − ln p(other answer) when suppressed, in nats"
+        if measure == RISE
+        else f"{measure}; of the answer minus of the other answer",
+        versus=other.target,
+        logprobs=AnswerLogprobs(own, others),
     )

@@ -31,6 +31,7 @@ from atman_kernels.planning.factors import checked_factor, checked_threshold, fa
 from atman_kernels.planning.units import check_language, checked_choice
 from atman_kernels.progress import Progress, checked_progress
 from atman_kernels.result.ablation import Ablation
+from atman_kernels.result.data import RISE
 from atman_kernels.result.explanation import Explanation
 from atman_kernels.run.full_rows import Task, run_task
 from atman_kernels.run.packed import Perturbation
@@ -392,7 +393,9 @@ class Explainer:
         outcome = method.run(self._context(), questions)
         stats = _stats(outcome, started, answered)
         explanations = [
-            _explanation(question, outcome, index, self._settings(method, outcome, name) | question.facts, stats)
+            _explanation(
+                question, method, outcome, index, self._settings(method, outcome, name) | question.facts, stats
+            )
             for index, (question, name) in enumerate(zip(questions, names, strict=True))
         ]
         for first, second in pairs:
@@ -472,7 +475,7 @@ class Explainer:
         )
         name = units if units is None or isinstance(units, str | int | float) else "spans"
         settings = self._settings(method, outcome, name) | task.facts
-        return _explanation(task, outcome, 0, settings, _stats(outcome, started, answered))
+        return _explanation(task, method, outcome, 0, settings, _stats(outcome, started, answered))
 
     @property
     def suppression(self) -> dict[str, Any]:
@@ -501,7 +504,7 @@ class Explainer:
         return rows[:, :-1]  # the last answer token is no key
 
     def _settings(self, method: methods.Method, outcome: methods.MethodOutcome, units: Any) -> dict[str, Any]:
-        own = {} if method.measure is None else {"measure": method.measure, "options": method.options}
+        own = {} if method.measure is None else {"options": method.options}
         return {"method": method.name, **own, **outcome.settings, **self._origin(units)}
 
     def _origin(self, units: Any) -> dict[str, Any]:
@@ -533,6 +536,7 @@ def _check_vision(model: PreTrainedModel, task: tasks.Task) -> None:
 
 def _explanation(
     question: Question | Task,
+    method: methods.Method,
     outcome: methods.MethodOutcome,
     index: int,
     settings: dict[str, Any],
@@ -553,6 +557,7 @@ def _explanation(
         settings=settings,
         stats=stats,
         standard_errors=None if outcome.draws is None else _errors(outcome.draws[index]),
+        measure=method.measure or RISE,
     )
 
 

@@ -6,28 +6,26 @@ import base64
 import hashlib
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from atman_kernels.errors import InputError
 from atman_kernels.result.characters import isolated, printable
+from atman_kernels.result.data import ExplanationData
 from atman_kernels.result.labels import give_or_take, label, likelihood, signed, token_label
 from atman_kernels.result.places import boxes_of, explained_size, reach
 from atman_kernels.result.segments import ranked, segments, strongest
 
-if TYPE_CHECKING:
-    from atman_kernels.result.explanation import Explanation
-
 TOP = 8  # rows in the list of what speaks for the answer
 
 
-def fragment(explanation: Explanation) -> str:
+def fragment(explanation: ExplanationData) -> str:
     """The heatmap as one `<section>` with its own style and script, for any page, any number of times."""
     return _environment().get_template("fragment.html").render(_content(explanation))
 
 
-def page(explanation: Explanation, images: Any = None) -> str:
+def page(explanation: ExplanationData, images: Any = None) -> str:
     """The heatmap as a complete page, whose security policy lets it load nothing and run only our script.
 
     Args:
@@ -57,7 +55,7 @@ def _file(name: str) -> str:
     return (resources.files("atman_kernels.result") / name).read_text(encoding="utf-8")
 
 
-def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
+def _content(explanation: ExplanationData, images: Any = None) -> dict[str, Any]:
     """What the templates show; the script takes over from `data` when a target token is selected."""
     total: list[float] = explanation.total.tolist()
     scale = max(map(abs, total)) or 1.0
@@ -99,7 +97,7 @@ def _content(explanation: Explanation, images: Any = None) -> dict[str, Any]:
     }
 
 
-def _pictures(explanation: Explanation, total: list[float], images: Any) -> list[dict[str, Any]]:
+def _pictures(explanation: ExplanationData, total: list[float], images: Any) -> list[dict[str, Any]]:
     """Per explained image its size, its units with their places in per cent, and its pixels where they are given."""
     of_images = [i for i, unit in enumerate(explanation.units) if unit.source == "image"]
     numbers = sorted({explanation.units[i].image for i in of_images})
@@ -134,14 +132,14 @@ def _pictures(explanation: Explanation, total: list[float], images: Any) -> list
     return pictures
 
 
-def _embedded(explanation: Explanation, image: Any, index: int) -> str:
+def _embedded(explanation: ExplanationData, image: Any, index: int) -> str:
     from atman_kernels.result.overlay import check_picture, data_uri
 
     check_picture(explanation, image, index)
     return data_uri(image)
 
 
-def _summary(explanation: Explanation) -> list[str]:
+def _summary(explanation: ExplanationData) -> list[str]:
     settings = explanation.settings
     parts = [str(settings[key]) for key in ("model", "method", "mode") if settings.get(key)]
     if settings.get("factor") is not None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from atman_kernels.result.characters import BLANK, isolated, name, pieces, printable, supported
-
-if TYPE_CHECKING:
-    from atman_kernels.result.explanation import Explanation
+from atman_kernels.result.data import LOG_PROBABILITY, ExplanationData
 
 
 def label(text: str, limit: int = 40) -> str:
@@ -55,18 +52,20 @@ def signed(value: float) -> str:
     return digits if value == 0 else ("+" if value > 0 else "−") + digits
 
 
-def likelihood(explanation: Explanation) -> tuple[str, str]:
+def likelihood(explanation: ExplanationData) -> tuple[str, str]:
     """How likely the model finds the answer, as a logarithm and in another way; for a contrast, its log odds."""
     logprob = float(explanation.base_logprobs.double().sum())
-    if explanation.value != "log-probability":
+    if explanation.value != LOG_PROBABILITY:
         return f"{printable(explanation.value)} {signed(logprob)}", "with nothing suppressed"
     if explanation.versus is None:
         return f"log p {signed(logprob)}", percent(logprob)
-    both = [f"{signed(value)}" for value in explanation.settings.get("logprobs", {}).values()]
-    return f"log odds {signed(logprob)}", f"log p {' and '.join(both)}"
+    both = explanation.logprobs
+    if both is None:
+        return f"log odds {signed(logprob)}", "with nothing suppressed"
+    return f"log odds {signed(logprob)}", f"log p {signed(both.target)} and {signed(both.versus)}"
 
 
-def token_label(explanation: Explanation, token: int, isolated: Callable[[str], str] = isolated) -> str:
+def token_label(explanation: ExplanationData, token: int, isolated: Callable[[str], str] = isolated) -> str:
     """What stands for a target token, each label `isolated`; a contrast's only one names both answers."""
     if explanation.versus is None:
         return isolated(label(explanation.target_tokens[token], 24))

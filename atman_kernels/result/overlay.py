@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from atman_kernels.arguments import integer, real
 from atman_kernels.errors import InputError
 from atman_kernels.result import NEGATIVE, POSITIVE
+from atman_kernels.result.data import ExplanationData
 from atman_kernels.result.labels import label
 from atman_kernels.result.places import boxes_of, explained_size, reach
 
@@ -21,16 +22,13 @@ try:
 except ImportError as error:
     raise ImportError("pictures need pillow: pip install atman-kernels[images]") from error
 
-if TYPE_CHECKING:
-    from atman_kernels.result.explanation import Explanation
-
 MOST_PIXELS_EMBEDDED = 1024  # per side of a picture inside a page
 GAP = 8  # pixels between panels
 CAPTION = 22  # height of a panel's caption
 
 
 def overlay(
-    explanation: Explanation, image: Image.Image, index: int, target_tokens: Sequence[int] | None, opacity: float
+    explanation: ExplanationData, image: Image.Image, index: int, target_tokens: Sequence[int] | None, opacity: float
 ) -> Image.Image:
     """The picture in grey at its own resolution, orange where a unit speaks for the answer and blue where against it.
 
@@ -55,7 +53,7 @@ def overlay(
     return _side_by_side(panels, [label(explanation.target_tokens[token], 16) for token in target_tokens])
 
 
-def relevance(explanation: Explanation, size: tuple[int, int], index: int, scores: Tensor) -> Tensor:
+def relevance(explanation: ExplanationData, size: tuple[int, int], index: int, scores: Tensor) -> Tensor:
     """(height, width) float32: for every pixel the sum of the scores of the units that hold it.
 
     Args:
@@ -75,7 +73,7 @@ def relevance(explanation: Explanation, size: tuple[int, int], index: int, score
     return field
 
 
-def check_picture(explanation: Explanation, image: Any, index: int) -> None:
+def check_picture(explanation: ExplanationData, image: Any, index: int) -> None:
     """Raises InputError if this picture is not the explained one, as far as that can be seen."""
     if not isinstance(image, Image.Image):
         raise InputError(f"image must be a PIL image, got {type(image).__name__}")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from atman_kernels.result.explanation import Explanation
+from atman_kernels.result.data import ExplanationData
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def explained_size(explanation: Explanation, index: int) -> tuple[int, int] | None:
-    """(width, height) to which the boxes of an image refer, as the settings say; None if they do not."""
-    sizes = explanation.settings.get("images")
-    if not isinstance(sizes, list) or index >= len(sizes) or not isinstance(sizes[index], dict):
+def explained_size(explanation: ExplanationData, index: int) -> tuple[int, int] | None:
+    """(width, height) to which the boxes of an image refer; None if that is not known, or too small for them."""
+    if index >= len(explanation.images):
         return None
-    width, height = (sizes[index].get(side) for side in ("width", "height"))
+    width, height = explanation.images[index].width, explanation.images[index].height
     right, bottom = reach(boxes_of(explanation, index))
-    fits = isinstance(width, int) and isinstance(height, int) and width >= right and height >= bottom
-    return (width, height) if fits else None
+    return (width, height) if width >= right and height >= bottom else None
 
 
-def boxes_of(explanation: Explanation, index: int) -> list[Box]:
+def boxes_of(explanation: ExplanationData, index: int) -> list[Box]:
     """The boxes of an image's units."""
     units = (unit for unit in explanation.units if unit.source == "image" and unit.image == index)
     return [unit.box for unit in units if unit.box is not None]

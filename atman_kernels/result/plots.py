@@ -8,6 +8,7 @@ import torch
 
 from atman_kernels.arguments import integer
 from atman_kernels.result import NEGATIVE, POSITIVE
+from atman_kernels.result.data import ExplanationData
 from atman_kernels.result.labels import label, signed
 
 try:
@@ -22,14 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-    from atman_kernels.result.explanation import Explanation
 
 COLOURS = LinearSegmentedColormap.from_list("atman", [NEGATIVE, "#ffffff", POSITIVE])
 WRITTEN_CELLS = 240  # a heat plot with more cells than this has no numbers in them
 ROW = 0.26  # inches per unit
 
 
-def bar(explanation: Explanation, top: int = 15, ax: Axes | None = None) -> Axes:
+def bar(explanation: ExplanationData, top: int = 15, ax: Axes | None = None) -> Axes:
     """Horizontal bars: the units with the largest totals in absolute value, most important at the top.
 
     Scores that are estimates get a line of one standard error to either side.
@@ -67,7 +67,7 @@ def bar(explanation: Explanation, top: int = 15, ax: Axes | None = None) -> Axes
     return ax
 
 
-def heat(explanation: Explanation, top: int | None = 40, ax: Axes | None = None) -> Axes:
+def heat(explanation: ExplanationData, top: int | None = 40, ax: Axes | None = None) -> Axes:
     """A matrix of scores: units (rows, in reading order) by target tokens (columns).
 
     Args:
@@ -119,7 +119,7 @@ def _axes(width: float, height: float) -> Axes:
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def _names(explanation: Explanation, shown: torch.Tensor) -> list[str]:
+def _names(explanation: ExplanationData, shown: torch.Tensor) -> list[str]:
     return [label(explanation.units[i].text, 32) for i in shown.tolist()]
 
 

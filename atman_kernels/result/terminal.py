@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 from rich.color import Color
@@ -16,17 +15,15 @@ from rich.text import Text
 
 from atman_kernels.result import NEGATIVE, POSITIVE
 from atman_kernels.result.characters import isolated, printable, supported
+from atman_kernels.result.data import ExplanationData
 from atman_kernels.result.labels import give_or_take, label, likelihood, signed, token_label
 from atman_kernels.result.segments import Segment, ranked, segments, strongest
-
-if TYPE_CHECKING:
-    from atman_kernels.result.explanation import Explanation
 
 BAR_WIDTH = 24  # characters
 FAINTEST = 0.06  # share of the largest score below which a unit stays uncoloured
 
 
-def print_explanation(explanation: Explanation, console: Console | None = None, top: int = 8) -> None:
+def print_explanation(explanation: ExplanationData, console: Console | None = None, top: int = 8) -> None:
     """Prints the answer with its log-probabilities, the text as a heatmap, and the strongest units.
 
     Without colours (piped output, NO_COLOR, fewer than 256 colours) the strongest units stand in brackets,
@@ -42,7 +39,7 @@ def print_explanation(explanation: Explanation, console: Console | None = None, 
         console.print(part)
 
 
-def renderables(explanation: Explanation, console: Console, top: int = 8) -> Iterator[RenderableType]:
+def renderables(explanation: ExplanationData, console: Console, top: int = 8) -> Iterator[RenderableType]:
     """The parts that `print_explanation` prints, for a rich layout of one's own."""
     canvas = _Canvas(explanation, console, top)
     yield canvas.answer()
@@ -58,7 +55,7 @@ def renderables(explanation: Explanation, console: Console, top: int = 8) -> Ite
 class _Canvas:
     """What the parts of one printout share: scores, scale, ranks, and what the console can show."""
 
-    def __init__(self, explanation: Explanation, console: Console, top: int) -> None:
+    def __init__(self, explanation: ExplanationData, console: Console, top: int) -> None:
         self.explanation = explanation
         self.total: list[float] = explanation.total.tolist()
         errors = explanation.standard_errors

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from atman_kernels.errors import InputError
 from atman_kernels.planning.units import Unit
+from atman_kernels.result.data import LOG_PROBABILITY, RISE, AnswerLogprobs, ImageSize
 from atman_kernels.result.explanation import Explanation
 
 FIELDS: dict[str, Any] = {
@@ -29,6 +30,18 @@ FIELDS: dict[str, Any] = {
     "base_logprobs": torch.tensor([-0.25, -1.5]),
     "settings": {"mode": "log_additive", "factor": 0.1, "layers": None},
     "stats": {"seconds": 1.5},
+}
+# Files that the package wrote before these facts had fields of their own, and what each says.
+VERSION_1 = Path(__file__).parent / "version_1"
+FACTS: dict[str, Any] = {"measure": RISE, "value": LOG_PROBABILITY, "versus": None, "logprobs": None, "images": ()}
+OF_VERSION_1: dict[str, dict[str, Any]] = {
+    "contrast": {
+        "measure": "Shapley value of the log-probability, in nats; of the answer minus of the other answer",
+        "versus": "w30",
+        "logprobs": AnswerLogprobs(-13.043296813964844, -7.146841049194336),
+    },
+    "image": {"images": (ImageSize(24, 24),)},
+    "cosine": {"measure": "fall of the cosine when suppressed", "value": "cosine"},
 }
 UNIT = {"text": "The", "start": 0, "end": 3, "token_indices": [0]}
 
@@ -112,6 +125,16 @@ class TestValidation:
             ({"settings": None}, "settings must be a dict"),
             ({"settings": {"dtype": torch.float32}}, "settings must hold JSON types only"),
             ({"stats": {"peak": float("nan")}}, "stats must hold JSON types only"),
+            ({"measure": None}, "measure must be a str, got NoneType"),
+            ({"value": 3}, "value must be a str, got int"),
+            ({"versus": b"no"}, "versus must be a str, got bytes"),
+            ({"logprobs": (-1.0, -2.0)}, "logprobs must be AnswerLogprobs or None, got tuple"),
+            ({"logprobs": AnswerLogprobs(-1.0, float("nan"))}, "logprobs.versus must be a finite number, got nan"),
+            ({"logprobs": AnswerLogprobs("x", -2.0)}, "logprobs.target must be a finite number, got 'x'"),
+            ({"images": [ImageSize(4, 2)]}, "images must be a tuple of ImageSize in pixels, got"),
+            ({"images": ((4, 2),)}, "images must be a tuple of ImageSize in pixels, got"),
+            ({"images": (ImageSize(4, 0),)}, "images must be a tuple of ImageSize in pixels, got"),
+            ({"images": (ImageSize(True, 2),)}, "images must be a tuple of ImageSize in pixels, got"),
         ],
     )
     def test_each_wrong_field_is_named(self, changes, message):
@@ -150,16 +173,53 @@ class TestFile:
                 saved, found = saved.view(torch.int32).tolist(), found.view(torch.int32).tolist()
             assert found == saved, field.name
 
+    @pytest.mark.parametrize("path", sorted(VERSION_1.iterdir()), ids=lambda path: path.stem)
+    def test_a_file_of_version_1_is_read_exactly(self, tmp_path, path):
+        """Every value of the file, as the package wrote it then, and where it belongs now."""
+        content, loaded = json.loads(path.read_text()), Explanation.load(path)
+        for name in ("prompt", "target", "settings", "stats"):
+            assert getattr(loaded, name) == content[name], name
+        for name in ("scores", "base_logprobs", "standard_errors"):
+            found = getattr(loaded, name)
+            assert (None if found is None else found.tolist()) == content[name], name
+        assert [json.loads(json.dumps(dataclasses.asdict(unit))) for unit in loaded.units] == content["units"]
+        assert list(loaded.target_tokens) == content["target_tokens"]
+        assert {name: getattr(loaded, name) for name in FACTS} == FACTS | OF_VERSION_1[path.stem]
+        loaded.save(tmp_path / "again.json")
+        again = json.loads((tmp_path / "again.json").read_text())
+        assert content == {name: again[name] for name in content} | {"version": 1}
+
+    def test_facts_have_fields_and_stay_in_the_settings(self, tmp_path):
+        facts = OF_VERSION_1["contrast"] | OF_VERSION_1["image"] | {"value": "logit"}
+        build(**facts).save(tmp_path / "e.json")
+        loaded = Explanation.load(tmp_path / "e.json")
+        assert {name: getattr(loaded, name) for name in FACTS} == facts
+        assert loaded.settings == FIELDS["settings"] | {
+            "measure": facts["measure"],
+            "value": "logit",
+            "versus": "w30",
+            "logprobs": {"target": -13.043296813964844, "versus": -7.146841049194336},
+            "images": [{"width": 24, "height": 24}],
+        }
+
+    def test_a_field_comes_before_its_setting(self):
+        settings = {"versus": "other", "measure": "old", "images": [{"width": 1, "height": 1}]}
+        explanation = build(settings=settings, versus="w30", measure="new", images=(ImageSize(24, 24),))
+        assert (explanation.versus, explanation.measure, explanation.images) == ("w30", "new", (ImageSize(24, 24),))
+        assert explanation.settings["versus"] == "w30"
+        assert explanation.settings["images"] == [{"width": 24, "height": 24}]
+
     def test_file_says_what_it_is(self, tmp_path):
         build().save(str(tmp_path / "e.json"))
         content = json.loads((tmp_path / "e.json").read_text())
-        assert (content["format"], content["version"]) == ("atman-explanation", 1)
+        assert (content["format"], content["version"]) == ("atman-explanation", 2)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"format": "other"}, 'expected "format": "atman-explanation", found \'other\''),
-            ({"version": 2}, "version 2 cannot be read, only version 1"),
+            ({"version": 3}, "version 3 cannot be read, only versions 1 to 2"),
+            ({"version": 2.5}, "version 2.5 cannot be read"),
             ({"version": None}, "version None cannot be read"),
             ({"scores": [[0.0, 0.0]]}, r"scores must have shape \(3, 2\), got \(1, 2\)"),
             ({"scores": [[0.0, 0.0], [0.0], [0.0, 0.0]]}, "wrong form"),
@@ -175,6 +235,11 @@ class TestFile:
             ({"units": [UNIT] * 3}, "source"),
             ({"prompt": None}, "prompt must be a str"),
             ({"stats": []}, "stats must be a dict"),
+            ({"images": 3}, "images must be a list, got int"),
+            ({"images": [{"width": 3}]}, "wrong form"),
+            ({"images": [{"width": 3, "height": "x"}]}, "images must be a tuple of ImageSize"),
+            ({"logprobs": {"target": -1.0}}, "wrong form"),
+            ({"logprobs": {"target": -1.0, "versus": None}}, "logprobs.versus must be a finite number, got None"),
             *(
                 ({"settings": {name: value}}, rf"settings\['{name}'\] must be {expected}, got")
                 for name, expected, value in (

@@ -1,5 +1,6 @@
 """`explain(..., method=…)`: every method's explanation, its options, what is refused, and how its scores are shown."""
 
+import dataclasses
 import html
 import io
 
@@ -155,7 +156,7 @@ def test_scores_are_called_what_they_are(explainer, method):
 
 def test_a_measure_from_a_file_is_text(explainer, tmp_path):
     found = explainer.explain(PROMPT, ANSWER, method="random")
-    found.settings["measure"] = "<script>$x^$[bold]"
+    found = dataclasses.replace(found, measure="<script>$x^$[bold]")
     assert "<script>$x" not in found.to_html()
     terminal = Console(file=io.StringIO(), width=200)
     found.show(console=terminal)

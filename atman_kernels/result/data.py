@@ -1,0 +1,239 @@
+"""The fields of an explanation: what they are, and that they fit together. Nothing here shows or stores them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from atman_kernels.errors import InputError
+from atman_kernels.planning.units import Unit
+
+LOG_PROBABILITY = "log-probability"
+RISE = "rise of the loss when suppressed, in nats"
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Width and height of an image in pixels, each at least 1."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class AnswerLogprobs:
+    """Natural logs of the probabilities of two answers to one prompt: the explained one, and the other."""
+
+    target: float
+    versus: float
+
+
+@dataclass(frozen=True, eq=False)
+class ExplanationData:
+    """The fields of an `Explanation`, where they are documented; views take this class.
+
+    Raises:
+        InputError: as `Explanation` does.
+    """
+
+    prompt: str
+    target: str
+    units: tuple[Unit, ...]
+    scores: torch.Tensor
+    target_tokens: tuple[str, ...]
+    base_logprobs: torch.Tensor
+    settings: dict[str, Any]
+    stats: dict[str, Any]
+    standard_errors: torch.Tensor | None = None
+    measure: str = RISE
+    value: str = LOG_PROBABILITY
+    versus: str | None = None
+    logprobs: AnswerLogprobs | None = None
+    images: tuple[ImageSize, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target", "measure", "value"):
+            _check_text(name, getattr(self, name))
+        _check_units(self.units, {"prompt": self.prompt, "target": self.target, "image": self.prompt})
+        _check_target_tokens(self.target_tokens)
+        _check_tensor("scores", self.scores, (len(self.units), len(self.target_tokens)))
+        _check_tensor("base_logprobs", self.base_logprobs, (len(self.target_tokens),))
+        if self.standard_errors is not None:
+            _check_tensor("standard_errors", self.standard_errors, (len(self.units),))
+        if self.versus is not None:
+            _check_text("versus", self.versus)
+        _check_logprobs(self.logprobs)
+        _check_images(self.images)
+        for name in ("settings", "stats"):
+            object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
+        _check_settings(self.settings)
+        self._agree_with_settings()
+
+    def _agree_with_settings(self) -> None:
+        """Fields at their defaults are taken from `settings`, where version 1 kept them; the others are set there."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, fact in _facts_in(self.settings).items():
+            if getattr(self, name) == defaults[name]:
+                object.__setattr__(self, name, fact)
+        for name in ("measure", "value", "versus", "logprobs", "images"):
+            if getattr(self, name) != defaults[name]:
+                self.settings[name] = as_json(getattr(self, name))
+
+    @property
+    def measures_suppression(self) -> bool:
+        """Whether scores are rises of the loss, and so ratios of probabilities."""
+        return self.measure == RISE
+
+    @property
+    def total(self) -> torch.Tensor:
+        """(n_units,) float32: each unit's scores summed over the target tokens; finite, as they are."""
+        return self.scores.sum(dim=1).nan_to_num()
+
+
+def as_json(value: Any) -> Any:
+    """A field's value in JSON types. float32 → float64 → shortest decimal loses nothing, in both directions."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return [as_json(member) for member in value]
+    return asdict(value) if isinstance(value, Unit | ImageSize | AnswerLogprobs) else value
+
+
+def _facts_in(settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields that version 1 kept in the settings, as far as they are well formed."""
+    facts = {name: settings[name] for name in ("measure", "value") if settings.get(name)}
+    if settings.get("versus") is not None:
+        facts["versus"] = settings["versus"]
+    both = settings.get("logprobs") or {}
+    if both.keys() == {"target", "versus"}:
+        facts["logprobs"] = AnswerLogprobs(float(both["target"]), float(both["versus"]))
+    sizes = settings.get("images")
+    if isinstance(sizes, list) and all(isinstance(size, dict) for size in sizes):
+        found = tuple(ImageSize(size.get("width"), size.get("height")) for size in sizes)  # type: ignore[arg-type]
+        if all(map(_is_size, found)):
+            facts["images"] = found
+    return facts
+
+
+def shortened(text: str, limit: int = 40) -> str:
+    """The text's repr, cut to `limit` characters of text."""
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be a str, got {type(value).__name__}")
+
+
+def _check_units(units: object, texts: dict[str, str]) -> None:
+    if not isinstance(units, tuple) or not units or not all(isinstance(unit, Unit) for unit in units):
+        raise InputError(f"units must be a tuple of at least one Unit, got {shortened(repr(units), 80)}")
+    for i, unit in enumerate(units):
+        if unit.source not in texts:
+            raise InputError(f'units[{i}].source must be "prompt", "target" or "image", got {unit.source!r}')
+        length = len(texts[unit.source])
+        if not all(map(_is_index, (unit.start, unit.end))) or not 0 <= unit.start <= unit.end <= length:
+            raise InputError(
+                f"units[{i}] spans characters {unit.start}..{unit.end}, expected integers with "
+                f"0 <= start <= end <= {length} (the length of the {unit.source})"
+            )
+        if not isinstance(unit.text, str):
+            raise InputError(f"units[{i}].text must be a str, got {type(unit.text).__name__}")
+        if not isinstance(unit.token_indices, tuple) or not all(map(_is_index, unit.token_indices)):
+            indices = shortened(repr(unit.token_indices), 80)
+            raise InputError(f"units[{i}].token_indices must be a tuple of integers >= 0, got {indices}")
+        _check_box(i, unit)
+
+
+def _check_box(i: int, unit: Unit) -> None:
+    if not _is_index(unit.image):
+        raise InputError(f"units[{i}].image must be an integer >= 0, got {unit.image!r}")
+    if unit.box is None:
+        return
+    box = unit.box
+    if (
+        not isinstance(box, tuple)
+        or len(box) != 4
+        or not all(_is_index(side) and side < 1 << 31 for side in box)
+        or box[0] >= box[2]
+        or box[1] >= box[3]
+    ):
+        raise InputError(f"units[{i}].box must be (left, top, right, bottom) in pixels, got {shortened(repr(box), 80)}")
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_target_tokens(tokens: object) -> None:
+    if not isinstance(tokens, tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
+        raise InputError(f"target_tokens must be a tuple of at least one str, got {shortened(repr(tokens))}")
+
+
+def _check_tensor(name: str, tensor: object, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise InputError(f"{name} must be float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if not torch.isfinite(tensor).all():
+        where = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+        raise InputError(f"{name} must be finite, got {tensor[tuple(where)].item()} at {where}")
+
+
+def _check_logprobs(logprobs: object) -> None:
+    if logprobs is None:
+        return
+    if not isinstance(logprobs, AnswerLogprobs):
+        raise InputError(f"logprobs must be AnswerLogprobs or None, got {type(logprobs).__name__}")
+    for name, value in vars(logprobs).items():
+        if not _is_number(value):
+            raise InputError(f"logprobs.{name} must be a finite number, got {value!r}")
+
+
+def _check_images(images: object) -> None:
+    if not isinstance(images, tuple) or not all(map(_is_size, images)):
+        raise InputError(f"images must be a tuple of ImageSize in pixels, got {shortened(repr(images), 80)}")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, ImageSize) and all(_is_index(side) and 0 < side < 1 << 31 for side in vars(value).values())
+
+
+def _json_copy(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{name} must be a dict, got {type(value).__name__}")
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must hold JSON types only: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    """Whether this is a finite number that a float can hold; JSON has longer integers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+
+
+# Settings that views show, in JSON types. Others may be anything; null is the same as none.
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("measure", "value", "versus", "model", "method", "mode", "dtype", "path"),
+        (lambda value: isinstance(value, str), "a str"),
+    ),
+    "factor": (_is_number, "a number"),
+    "logprobs": (
+        lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+        "a dict of numbers",
+    ),
+}
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name, (fits, expected) in _SETTINGS.items():
+        if settings.get(name) is not None and not fits(settings[name]):
+            raise InputError(f"settings[{name!r}] must be {expected}, got {shortened(repr(settings[name]), 80)}")
