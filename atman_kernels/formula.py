@@ -15,6 +15,21 @@ WIDEST_WINDOW = 1 << 30  # reaches over every sequence; positions plus a window 
 MODES: tuple[str, ...] = get_args(Mode)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores, lse and sums are held in, where tensors come in `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """A tensor in the dtype in which is computed with it, see `wide_dtype`.
+
+    Example:
+        >>> widened(torch.ones(2, dtype=torch.bfloat16)).dtype, widened(torch.ones(2, dtype=torch.float64)).dtype
+        (torch.float32, torch.float64)
+    """
+    return x.to(wide_dtype(x.dtype))
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreOptions:
     """How scores are made from queries and keys: what every backend receives beside the tensors.

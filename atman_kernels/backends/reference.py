@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels.backends.call import DenseCall, Gradients, PackedCall, Result, Wanted
-from atman_kernels.formula import Saved, suppress_scores, window_visible
+from atman_kernels.formula import Saved, suppress_scores, widened, window_visible
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -22,7 +22,7 @@ def unavailable_reason(device_type: str) -> str | None:
 
 def suppressed_attention(call: DenseCall) -> Result:
     options, factor, sinks = call.options, call.factor, call.sinks
-    q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (call.query, call.key, call.value))
+    q, k, v = (widened(x) for x in (call.query, call.key, call.value))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     queries, keys = q.shape[2], k.shape[2]
 

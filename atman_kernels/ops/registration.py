@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atman_kernels import backends
 from atman_kernels.backends.call import DenseCall, PackedCall, Result
+from atman_kernels.formula import wide_dtype
 from atman_kernels.ops import autograd, validation
 
 _library = torch.library.Library("atman_kernels", "DEF")
@@ -38,5 +39,4 @@ def _register(kind: type[DenseCall] | type[PackedCall]) -> None:
 
 def _results(query: Tensor, value: Tensor, return_lse: bool) -> Result:
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty(query.shape[:-1] if return_lse else (0,), dtype=lse_dtype)
+    return output, query.new_empty(query.shape[:-1] if return_lse else (0,), dtype=wide_dtype(query.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 from atman_kernels import backends
 from atman_kernels.arguments import choice, flag, integer, real
 from atman_kernels.errors import InputError
-from atman_kernels.formula import MODES, WIDEST_WINDOW, ScoreOptions
+from atman_kernels.formula import MODES, WIDEST_WINDOW, ScoreOptions, wide_dtype
 from atman_kernels.pack import VariantPack
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -253,8 +253,7 @@ def check_factor_values(factor: Tensor | None, query: Tensor) -> None:
     if factor is None or factor.device.type != "cpu" or factor.numel() == 0:
         return
     lowest, highest = torch.aminmax(factor.detach())  # NaN propagates and fails both comparisons
-    # scores are float32, or float64 for float64 queries: what a factor of float64 may be goes by that
-    most = torch.finfo(torch.float64 if query.dtype == torch.float64 else torch.float32).max
+    most = torch.finfo(wide_dtype(query.dtype)).max  # scores hold no more, whatever the factors' dtype
     if not (lowest >= 0 and highest <= most):
         bad = (factor.isnan().any() and "NaN") or (f"{lowest:g}" if lowest < 0 else f"{highest:g}")
         raise InputError(f"factor must be finite and >= 0 everywhere, got {bad}")

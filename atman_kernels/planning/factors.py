@@ -9,6 +9,7 @@ import torch
 
 from atman_kernels.arguments import integer, real
 from atman_kernels.errors import InputError
+from atman_kernels.formula import widened
 from atman_kernels.planning.units import Unit
 
 
@@ -125,12 +126,11 @@ def first_suppressed(factors: torch.Tensor) -> torch.Tensor:
 
 def _neighbour_rows(units: Sequence[Unit], factor: float, embeddings: torch.Tensor, threshold: float) -> torch.Tensor:
     """1 − (1 − factor)·cos where cos ≥ threshold, else 1: [n_units, length]; the only matrix of that size."""
-    precision = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    keys = embeddings.detach().to(precision)
+    keys = widened(embeddings.detach())
     means = torch.stack([keys[list(unit.token_indices)].mean(dim=0) for unit in units])  # [n_units, width]
     rows = _directions(means) @ _directions(keys).T
     # The few roundings of a cosine must not decide whether a token matches its own twin at κ = 1.
-    matches = rows >= threshold - 8 * torch.finfo(precision).eps
+    matches = rows >= threshold - 8 * torch.finfo(keys.dtype).eps
     rows.clamp_(max=1).mul_(factor - 1).add_(1)
     return rows.masked_fill_(~matches, 1).to(torch.float32)
 

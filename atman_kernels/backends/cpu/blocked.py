@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from atman_kernels.backends.call import DenseCall, PackedCall, Result
-from atman_kernels.formula import ScoreOptions, suppress_scores, window_visible
+from atman_kernels.formula import ScoreOptions, suppress_scores, wide_dtype, window_visible
 
 # Scores of one tile over all heads: about the 1 MB of L2 that a core has, in the 2 bytes of the unfused path.
 TILE_SCORES = 1 << 20
@@ -179,7 +179,7 @@ def _attend(
         if lse_output is not None:
             lse_output.copy_(lse_output.new_full((), -torch.inf) if sinks is None else sinks[:, None])
         return
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(query.dtype)
     if factor is not None:
         factor = None if bool((factor == 1).all()) else factor.to(wide)
     additive = factor is None or options.mode == "log_additive"
@@ -196,16 +196,7 @@ def _attend(
     if additive and options.softcap is None and key.shape[-1] == value.shape[-1]:
         result, lse = _fused(query, key, value, added, options, with_lse)
     else:
-        rows = query.shape[1]
-        if query.dtype in (torch.bfloat16, torch.float16):
-            query, key, value, added, factor = _padded(query, key, value, added, factor)
-        scores = _scores(query, key, options)
-        if factor is None or additive:
-            scores = scores.add_(added.to(scores.dtype))
-        else:
-            scores = _suppressed(scores, factor, added, options)
-        lse = scores[:, :rows].to(wide).logsumexp(dim=-1) if with_lse else added.new_zeros(query.shape[0], rows)
-        result = _weighted(scores.softmax(dim=-1).to(query.dtype), value)[:, :rows]
+        result, lse = _by_products(query, key, value, added, factor, options, with_lse)
     if blind.any():
         result, lse = result.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
     if sinks is not None:
@@ -234,6 +225,29 @@ def _fused(
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what the line above calls, with its lse
     result, lse = fused(q, k, v, 0.0, False, attn_mask=mask, scale=options.scale)
     return result.reshape(heads, rows, -1), lse.reshape(heads, rows)
+
+
+def _by_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    added: Tensor,
+    factor: Tensor | None,
+    options: ScoreOptions,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Two matrix products around a softmax, in the dtype of the query."""
+    heads, rows, _ = query.shape
+    dtype, wide = query.dtype, added.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        query, key, value, added, factor = _padded(query, key, value, added, factor)
+    scores = _scores(query, key, options)
+    if factor is None or options.mode == "log_additive":
+        scores = scores.add_(added.to(scores.dtype))
+    else:
+        scores = _suppressed(scores, factor, added, options)
+    lse = scores[:, :rows].to(wide).logsumexp(dim=-1) if with_lse else added.new_zeros(heads, rows)
+    return _weighted(scores.softmax(dim=-1).to(dtype), value)[:, :rows], lse
 
 
 def _padded(
@@ -334,5 +348,5 @@ def _outputs(call: DenseCall | PackedCall) -> Result:
     """Room for the results."""
     query = call.query
     output = query.new_empty((*query.shape[:-1], call.value.shape[-1]))
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return output, query.new_empty(query.shape[:-1] if call.options.return_lse else (0,), dtype=dtype)
+    lse_shape = query.shape[:-1] if call.options.return_lse else (0,)
+    return output, query.new_empty(lse_shape, dtype=wide_dtype(query.dtype))

@@ -129,6 +129,23 @@ class _Parts:
     bias: Tensor  # (Hq, M, N)
 
 
+def _capped_and_biased(
+    scores: Tensor, tile: Tile, lse: Tensor, options: ScoreOptions
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scores (Hq, M, N) before suppression, the softcap's slope at each, and which of them are visible."""
+    slope = None
+    if options.softcap is not None:
+        scores = scores.div_(options.softcap).tanh_()
+        slope = 1 - scores.square()
+        scores = scores.mul_(options.softcap)
+    visible = tile.visible[None] & (lse != -torch.inf)
+    if tile.bias is not None:
+        hidden = tile.bias == -torch.inf
+        visible = visible & ~hidden
+        scores = scores + tile.bias.to(scores.dtype).masked_fill(hidden, 0.0)
+    return scores, slope, visible
+
+
 def _differentiate(
     all_rows: _Rows,
     key: Tensor,  # (Hkv, N, D), the tile's
@@ -148,17 +165,7 @@ def _differentiate(
         return x.reshape(kv_heads, heads // kv_heads * rows, -1)
 
     scores = torch.bmm(folded(query * options.scale), key.mT).reshape(heads, rows, keys)
-    capped_slope = None
-    if options.softcap is not None:
-        scores = scores.div_(options.softcap).tanh_()
-        capped_slope = 1 - scores.square()
-        scores = scores.mul_(options.softcap)
-    visible = tile.visible[None]
-    if tile.bias is not None:
-        hidden = tile.bias == -torch.inf
-        visible = visible & ~hidden
-        scores = scores + tile.bias.to(wide).masked_fill(hidden, 0.0)
-    visible = visible & (lse != -torch.inf)
+    scores, capped_slope, visible = _capped_and_biased(scores, tile, lse, options)
     factor = tile.factor if tile.factor is None else tile.factor.to(wide)
     if factor is None and "factor" in wanted:
         factor = scores.new_ones(1, 1, 1)  # all are 1, and have a gradient
