@@ -11,8 +11,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from atman_kernels.arguments import entries, integer, real, shown, text
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.hf.attention.calls import AttentionCall
-from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
+from atman_kernels.hf.images.patches import patch_grid
 from atman_kernels.hf.models.parts import is_encoder_decoder
 from atman_kernels.inputs.image_places import seen_region
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of
@@ -101,18 +100,6 @@ def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, l
 # Pictures -----------------------------------------------------------------------------------------------------
 
 
-class _KeyCounts(SuppressedRun):
-    """Unsuppressed attention that notes how many rows and keys each call had."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.seen: set[tuple[int, int]] = set()
-
-    def attend(self, module: torch.nn.Module, call: AttentionCall) -> Tensor:
-        self.seen.add((call.query.shape[0], call.key.shape[2]))
-        return super().attend(module, call)
-
-
 def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, images: Any, units: Any) -> Reading:
     """A picture, or the pixel values that a processor made of one, as a vision transformer reads it.
 
@@ -123,31 +110,10 @@ def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, im
         UnsupportedModelError: the model's tokens are not a grid of patches.
     """
     pixels, size, region = _pixels(model, processor, images)
-    config = part.config
-    patch = getattr(config, "patch_size", None)
-    if patch is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be explained: it does not cut pictures into patches"
-        )
-    patch_height, patch_width = patch if isinstance(patch, list | tuple) else (patch, patch)
-    rows, columns = pixels.shape[-2] // patch_height, pixels.shape[-1] // patch_width
-    counts = _KeyCounts()
-    with counts.installed(part, part), torch.inference_mode():
-        try:
-            part(pixel_values=pixels)
-        except (TypeError, InputError) as error:  # another argument is missing; attention that our op does not know
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be explained: {error}") from error
-        except ValueError as error:
-            raise InputError(f"images do not fit {type(model).__name__}: {str(error).splitlines()[0]}") from error
-    keys = next(iter(counts.seen))[1] if len(counts.seen) == 1 else 0
-    extra = keys - rows * columns
-    if counts.seen != {(1, keys)} or not 0 <= extra <= 2 + getattr(config, "num_register_tokens", 0):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be explained: its layers do not attend to one grid of {rows} × {columns} "
-            "patches"
-        )
-    found = patch_units(rows, columns, size, _tile(units, rows, columns), first_position=extra, region=region)
-    return Reading("", {"pixel_values": pixels}, found, keys, {"images": [{"width": size[0], "height": size[1]}]})
+    grid = patch_grid(model, part, pixels)
+    tile = _tile(units, grid.rows, grid.columns)
+    found = patch_units(grid.rows, grid.columns, size, tile, first_position=grid.before, region=region)
+    return Reading("", {"pixel_values": pixels}, found, grid.keys, {"images": [{"width": size[0], "height": size[1]}]})
 
 
 def _tile(units: Any, rows: int, columns: int) -> int:

@@ -14,10 +14,10 @@ from atman_kernels.errors import InputError
 from atman_kernels.hf.images.embedding import (
     checked_inputs,
     embed,
-    pictured,
     refusals_named,
     source_embeddings,
     vision_runs_once,
+    with_pixels,
 )
 from atman_kernels.hf.images.layouts import ImageTokens, image_family_of, image_tokens
 from atman_kernels.inputs.chat import templated
@@ -110,7 +110,7 @@ def ask_about_images(
         units=found,
         target_tokens=tuple(pieces),
         embedded=embedded,
-        pictured=pictured(model, read.inputs, answer, read.blocks) if vision else None,
+        pictured=with_pixels(model, read.inputs, answer, read.blocks) if vision else None,
         own_logprobs=own,
         facts=read.facts | ({"vision": True, "path": "batched"} if vision else {}),
     )

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atman_kernels import arguments
 from atman_kernels.arguments import described, of_entry, shown, text_or_empty
 from atman_kernels.errors import InputError
-from atman_kernels.hf.models.model_input import Embedded, Pictured
-from atman_kernels.hf.models.model_input import Sequence as TokenSequence
+from atman_kernels.hf.models.model_input import Embedded, ModelInput, WithPixels
 from atman_kernels.inputs.chat import as_texts, checked_messages, templated
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
@@ -47,17 +46,17 @@ class Question:
     units: tuple[Unit, ...]
     target_tokens: tuple[str, ...]
     embedded: Embedded | None = None
-    pictured: Pictured | None = None
+    pictured: WithPixels | None = None
     own_logprobs: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def inputs(self) -> TokenSequence:
+    def inputs(self) -> ModelInput:
         """(n + m - 1,) what the model reads: the last answer token is only predicted."""
         return self.ids[:-1] if self.embedded is None else self.embedded
 
     @property
-    def whole(self) -> TokenSequence | Pictured:
+    def whole(self) -> ModelInput | WithPixels:
         """What the model reads where whole rows are recomputed."""
         return self.inputs if self.pictured is None else self.pictured
 

@@ -15,7 +15,7 @@ from atman_kernels.hf.forward.base import Base
 from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.forward.packed import grow, packed_logprobs
 from atman_kernels.hf.models.memory import free_bytes, is_out_of_memory
-from atman_kernels.hf.models.model_input import Sequence, concatenated
+from atman_kernels.hf.models.model_input import ModelInput, concatenated
 from atman_kernels.inputs.text_generation import Question
 from atman_kernels.pack import VariantPack
 from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding, whole_factors
@@ -205,7 +205,7 @@ class _Packed:
     """
 
     pack: VariantPack
-    inputs: Sequence
+    inputs: ModelInput
     positions: list[Tensor]
     factors: Tensor
     padding: int

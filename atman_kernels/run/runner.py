@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, own_logprobs
+from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, join_and_clear, own_logprobs
 from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.models.packability import why_lengths_do_not_mix, why_rows_do_not_mix
@@ -164,8 +164,9 @@ class VariantRunner:
             self._check_attention(question, own, work)
             bases.append(base)
             logprobs.append(own)
+            del base  # the list alone holds it, so that joining frees what it has copied
         try:
-            return Base.join(bases), logprobs
+            return join_and_clear(bases), logprobs
         except PackingUnsupportedError as error:
             self._fall_back(str(error))
             return None

@@ -259,13 +259,13 @@ def test_an_encoder_that_attends_to_something_else_is_refused(monkeypatch):
 
 
 def test_patches_that_no_module_attended_to_are_noticed(monkeypatch):
-    real = image_question.pictured
+    real = image_question.with_pixels
 
     def with_more(*args):
         found = real(*args)
         return replace(found, owners=torch.cat([found.owners, found.owners[:, :4]], dim=1))
 
-    monkeypatch.setattr(image_question, "pictured", with_more)
+    monkeypatch.setattr(image_question, "with_pixels", with_more)
     with pytest.raises(ak.UnsupportedModelError, match="its vision encoder, which did not attend to all patches"):
         explainer_of("qwen2_vl", vision=True).explain(TEXTS["qwen2_vl"], ANSWER, images=[tiny.picture(40, 24)])
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
-from atman_kernels.hf.models.model_input import Pictured, Sequence
+from atman_kernels.hf.models.model_input import ModelInput, WithPixels
 from atman_kernels.hf.models.parts import vision_encoder_of
 from atman_kernels.hf.scope import Scope
 
@@ -27,12 +27,12 @@ class ImageTextRun(SuppressedRun):
     """
 
     def __init__(
-        self, model: PreTrainedModel, sequence: Sequence | Pictured, factor: Tensor, *, mode: str, **options: Any
+        self, model: PreTrainedModel, sequence: ModelInput | WithPixels, factor: Tensor, *, mode: str, **options: Any
     ) -> None:
         super().__init__(factor, mode=mode, **options)
         self._model = model
         self._vision: VisionRun | None = None
-        if isinstance(sequence, Pictured):
+        if isinstance(sequence, WithPixels):
             patch_factors = sequence.patch_factors(factor)
             self._vision = VisionRun(type(model).__name__, patch_factors, sequence.in_one_row, mode)
 

@@ -12,8 +12,8 @@ from atman_kernels.formula import window_visible
 from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.masks import additive
 from atman_kernels.hf.attention.switch import Run
-from atman_kernels.hf.forward.logprobs import later_features, logprobs_of
-from atman_kernels.hf.models.model_input import Sequence, reader_of, whole_inputs
+from atman_kernels.hf.forward.logprobs import input_logprobs
+from atman_kernels.hf.models.model_input import ModelInput, whole_inputs
 from atman_kernels.hf.models.packability import why_unpackable
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.scope import Scope
@@ -51,19 +51,6 @@ class Base:
         ends = (*self.starts[1:], next(iter(self.keys.values())).shape[1])
         return tuple(end - start for start, end in zip(self.starts, ends, strict=True))
 
-    @classmethod
-    def join(cls, bases: "list[Base]") -> "Base":
-        if len(bases) == 1:
-            return bases[0]
-        if any(base.patterns for base in bases):
-            raise PackingUnsupportedError("each of several prompts has an attention mask of its own")
-        lengths = [next(iter(base.keys.values())).shape[1] for base in bases]
-        starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
-        modules = list(bases[0].keys)
-        keys = {m: torch.cat([base.keys.pop(m) for base in bases], dim=1) for m in modules}
-        values = {m: torch.cat([base.values.pop(m) for base in bases], dim=1) for m in modules}
-        return cls(keys, values, starts, by_position=any(base.by_position for base in bases))
-
     def emptied(self, lengths: list[int]) -> "Base":
         """One with room for stretches of these lengths, all zero."""
         starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
@@ -93,6 +80,32 @@ class Base:
         furthest = last.masked_fill(~visible.any(dim=1), 0).cummax(dim=0).values  # key seen by a row or any before it
         free = torch.cat([torch.tensor([True], device="cpu"), furthest < positions[1:]])
         return torch.where(free, positions, 0).cummax(dim=0).values
+
+
+def join_and_clear(bases: list[Base]) -> Base:
+    """Bases of one prompt each as one of all of them.
+
+    Takes the list over, which is empty afterwards: where nobody else holds the bases, their K/V go as they are copied.
+
+    Raises:
+        PackingUnsupportedError: one of several prompts has an attention mask of its own.
+    """
+    if len(bases) > 1 and any(base.patterns for base in bases):
+        raise PackingUnsupportedError("each of several prompts has an attention mask of its own")
+    if len(bases) == 1:
+        return bases.pop()
+    lengths = [next(iter(base.keys.values())).shape[1] for base in bases]
+    starts = tuple(sum(lengths[:i]) for i in range(len(lengths)))
+    by_position = any(base.by_position for base in bases)
+    keys, values = [dict(base.keys) for base in bases], [dict(base.values) for base in bases]
+    bases.clear()
+    modules = list(keys[0])
+    return Base(
+        {m: torch.cat([own.pop(m) for own in keys], dim=1) for m in modules},
+        {m: torch.cat([own.pop(m) for own in values], dim=1) for m in modules},
+        starts,
+        by_position=by_position,
+    )
 
 
 class _LayerStore:
@@ -158,13 +171,13 @@ def _beyond_causal(call: AttentionCall) -> Tensor | None:
     return pattern
 
 
-def own_logprobs(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> Tensor:
+def own_logprobs(model: PreTrainedModel, ids: ModelInput, rows: Tensor, targets: Tensor) -> Tensor:
     """Log-probs with the attention that the model came with; arguments as in `base_run`."""
-    with Scope() as scope, later_features(model, ids, scope):
-        return logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
+    with Scope() as scope:
+        return input_logprobs(model, ids, whole_inputs(ids), rows, targets[None], scope)[0]
 
 
-def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tensor) -> tuple[Base, Tensor]:
+def base_run(model: PreTrainedModel, ids: ModelInput, rows: Tensor, targets: Tensor) -> tuple[Base, Tensor]:
     """The unperturbed run over one sequence.
 
     Args:
@@ -181,8 +194,8 @@ def base_run(model: PreTrainedModel, ids: Sequence, rows: Tensor, targets: Tenso
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
     run = _CaptureRun(layers)
-    with run.installed(model) as scope, later_features(model, ids, scope):
-        logprobs = logprobs_of(reader_of(model, ids), whole_inputs(ids), rows, targets[None])[0]
+    with run.installed(model) as scope:
+        logprobs = input_logprobs(model, ids, whole_inputs(ids), rows, targets[None], scope)[0]
     captured = len(run.keys.tensors)
     if not captured:
         raise UnsupportedModelError(

@@ -6,13 +6,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.hf.attention.vision import ImageTextRun
-from atman_kernels.hf.forward.logprobs import later_features, logprobs_of
-from atman_kernels.hf.models.model_input import Pictured, Sequence, reader_of, whole_inputs
+from atman_kernels.hf.forward.logprobs import input_logprobs
+from atman_kernels.hf.models.model_input import ModelInput, WithPixels, whole_inputs
 
 
 def full_row_logprobs(
     model: PreTrainedModel,
-    ids: Sequence | Pictured,
+    ids: ModelInput | WithPixels,
     factor: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -33,5 +33,5 @@ def full_row_logprobs(
     """
     variants = factor.shape[0]
     run = ImageTextRun(model, ids, factor, mode=mode, layers=layers)
-    with run.installed(model) as scope, later_features(model, ids, scope, variants):
-        return logprobs_of(reader_of(model, ids), whole_inputs(ids, variants), rows, targets.expand(variants, -1))
+    with run.installed(model) as scope:
+        return input_logprobs(model, ids, whole_inputs(ids, variants), rows, targets.expand(variants, -1), scope)

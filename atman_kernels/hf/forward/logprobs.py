@@ -1,7 +1,6 @@
-"""Forwards of an unmodified model that an explanation is made of: the base run, packed suffixes, full rows.
+"""Log-probabilities of given tokens at given rows of a forward, in float32 (float64 for float64 models).
 
-All return log-probabilities of given tokens at given rows, in float32 (float64 for float64 models), and none holds
-logits for more than a few rows at once.
+No forward holds logits for more than a few rows at once.
 """
 
 import inspect
@@ -15,8 +14,9 @@ from transformers import PreTrainedModel
 
 from atman_kernels.hf.models.model_input import (
     Embedded,
-    Pictured,
-    Sequence,
+    ModelInput,
+    WithPixels,
+    reader_of,
 )
 from atman_kernels.hf.models.packability import why_rows_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype, decoder_of, text_stack
@@ -25,6 +25,25 @@ from atman_kernels.hf.scope import Scope
 
 LOGITS_BYTES = 8 << 20  # float32 logits of one chunk of rows
 WIDENED_ROWS = 512  # of a 16-bit head's weights at a time; larger pieces leave larger holes in the heap
+
+
+def input_logprobs(
+    model: PreTrainedModel,
+    read: ModelInput | WithPixels,
+    arguments: dict[str, Tensor],
+    rows: Tensor,
+    targets: Tensor,
+    scope: Scope,
+) -> Tensor:
+    """(B, R) log-probs of `targets` (B, R) at `rows` (R,), by whichever part of the model makes logits of its input.
+
+    Args:
+        read: what the model reads, of which `arguments` are made.
+        arguments: the model's, for a batch of B sequences.
+        scope: the forward's.
+    """
+    with later_features(model, read, scope, len(targets)):
+        return logprobs_of(reader_of(model, read), arguments, rows, targets)
 
 
 def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +102,7 @@ def _layers_run_once(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
 
 @contextmanager
 def later_features(
-    model: PreTrainedModel, sequence: Sequence | Pictured, scope: Scope, batch: int = 1
+    model: PreTrainedModel, sequence: ModelInput | WithPixels, scope: Scope, batch: int = 1
 ) -> Iterator[None]:
     """In the scope, the decoder is given what it adds after its first layers; see `Embedded.later`.
 

@@ -12,8 +12,8 @@ from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.layers import LayerSelection
 from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.forward.base import Base, PackingUnsupportedError
-from atman_kernels.hf.forward.logprobs import later_features, logprobs_of
-from atman_kernels.hf.models.model_input import Sequence, reader_of, suffix_inputs
+from atman_kernels.hf.forward.logprobs import input_logprobs
+from atman_kernels.hf.models.model_input import ModelInput, suffix_inputs
 from atman_kernels.pack import VariantPack
 
 
@@ -118,7 +118,7 @@ def packed_logprobs(
     model: PreTrainedModel,
     base: Base,
     pack: VariantPack,
-    ids: Sequence,
+    ids: ModelInput,
     positions: Tensor,
     factor: Tensor,
     rows: Tensor,
@@ -144,15 +144,15 @@ def packed_logprobs(
     """
     inputs = suffix_inputs(ids, positions)
     run = _PackedRun(base, pack, factor, mode, layers)
-    with run.installed(model) as scope, later_features(model, ids, scope):
-        return logprobs_of(reader_of(model, ids), inputs, rows, targets[None])[0]
+    with run.installed(model) as scope:
+        return input_logprobs(model, ids, inputs, rows, targets[None], scope)[0]
 
 
 def grow(
     model: PreTrainedModel,
     base: Base,
     pack: VariantPack,
-    ids: Sequence,
+    ids: ModelInput,
     positions: list[Tensor],
     factor: Tensor,
     grown: Base,
@@ -172,5 +172,5 @@ def grow(
     inputs = suffix_inputs(ids, torch.cat(positions).to(pack.device))
     run = _GrowingRun(base, pack, factor, mode, layers, grown, places, positions[: len(places)])
     nothing = torch.zeros(1, dtype=torch.int64, device=pack.device)  # a model's forward ends with some logits
-    with run.installed(model) as scope, later_features(model, ids, scope):
-        logprobs_of(reader_of(model, ids), inputs, nothing, nothing[None])
+    with run.installed(model) as scope:
+        input_logprobs(model, ids, inputs, nothing, nothing[None], scope)

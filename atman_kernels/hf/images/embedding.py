@@ -14,7 +14,7 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.forward.logprobs import logprobs_of
 from atman_kernels.hf.images.layouts import ImageTokens, image_family_of
 from atman_kernels.hf.models.memory import is_out_of_memory
-from atman_kernels.hf.models.model_input import Embedded, Pictured
+from atman_kernels.hf.models.model_input import Embedded, WithPixels
 from atman_kernels.hf.models.parts import decoder_of, towers, vision_encoder_of
 from atman_kernels.hf.replacement import has_hooks, replaced
 from atman_kernels.hf.scope import Scope
@@ -67,9 +67,9 @@ def with_answer(model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Te
     return longer
 
 
-def pictured(
+def with_pixels(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], answer: Tensor, blocks: list[ImageTokens]
-) -> Pictured:
+) -> WithPixels:
     """Prompt and answer with images that are still to be seen, and which patch becomes part of which token.
 
     Raises:
@@ -80,11 +80,11 @@ def pictured(
     if layout == "grid":
         merged = int(model.config.vision_config.spatial_merge_size) ** 2  # they come one after the other
         tokens = torch.cat([_in_windows(model, block) for block in blocks])
-        return Pictured(with_answer(model, inputs, answer), tokens.repeat_interleave(merged)[None], True)
+        return WithPixels(with_answer(model, inputs, answer), tokens.repeat_interleave(merged)[None], True)
     owners = [_owners(model, block) for block in blocks]
     if layout == "rows":
-        return Pictured(with_answer(model, inputs, answer), torch.cat(owners)[None], True)
-    return Pictured(with_answer(model, inputs, answer), torch.stack(owners), False)
+        return WithPixels(with_answer(model, inputs, answer), torch.cat(owners)[None], True)
+    return WithPixels(with_answer(model, inputs, answer), torch.stack(owners), False)
 
 
 def _in_windows(model: PreTrainedModel, block: ImageTokens) -> Tensor:

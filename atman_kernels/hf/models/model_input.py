@@ -4,7 +4,7 @@ Where a token stands in the sequence and which position ids the model gives it a
 the first, the model's rotary embedding by the second.
 """
 
-from collections.abc import Sequence as ManyOf
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +42,7 @@ class Embedded:
 
 
 @dataclass(frozen=True, eq=False)
-class Pictured:
+class WithPixels:
     """A sequence whose images are still to be seen: what the whole model reads, for runs that change how it sees them.
 
     Attributes:
@@ -62,10 +62,10 @@ class Pictured:
         return patches.reshape(1, -1) if self.in_one_row else patches.flatten(0, 1)
 
 
-Sequence = Tensor | Embedded  # (L,) token ids, or embeddings
+ModelInput = Tensor | Embedded  # (L,) token ids, or embeddings
 
 
-def concatenated(pieces: ManyOf[Sequence], padding: int = 0) -> Sequence:
+def concatenated(pieces: Sequence[ModelInput], padding: int = 0) -> ModelInput:
     """Suffixes one after the other, then `padding` rows that mean nothing."""
     first = pieces[0]
     if isinstance(first, Tensor):
@@ -83,9 +83,9 @@ def _joined(rows: list[Tensor], padding: int) -> Tensor:
     return torch.cat([*rows, rows[0].new_zeros(padding, rows[0].shape[1])])
 
 
-def whole_inputs(sequence: Sequence | Pictured, batch: int = 1) -> dict[str, Tensor]:
+def whole_inputs(sequence: ModelInput | WithPixels, batch: int = 1) -> dict[str, Tensor]:
     """A model's arguments for `batch` copies of a whole sequence."""
-    if isinstance(sequence, Pictured):  # processors put images and crops along the first dimension, too
+    if isinstance(sequence, WithPixels):  # processors put images and crops along the first dimension, too
         return {name: x.repeat(batch, *[1] * (x.ndim - 1)) for name, x in sequence.inputs.items()}
     if isinstance(sequence, Tensor):
         return {"input_ids": sequence.expand(batch, -1)}
@@ -95,7 +95,7 @@ def whole_inputs(sequence: Sequence | Pictured, batch: int = 1) -> dict[str, Ten
     return inputs | {name: kinds.expand(batch, -1) for name, kinds in sequence.types.items()}
 
 
-def suffix_inputs(sequence: Sequence, row_position: Tensor) -> dict[str, Tensor]:
+def suffix_inputs(sequence: ModelInput, row_position: Tensor) -> dict[str, Tensor]:
     """A model's arguments for packed suffixes; `row_position` (T,) says where each row stands in its sequence."""
     if isinstance(sequence, Tensor):
         return {"input_ids": sequence[None], "position_ids": row_position[None]}
@@ -109,7 +109,7 @@ def _by_axes(position_ids: Tensor, batch: int) -> Tensor:
     return position_ids.expand(batch, -1) if axes == 1 else position_ids[:, None].expand(-1, batch, -1)
 
 
-def reader_of(model: PreTrainedModel, sequence: Sequence | Pictured) -> PreTrainedModel:
+def reader_of(model: PreTrainedModel, sequence: ModelInput | WithPixels) -> PreTrainedModel:
     """The model that makes logits of a sequence: BLIP-2 takes embeddings in its language model only."""
     if not isinstance(sequence, Embedded):
         return model
