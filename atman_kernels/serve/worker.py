@@ -27,6 +27,7 @@ class Worker:
     def __init__(self, engine: Engine, waiting: Waiting, on_end: Callable[[], None] = lambda: None) -> None:
         self.engine, self.waiting = engine, waiting
         self._at_work: list[Job] = []
+        self._ending: threading.Timer | None = None
         self._thread = threading.Thread(target=self._loop, name="atman-model", daemon=True)
         self._on_end = on_end
 
@@ -37,20 +38,26 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def drain(self) -> None:
-        """Takes no new requests; what waits is still worked on."""
+    def drain(self, grace: float) -> None:
+        """Takes no new requests. What waits is worked on for so many seconds, and what is left then is refused."""
         self.waiting.close(RequestError("busy", ENDING, retry_after=5))
+        if self._ending is None:
+            self._ending = threading.Timer(grace, self._refuse)
+            self._ending.daemon = True
+            self._ending.start()
 
     def stop(self, grace: float) -> None:
-        """Ends the thread: what is not done after so many seconds is refused or stopped."""
-        self.drain()
-        self._thread.join(grace)
-        if self._thread.is_alive():
-            error = RequestError("busy", ENDING, retry_after=5)
-            self.waiting.drop(error)
-            for job in self._at_work:
-                job.cancel(error)
-            self._thread.join()
+        """Ends the thread, at the latest after so many seconds and the forward at hand."""
+        self.drain(grace)
+        self._thread.join()
+        assert self._ending is not None
+        self._ending.cancel()
+
+    def _refuse(self) -> None:
+        error = RequestError("busy", ENDING, retry_after=5)
+        self.waiting.drop(error)
+        for job in self._at_work:
+            job.cancel(error)
 
     def _loop(self) -> None:
         try:

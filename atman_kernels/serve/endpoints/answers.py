@@ -25,5 +25,7 @@ async def answer(
     http: Request, service: TheService, body: Annotated[AnswerBody, Body(openapi_examples=EXAMPLES)]
 ) -> Response:
     service.check_model(body.model)
-    job = await service.submit(http, body.request())
-    return EventStream(service, job) if body.stream else json_response(await service.outcome(http, job))
+    wanted = body.request(service.settings)
+    if body.stream:
+        return EventStream(service, await service.submit(http, wanted))
+    return json_response(await service.outcome(http, wanted))

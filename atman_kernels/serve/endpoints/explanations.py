@@ -27,12 +27,10 @@ async def explain(
     http: Request, service: TheService, body: Annotated[ExplanationBody, Body(openapi_examples=EXAMPLES)]
 ) -> Response:
     service.check_model(body.model)
-    job = await service.submit(http, body.request())
+    wanted = body.request(service.settings)
     if body.stream:
-        return EventStream(service, job)
-    text = as_json(await service.outcome(http, job))
-    service.keep(job, text)
-    return JsonText(text)
+        return EventStream(service, await service.submit(http, wanted))
+    return JsonText(as_json(await service.outcome(http, wanted)))
 
 
 @router.get("/v1/explanations/{name}", summary="A kept result", responses={200: RESULT, **ERRORS})

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_
 
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Prompt, Suppression
+from atman_kernels.serve.settings import Settings
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Factor = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -34,7 +35,7 @@ class Asking(BaseModel):
     prompt: str | None = Field(None, description="A text; or give messages.")
     messages: list[Message] | None = Field(None, description="Chat messages, for the model's chat template.")
     chat: StrictBool = Field(False, description="Put prompt into the chat template, as the user's message.")
-    max_new_tokens: Positive = Field(32, description="Of the model's own answer, at most.")
+    max_new_tokens: Positive | None = Field(None, description="Of the model's own answer; null: 32, or fewer here.")
     mode: Mode = "log_additive"
     layers: list[StrictInt] | None = Field(None, description="Attention layers to act on; null for all.")
     stream: StrictBool = Field(False, description="Answer with server-sent events.")
@@ -50,6 +51,9 @@ class Asking(BaseModel):
             assert self.prompt is not None
             return self.prompt
         return [message.model_dump(exclude_unset=True) for message in self.messages]
+
+    def new_tokens(self, settings: Settings) -> int:
+        return min(32, settings.max_new_tokens) if self.max_new_tokens is None else self.max_new_tokens
 
 
 class ExplanationBody(Asking):
@@ -76,7 +80,7 @@ class ExplanationBody(Asking):
         if value is not None:
             raise ValueError("is not served yet; leave it out")
 
-    def request(self) -> ExplainRequest:
+    def request(self, settings: Settings) -> ExplainRequest:
         return ExplainRequest(
             self.asked(),
             self.target,
@@ -87,7 +91,7 @@ class ExplanationBody(Asking):
             ),
             chat=self.chat,
             include_target=self.include_target,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.new_tokens(settings),
             language=self.language,
             method=self.method,
             options=self.options,
@@ -112,14 +116,21 @@ class AnswerBody(Asking):
 
     spans: list[SpanBody] = Field(default_factory=list, max_length=4096)
 
-    def request(self) -> AnswerRequest:
+    @field_validator("spans")
+    @classmethod
+    def _each_once(cls, spans: list[SpanBody]) -> list[SpanBody]:
+        if len({(span.start, span.end) for span in spans}) < len(spans):
+            raise ValueError("the same characters are there twice")
+        return spans
+
+    def request(self, settings: Settings) -> AnswerRequest:
         return AnswerRequest(
             self.asked(),
             tuple((span.start, span.end, span.factor) for span in self.spans),
             self.mode,
             None if self.layers is None else tuple(self.layers),
             self.chat,
-            self.max_new_tokens,
+            self.new_tokens(settings),
             self.stream,
         )
 
