@@ -2,9 +2,9 @@
 
 import copy
 
+import image_text_cases as image_text
 import pytest
-import test_encoder_decoders as encoder_decoders
-import test_image_text as image_text
+import tiny_encoder_decoders as encoder_decoders
 import tiny_models
 import torch
 import transformers as hf

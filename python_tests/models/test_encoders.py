@@ -8,7 +8,7 @@ import tiny_models
 import torch
 import transformers as hf
 from PIL import Image
-from whole_row_oracle import enlarge, suppressed
+from whole_row_oracle import enlarge, scores_by_hand, suppressed
 
 import atman_kernels as ak
 
@@ -46,28 +46,8 @@ VISION_MODELS = {
 }
 
 
-def everywhere(name: str) -> bool:
-    return True
-
-
 def explainer(model, tokenizer=None, **options):
     return ak.Explainer(model, tokenizer or tiny_models.tokenizer(), progress=False, **{"factor": 0.1} | options)
-
-
-def scores_by_hand(values, model, length, units, mode, factor, is_suppressed=everywhere):
-    """(n, m): base minus suppressed, one full forward per unit."""
-
-    def under(row):
-        with suppressed(model, row, mode, is_suppressed):
-            return values().double()
-
-    base = under(torch.ones(length))
-    found = []
-    for unit in units:
-        row = torch.ones(length)
-        row[list(unit.token_indices)] = factor
-        found.append(base - under(row))
-    return torch.stack(found).float(), base.float()
 
 
 # Texts --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import eager_oracle
 import pytest
 import tiny_image_models as tiny
 import torch
-from test_image_text import ANSWER, TEXTS, explainer_of, made_by_hand, rows_of
+from image_text_cases import ANSWER, TEXTS, explainer_of, made_by_hand, rows_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import atman_kernels as ak

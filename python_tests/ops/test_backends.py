@@ -1,7 +1,6 @@
 """The dense op: every backend, the reference among them, against the plain formula in float64."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,11 @@ from attention_cases import (
     one_thread,
     poisoned_memory,
     to_float64,
-    truth_of,
 )
 from comparison import assert_same_bits, assert_unchanged_by_ones, assert_within, assert_within_rounding, few_roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import check_dense, run_dense
 from torch import Tensor
 
 from atman_kernels import backends
@@ -44,20 +43,6 @@ def _poison() -> Iterator[None]:
         yield
 
 
-def run(backend: str | None, call: dict[str, Any], mode: str = "log_additive") -> tuple[Tensor, Tensor]:
-    output, lse = suppressed_attention(**call, mode=mode, return_lse=True, backend=backend)
-    return output, lse
-
-
-def check(backend: str, case: DenseCase, mode: str, factor: str, dtype: torch.dtype) -> None:
-    call, exact, plain, bound = truth_of(case, mode, factor, dtype, device_for(backend, dtype))
-    output, lse = run(backend, call, mode)
-    assert output.dtype == dtype
-    assert lse.dtype == factor_dtype(dtype)
-    assert_within_rounding(output, exact[0], plain[0], largest_score=bound)
-    assert_within_rounding(lse, exact[1], plain[1], "lse", largest_score=bound)
-
-
 def test_poison_is_seen() -> None:
     assert torch.empty(3).isnan().all()
     assert torch.zeros(3).new_empty(2).isnan().all()
@@ -68,14 +53,14 @@ def test_poison_is_seen() -> None:
 @pytest.mark.parametrize(("factor", "mode"), FACTORS_AND_MODES)
 @pytest.mark.parametrize("name", DENSE_CASES)
 def test_agrees_with_the_formula(name: str, factor: str, mode: str, backend: str) -> None:
-    check(backend, DENSE_CASES[name], mode, factor, first_dtype(backend))
+    check_dense(backend, DENSE_CASES[name], mode, factor, first_dtype(backend))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_dtypes(ALL_DTYPES[1:]))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", DTYPE_CASES)
 def test_agrees_with_the_formula_in(name: str, dtype: torch.dtype, mode: str, backend: str) -> None:
-    check(backend, DENSE_CASES[name], mode, "keys", dtype)
+    check_dense(backend, DENSE_CASES[name], mode, "keys", dtype)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,7 +70,7 @@ def test_blocked_at_borders_of_its_tiles(name: str, factor: str, mode: str, monk
     """Tiles of a few rows: some see no key at all, some have one row, the last is shorter."""
     monkeypatch.setattr(blocked, "TILE_SCORES", 100)
     monkeypatch.setattr(blocked, "MINIMUM_ROWS", 37 if name.startswith("odd") else 3)
-    check("cpu:torch", DENSE_CASES[name], mode, factor, torch.float32)
+    check_dense("cpu:torch", DENSE_CASES[name], mode, factor, torch.float32)
 
 
 def test_cpu_tiles_that_see_nothing() -> None:
@@ -93,7 +78,7 @@ def test_cpu_tiles_that_see_nothing() -> None:
     case = DenseCase(batch=1, key_batch=1, query_heads=8, kv_heads=1, query_length=1200, key_length=600, head_dim=4,
                      value_dim=4, is_causal=True)  # fmt: skip
     for factor in ("none", "keys"):
-        check("cpu", case, MODES[0], factor, torch.float32)
+        check_dense("cpu", case, MODES[0], factor, torch.float32)
 
 
 @st.composite
@@ -124,7 +109,7 @@ def dense_cases(draw: st.DrawFn) -> DenseCase:
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(case=dense_cases(), mode=st.sampled_from(MODES), factor=st.sampled_from(FACTORS))
 def test_agrees_with_the_formula_on_any_combination(backend: str, case: DenseCase, mode: str, factor: str) -> None:
-    check(backend, case, mode, factor, first_dtype(backend))
+    check_dense(backend, case, mode, factor, first_dtype(backend))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_dtypes())
@@ -134,8 +119,8 @@ def test_agrees_with_the_formula_on_any_combination(backend: str, case: DenseCas
 def test_ones_change_no_bit(name: str, factor: str, mode: str, dtype: torch.dtype, backend: str) -> None:
     device = device_for(backend, dtype)
     call = DENSE_CASES[name].build(dtype, factor, device)
-    ones = run(backend, call | {"factor": torch.ones_like(call["factor"])}, mode)
-    assert_unchanged_by_ones(ones, run(backend, call | {"factor": None}, mode), backend, factor)
+    ones = run_dense(backend, call | {"factor": torch.ones_like(call["factor"])}, mode)
+    assert_unchanged_by_ones(ones, run_dense(backend, call | {"factor": None}, mode), backend, factor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,9 +130,9 @@ def test_a_row_of_ones_is_untouched_beside_others(mode: str, backend: str) -> No
     device = device_for(backend, first_dtype(backend))
     call = DenseCase(batch=3, key_batch=1, is_causal=True).build(first_dtype(backend), "keys", device)
     call["factor"][1] = 1.0
-    output, _ = run(backend, call, mode)
-    plain, _ = run(backend, call | {"factor": None}, mode)
-    exact, _ = run("reference", to_float64(call), mode)
+    output, _ = run_dense(backend, call, mode)
+    plain, _ = run_dense(backend, call | {"factor": None}, mode)
+    exact, _ = run_dense("reference", to_float64(call), mode)
     assert_within_rounding(output[1], exact[1], plain[1])
     assert (output[0] - plain[0]).abs().max() > 0.01, "the neighbours were not suppressed"
 
@@ -158,7 +143,7 @@ def test_all_keys_removed(sinks: bool, backend: str) -> None:
     dtype = first_dtype(backend)
     device = device_for(backend, dtype)
     call = DenseCase(factor_values="0", sinks=sinks).build(dtype, "keys", device)
-    output, lse = run(backend, call)
+    output, lse = run_dense(backend, call)
     assert_same_bits(output, torch.zeros_like(output))
     expected = call["sinks"][None, :, None].expand(lse.shape) if sinks else torch.full_like(lse, -torch.inf)
     assert_within(lse, expected, few_roundings(dtype), "lse")
@@ -171,7 +156,7 @@ def test_zero_everywhere_is_the_mean(mode: str, backend: str) -> None:
     dtype = first_dtype(backend)
     device = device_for(backend, dtype)
     call = DenseCase(factor_values="0", is_causal=True, query_length=11, kv_heads=4).build(dtype, "keys", device)
-    output, _ = run(backend, call, mode)
+    output, _ = run_dense(backend, call, mode)
     counts = torch.arange(1, 12, device=device).reshape(1, 1, 11, 1)
     assert_within(output, call["value"].cumsum(dim=2) / counts, few_roundings(dtype))
 
@@ -185,8 +170,8 @@ def test_a_removed_key_is_as_if_it_were_not_there(backend: str) -> None:
     call["factor"][:, gone] = 0.0
     kept = [i for i in range(11) if i not in gone]
     without = call | {"key": call["key"][:, :, kept], "value": call["value"][:, :, kept], "factor": None}
-    output, lse = run(backend, call)
-    expected, expected_lse = run(backend, without)
+    output, lse = run_dense(backend, call)
+    expected, expected_lse = run_dense(backend, without)
     assert_within(output, expected, few_roundings(dtype))
     assert_within(lse, expected_lse, few_roundings(dtype), "lse")
 
@@ -208,7 +193,7 @@ def test_hidden_keys_do_not_matter(hidden_by: str, mode: str, backend: str) -> N
         call["position_bias"] = bias.masked_fill(~visible[:, None, None], -torch.inf)
     hidden = ~visible[:, None, :, None]
     other = call | {"key": call["key"].masked_fill(hidden, -1e3), "value": call["value"].masked_fill(hidden, 1e3)}
-    assert_within(run(backend, other, mode)[0], run(backend, call, mode)[0], few_roundings(dtype))
+    assert_within(run_dense(backend, other, mode)[0], run_dense(backend, call, mode)[0], few_roundings(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -217,8 +202,8 @@ def test_large_scores_do_not_overflow(mode: str, backend: str) -> None:
     dtype = first_dtype(backend)
     device = device_for(backend, dtype)
     call = DenseCase(is_causal=True, scale=100.0, sinks=True).build(dtype, "keys", device)
-    output, lse = run(backend, call, mode)
-    exact, exact_lse = run("reference", to_float64(call), mode)
+    output, lse = run_dense(backend, call, mode)
+    exact, exact_lse = run_dense("reference", to_float64(call), mode)
     assert exact_lse.max() > 200, "the scores were not large"
     assert_within(output, exact, max(1e-3, few_roundings(dtype)))
     assert_within(lse, exact_lse, 1e-3 * exact_lse.abs().max().item(), "lse")
@@ -230,7 +215,7 @@ def test_shared_keys_are_the_same_as_repeated_keys(backend: str) -> None:
     device = device_for(backend, dtype)
     call = DENSE_CASES["shared_keys"].build(dtype, "keys", device)
     repeated = call | {name: call[name].repeat(5, 1, 1, 1) for name in ("key", "value")}
-    assert_within(run(backend, call)[0], run(backend, repeated)[0], few_roundings(dtype))
+    assert_within(run_dense(backend, call)[0], run_dense(backend, repeated)[0], few_roundings(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -241,7 +226,7 @@ def test_inputs_are_not_modified(mode: str, backend: str) -> None:
     call = DENSE_CASES["everything"].build(dtype, "heads", device)
     before = {name: (x.clone(), x._version) for name, x in call.items() if isinstance(x, Tensor)}
     assert len(before) == 7
-    run(backend, call, mode)
+    run_dense(backend, call, mode)
     for name, (copy, version) in before.items():
         assert_same_bits(call[name], copy, name)
         assert call[name]._version == version, f"{name} was written to"
@@ -254,7 +239,7 @@ def test_lse_is_only_an_extra(backend: str) -> None:
     call = DENSE_CASES["causal_fewer_queries"].build(dtype, "keys", device)
     alone = suppressed_attention(**call, backend=backend)
     assert isinstance(alone, Tensor)
-    assert_within(alone, run(backend, call)[0], few_roundings(dtype))
+    assert_within(alone, run_dense(backend, call)[0], few_roundings(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -265,7 +250,7 @@ def test_empty_axes(mode: str, sinks: bool, queries: int, keys: int, backend: st
     dtype = first_dtype(backend)
     device = device_for(backend, dtype)
     call = DenseCase(query_length=queries, key_length=keys, sinks=sinks).build(dtype, "keys", device)
-    output, lse = run(backend, call, mode)
+    output, lse = run_dense(backend, call, mode)
     assert_same_bits(output, torch.zeros(2, 4, queries, 16, dtype=dtype, device=device))
     expected = call["sinks"][None, :, None].expand(2, 4, queries) if sinks else torch.full_like(lse, -torch.inf)
     assert_within(lse, expected, few_roundings(dtype), "lse")
@@ -280,9 +265,9 @@ def test_extras_may_have_another_dtype(dtype: torch.dtype, extra: str, backend: 
     device = device_for(backend, own_dtype)
     call = DenseCase(position_bias="full", sinks=True).build(own_dtype, "keys", device)
     call[extra] = call[extra].to(dtype)
-    output, lse = run(backend, call)
+    output, lse = run_dense(backend, call)
     assert (output.dtype, lse.dtype) == (own_dtype, factor_dtype(own_dtype))
-    exact, exact_lse = run("reference", to_float64(call))
+    exact, exact_lse = run_dense("reference", to_float64(call))
     assert_within(output, exact, few_roundings(own_dtype))
     assert_within(lse, exact_lse, few_roundings(own_dtype), "lse")
 
@@ -294,14 +279,14 @@ def test_cpu_is_the_fastest_of_its_variants(dtype: torch.dtype, factor: str) -> 
     call = DENSE_CASES["everything"].build(dtype, factor)
     fastest = (*compiled.instruction_sets(dtype), "torch")[0]
     for mode in MODES:
-        for ours, expected in zip(run("cpu", call, mode), run(f"cpu:{fastest}", call, mode), strict=True):
+        for ours, expected in zip(run_dense("cpu", call, mode), run_dense(f"cpu:{fastest}", call, mode), strict=True):
             assert_same_bits(ours, expected)
 
 
 def test_default_backend_is_one_that_runs() -> None:
     call = DENSE_CASES["everything"].build(torch.float32)
-    chosen, _ = run(None, call)
-    reference, _ = run("reference", call)
+    chosen, _ = run_dense(None, call)
+    reference, _ = run_dense("reference", call)
     assert_within(chosen, reference, few_roundings(torch.float32))
 
 

@@ -25,8 +25,7 @@ from attention_cases import (
     poisoned_memory,
 )
 from comparison import absolute_error, assert_same_bits, assert_same_pattern, assert_within
-from test_backends import check as check_dense
-from test_pack import check as check_packed
+from op_checks import check_dense, check_packed
 from torch import Tensor
 
 from atman_kernels.backends import cpu

@@ -21,8 +21,7 @@ import pytest
 import torch
 from attention_cases import DENSE_CASES, MODES, PACK_CASES, PackCase, poisoned_memory
 from comparison import assert_same_bits
-from test_backends import check as check_dense
-from test_pack import check as check_packed
+from op_checks import check_dense, check_packed
 from torch import Tensor
 
 from atman_kernels import backends

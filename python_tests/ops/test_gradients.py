@@ -1,8 +1,6 @@
 """Gradients of both ops: every backend against autograd through the plain formula in float64."""
 
-import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,22 +13,19 @@ from attention_cases import (
     PackCase,
     device_for,
     first_dtype,
-    largest_score,
     one_thread,
     plain_attention,
     poisoned_allocations,
     poisoned_memory,
-    to_float64,
-    variant_by_variant,
 )
-from comparison import assert_same_bits, assert_within, assert_within_rounding, few_roundings
+from comparison import assert_same_bits, assert_within, few_roundings
+from gradient_checks import Case, check_gradients, leaves_of, op_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from atman_kernels.backends.cpu import blocked
-from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
+from atman_kernels.ops import suppressed_attention
 
-Case = DenseCase | PackCase
 DENSE = ("grouped", "grouped_by_three", "wide_value", "narrow_value", "causal_more_queries", "decoding",
          "key_mask_dead_rows", "window_causal", "window_both_ways", "softcap", "scale", "sinks_dead_rows",
          "bias_hides_rows", "bias_two_axes", "shared_keys_masked", "one_by_one", "odd_799_3", "every_second",
@@ -41,70 +36,12 @@ PACKED = ("few_tokens_each", "empty_suffixes", "no_base", "several_bases", "mult
 CASES: dict[str, Case] = {f"dense-{name}": DENSE_CASES[name] for name in DENSE} | {
     f"packed-{name}": PACK_CASES[name] for name in PACKED
 }
-NEARLY_REMOVED = 1e-30  # where ln c still has a slope, which is that at 0 from the right
 
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     with poisoned_memory(), one_thread():
         yield
-
-
-def op_of(case: Case) -> Callable[..., Any]:
-    return suppressed_attention if isinstance(case, DenseCase) else packed_suppressed_attention
-
-
-def leaves_of(call: dict[str, Any]) -> dict[str, Tensor]:
-    return {n: x for n, x in call.items() if isinstance(x, Tensor) and x.is_floating_point()}
-
-
-def loss(output: Tensor, lse: Tensor, live: Tensor) -> Tensor:
-    """Of rows that are alive; it looks at outputs and lse."""
-    wide = output.to(lse.dtype)
-    wide, lse = wide.masked_fill(~live[..., None], 0.0), lse.masked_fill(~live, 0.0)
-    return wide.sin().sum() + (0.3 * lse).cos().sum()
-
-
-def gradients(run: Callable[..., tuple[Tensor, Tensor]], call: dict[str, Any], live: Tensor) -> dict[str, Tensor]:
-    """Of the loss by every floating-point tensor of a call."""
-    leaves = {n: x.detach().requires_grad_() for n, x in leaves_of(call).items()}
-    found = torch.autograd.grad(loss(*run(**call | leaves), live), list(leaves.values()), allow_unused=True)
-    return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
-
-
-def plainly(case: Case, mode: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if isinstance(case, DenseCase):
-        return lambda **call: plain_attention(**call, mode=mode)
-    return lambda **call: variant_by_variant(case, call, mode)
-
-
-def with_slope(call: dict[str, Any], mode: str) -> dict[str, Any]:
-    if "factor" not in call or mode != "log_additive":
-        return call
-    return call | {"factor": call["factor"].clamp_min(NEARLY_REMOVED)}
-
-
-def check(case: Case, call: dict[str, Any], mode: str, backend: str) -> None:
-    def run(**arguments: Any) -> tuple[Tensor, Tensor]:
-        return op_of(case)(**arguments, mode=mode, return_lse=True, backend=backend)  # type: ignore[no-any-return]
-
-    live = run(**call)[1] > -math.inf
-    found = gradients(run, call, torch.ones_like(live) if bool(live.all()) else live)
-    exact = gradients(plainly(case, mode), with_slope(to_float64(call), mode), live.cpu())
-    plain = gradients(plainly(case, mode), with_slope(call, mode), live)
-    values = torch.cat([call[n].double().norm(dim=-1).flatten() for n in ("value", "base_value") if n in call])
-    bound = largest_score(call) * max(1.0, values.max().item())  # dO · v of one key cancels with that of the others
-    output_dtype = call["query"].dtype
-    for name, got in found.items():
-        assert got.dtype == call[name].dtype
-        if name == "factor":
-            got, plain[name] = (
-                got.to(output_dtype),
-                plain[name].to(output_dtype),
-            )  # no surer than the output that was kept
-            if mode == "log_additive" and call["factor"].any():  # the slope of ln c
-                bound *= 1.0 / call["factor"][call["factor"] > 0].min().item()
-        assert_within_rounding(got, exact[name], plain[name].nan_to_num(), f"gradient by {name}", largest_score=bound)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,7 +53,7 @@ def test_agrees_with_the_formula(name: str, mode: str, backend: str) -> None:
     call = case.build(dtype, "keys", device_for(backend, dtype))
     if torch.finfo(dtype).bits == 16:  # the plain formula's own factors have no digits for less
         call["factor"] = call["factor"].clamp_min(0.05)
-    check(case, call, mode, backend)
+    check_gradients(case, call, mode, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,7 +66,7 @@ def test_factors_per_head_and_none(name: str, factor: str, backend: str) -> None
     call = case.build(dtype, factor, device_for(backend, dtype))
     if "factor" in call and torch.finfo(dtype).bits == 16:
         call["factor"] = call["factor"].clamp_min(0.05)
-    check(case, call, MODES[0] if factor == "none" else MODES[2], backend)
+    check_gradients(case, call, MODES[0] if factor == "none" else MODES[2], backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -138,7 +75,7 @@ def test_factors_per_head_and_none(name: str, factor: str, backend: str) -> None
 def test_every_dtype_on_the_cpu(name: str, mode: str, dtype: torch.dtype) -> None:
     call = CASES[name].build(dtype, "keys")
     call["factor"] = call["factor"].clamp_min(0.05)
-    check(CASES[name], call, mode, "cpu")
+    check_gradients(CASES[name], call, mode, "cpu")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -147,7 +84,7 @@ def test_blocked_at_borders_of_its_tiles(name: str, mode: str, monkeypatch: pyte
     """Tiles of a few rows: some see no key at all, some have one row, the last is shorter."""
     monkeypatch.setattr(blocked, "TILE_SCORES", 100)
     monkeypatch.setattr(blocked, "MINIMUM_ROWS", 37 if "odd" in name else 3)
-    check(CASES[name], CASES[name].build(torch.float64, "keys"), mode, "cpu:torch")
+    check_gradients(CASES[name], CASES[name].build(torch.float64, "keys"), mode, "cpu:torch")
 
 
 # --- the definition ---
@@ -212,7 +149,7 @@ def test_keys_that_tie_for_the_minimum_share_its_gradient(backend: str) -> None:
     case = DenseCase(batch=1, key_batch=1, query_length=4, key_length=6)
     call = case.build(dtype, "keys", device_for(backend, dtype))
     call["key"] = call["key"][:, :, [0, 1, 2, 0, 1, 2]].contiguous()
-    check(case, call, "shifted", backend)
+    check_gradients(case, call, "shifted", backend)
 
 
 # --- what is asked for ---

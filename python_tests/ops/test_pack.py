@@ -15,15 +15,14 @@ from attention_cases import (
     PackCase,
     backend_dtypes,
     device_for,
-    factor_dtype,
     first_dtype,
     one_thread,
     poisoned_memory,
-    truth_of,
 )
-from comparison import assert_same_bits, assert_unchanged_by_ones, assert_within, assert_within_rounding, few_roundings
+from comparison import assert_same_bits, assert_unchanged_by_ones, assert_within, few_roundings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import check_packed, run_packed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,38 +46,24 @@ def _poison() -> Iterator[None]:
         yield
 
 
-def run(backend: str | None, call: dict[str, Any], mode: str = "log_additive") -> tuple[Tensor, Tensor]:
-    output, lse = packed_suppressed_attention(**call, mode=mode, return_lse=True, backend=backend)
-    return output, lse
-
-
-def check(backend: str, case: PackCase, mode: str, factor: str, dtype: torch.dtype) -> None:
-    call, exact, plain, bound = truth_of(case, mode, factor, dtype, device_for(backend, dtype))
-    output, lse = run(backend, call, mode)
-    assert output.dtype == dtype
-    assert lse.dtype == factor_dtype(dtype)
-    assert_within_rounding(output, exact[0], plain[0], largest_score=bound)
-    assert_within_rounding(lse, exact[1], plain[1], "lse", largest_score=bound)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("factor", "mode"), FACTORS_AND_MODES)
 @pytest.mark.parametrize("name", PACK_CASES)
 def test_equals_each_variant_alone(name: str, factor: str, mode: str, backend: str) -> None:
-    check(backend, PACK_CASES[name], mode, factor, first_dtype(backend))
+    check_packed(backend, PACK_CASES[name], mode, factor, first_dtype(backend))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backend_dtypes(ALL_DTYPES[1:]))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", DTYPE_CASES)
 def test_equals_each_variant_alone_in(name: str, dtype: torch.dtype, mode: str, backend: str) -> None:
-    check(backend, PACK_CASES[name], mode, "keys", dtype)
+    check_packed(backend, PACK_CASES[name], mode, "keys", dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_thousand_variants_of_one_token(mode: str, backend: str) -> None:
-    check(backend, THOUSAND, mode, "keys", first_dtype(backend))
+    check_packed(backend, THOUSAND, mode, "keys", first_dtype(backend))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,7 +74,7 @@ def test_blocked_at_borders_of_its_tiles(name: str, factor: str, mode: str, monk
     monkeypatch.setattr(blocked, "TILE_SCORES", 100)
     monkeypatch.setattr(blocked, "MINIMUM_ROWS", 29 if name.startswith("long") else 2)
     monkeypatch.setattr(blocked, "GATHERED_ROWS", 5)
-    check("cpu:torch", PACK_CASES[name], mode, factor, torch.float32)
+    check_packed("cpu:torch", PACK_CASES[name], mode, factor, torch.float32)
 
 
 @st.composite
@@ -124,7 +109,7 @@ def pack_cases(draw: st.DrawFn) -> PackCase:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(case=pack_cases(), mode=st.sampled_from(MODES), factor=st.sampled_from(["none", "keys", "heads"]))
 def test_equals_each_variant_alone_for_any_pack(backend: str, case: PackCase, mode: str, factor: str) -> None:
-    check(backend, case, mode, factor, first_dtype(backend))
+    check_packed(backend, case, mode, factor, first_dtype(backend))
 
 
 # --- nothing leaks from one variant into another ---
@@ -152,12 +137,12 @@ def test_company_does_not_matter(change: str, name: str, mode: str, backend: str
     dtype = first_dtype(backend)
     case = PACK_CASES[name]
     call = case.build(dtype, "keys", device_for(backend, dtype))
-    output, lse = run(backend, call, mode)
+    output, lse = run_packed(backend, call, mode)
     variants = range(len(case.suffix_lengths))
     with_rows = [v for v in variants if case.suffix_lengths[v]]
     chosen = {"reversed": variants[::-1], "every_other": variants[::2], "one_alone": with_rows[1:2]}[change]
     other, rows = take(call, case, chosen)
-    other_output, other_lse = run(backend, other, mode)
+    other_output, other_lse = run_packed(backend, other, mode)
     assert rows.numel() > 0
     assert_within(other_output, output.index_select(1, rows), few_roundings(dtype))
     assert_within(other_lse, lse.index_select(1, rows), few_roundings(dtype), "lse")
@@ -184,8 +169,8 @@ def test_a_variant_reads_nothing_of_its_neighbours(mode: str, backend: str) -> N
     factor = call["factor"].clone()
     factor[[0, 1, 3]] = 7.0
     factor[2, 7:] = 9.0  # positions that this variant does not have
-    output, _ = run(backend, call, mode)
-    changed, _ = run(backend, call | garbage | {"factor": factor}, mode)
+    output, _ = run_packed(backend, call, mode)
+    changed, _ = run_packed(backend, call | garbage | {"factor": factor}, mode)
     assert_within(changed[:, mine], output[:, mine], few_roundings(dtype))
     assert not torch.allclose(changed[:, :73], output[:, :73]), "the garbage did not even reach its owners"
 
@@ -199,8 +184,8 @@ def test_a_variant_reads_nothing_of_its_neighbours(mode: str, backend: str) -> N
 @pytest.mark.parametrize("name", ["few_tokens_each", "long_suffixes", "everything"])
 def test_ones_change_no_bit(name: str, factor: str, dtype: torch.dtype, mode: str, backend: str) -> None:
     call = PACK_CASES[name].build(dtype, factor, device_for(backend, dtype))
-    ones = run(backend, call | {"factor": torch.ones_like(call["factor"])}, mode)
-    assert_unchanged_by_ones(ones, run(backend, call | {"factor": None}, mode), backend, factor)
+    ones = run_packed(backend, call | {"factor": torch.ones_like(call["factor"])}, mode)
+    assert_unchanged_by_ones(ones, run_packed(backend, call | {"factor": None}, mode), backend, factor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,7 +193,7 @@ def test_ones_change_no_bit(name: str, factor: str, dtype: torch.dtype, mode: st
 def test_one_variant_equals_the_dense_op(mode: str, backend: str) -> None:
     dtype = first_dtype(backend)
     call = PACK_CASES["one_variant"].build(dtype, "keys", device_for(backend, dtype))
-    output, lse = run(backend, call, mode)
+    output, lse = run_packed(backend, call, mode)
     expected, expected_lse = suppressed_attention(
         call["query"][None],
         torch.cat([call["base_key"][:, :9], call["key"]], dim=1)[None],
@@ -225,8 +210,8 @@ def test_causal_unless_told_otherwise(is_causal: bool, backend: str) -> None:
     dtype = first_dtype(backend)
     call = PACK_CASES["few_tokens_each"].build(dtype, "keys", device_for(backend, dtype))
     del call["is_causal"]
-    default, _ = run(backend, call)
-    told, _ = run(backend, call | {"is_causal": is_causal})
+    default, _ = run_packed(backend, call)
+    told, _ = run_packed(backend, call | {"is_causal": is_causal})
     assert torch.allclose(default, told, atol=1e-5) == is_causal
 
 
@@ -235,7 +220,7 @@ def test_factors_may_reach_further_than_the_pack(backend: str) -> None:
     dtype = first_dtype(backend)
     call = PACK_CASES["few_tokens_each"].build(dtype, "keys", device_for(backend, dtype))
     longer = torch.nn.functional.pad(call["factor"], (0, 5), value=0.0)
-    assert_same_bits(run(backend, call | {"factor": longer})[0], run(backend, call)[0])
+    assert_same_bits(run_packed(backend, call | {"factor": longer})[0], run_packed(backend, call)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,7 +230,7 @@ def test_inputs_are_not_modified(backend: str) -> None:
     tensors = {name: x for name, x in (call | vars(call["pack"])).items() if isinstance(x, Tensor)}
     before = {name: (x.clone(), x._version) for name, x in tensors.items()}
     assert len(before) == 13
-    run(backend, call)
+    run_packed(backend, call)
     for name, (copy, version) in before.items():
         assert torch.equal(tensors[name], copy), f"{name} changed"
         assert tensors[name]._version == version, f"{name} was written to"
@@ -257,14 +242,14 @@ def test_lse_is_only_an_extra(backend: str) -> None:
     call = PACK_CASES["few_tokens_each"].build(dtype, "keys", device_for(backend, dtype))
     alone = packed_suppressed_attention(**call, backend=backend)
     assert isinstance(alone, Tensor)
-    assert_within(alone, run(backend, call)[0], few_roundings(dtype))
+    assert_within(alone, run_packed(backend, call)[0], few_roundings(dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_at_all(backend: str) -> None:
     dtype = first_dtype(backend)
     call = PackCase((0, 0), (4, 2)).build(dtype, "keys", device_for(backend, dtype))
-    output, lse = run(backend, call)
+    output, lse = run_packed(backend, call)
     assert output.shape == (4, 0, 8)
     assert lse.shape == (4, 0)
 
@@ -276,7 +261,7 @@ def test_cpu_is_the_fastest_of_its_variants(dtype: torch.dtype, factor: str) -> 
     call = PACK_CASES["everything"].build(dtype, factor)
     fastest = (*compiled.instruction_sets(dtype), "torch")[0]
     for mode in MODES:
-        for ours, expected in zip(run("cpu", call, mode), run(f"cpu:{fastest}", call, mode), strict=True):
+        for ours, expected in zip(run_packed("cpu", call, mode), run_packed(f"cpu:{fastest}", call, mode), strict=True):
             assert_same_bits(ours, expected)
 
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import BACKEND_DTYPES, BACKENDS, MODES, DenseCase, PackCase, one_thread, poisoned_memory
-from test_backends import check as check_dense
-from test_pack import check as check_packed
+from op_checks import check_dense, check_packed
 
 from atman_kernels import backends
 

@@ -25,10 +25,8 @@ from attention_cases import (
     to_float64,
 )
 from comparison import assert_same_bits, assert_within, few_roundings
-from test_backends import check as check_dense
-from test_backends import run as run_dense
-from test_pack import check as check_packed
-from test_pack import run as run_packed
+from kernel_launches import launches
+from op_checks import check_dense, check_packed, run_dense, run_packed
 from torch import Tensor
 
 from atman_kernels import backends
@@ -49,19 +47,6 @@ SMALL = KernelConfig(block_m=32, block_n=16, num_warps=4, num_stages=2)
 def _poison() -> Iterator[None]:
     with poisoned_memory(), one_thread():
         yield
-
-
-@contextmanager
-def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """What is launched, by name and arguments; it still runs."""
-    found: list[tuple[str, dict[str, Any]]] = []
-
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any) -> Any:
-        found.append((kernel.fn.__name__, arguments))
-        return launch.on_stream(kernel, grid, arguments, ready)
-
-    with launch.intercepted(run):
-        yield found
 
 
 # --- tiles and splits ---

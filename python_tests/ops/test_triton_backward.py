@@ -10,8 +10,8 @@ import pytest
 import torch
 from attention_cases import BACKENDS, DENSE_CASES, MODES, PACK_CASES, DenseCase, PackCase, one_thread, poisoned_memory
 from comparison import assert_same_bits, assert_within, few_roundings
-from test_gradients import check, leaves_of, op_of
-from test_triton import launches
+from gradient_checks import Case, check_gradients, leaves_of, op_of
+from kernel_launches import launches
 from torch import Tensor
 
 from atman_kernels import backends
@@ -25,8 +25,6 @@ from atman_kernels.backends.triton.configs import KernelConfig
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDE, HIGH = KernelConfig(16, 32, 4, 2), KernelConfig(32, 16, 4, 2)
 PASSES = ("query_gradient", "key_gradient", "broadcast_gradient")
-
-Case = DenseCase | PackCase
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +84,7 @@ BORDERS: dict[str, tuple[Case, str, str, KernelConfig]] = {
 def test_at_the_borders_of_tiles(name: str) -> None:
     case, mode, factor, config = BORDERS[name]
     with configs.forced(config, 1):
-        check(case, case.build(torch.float32, factor, DEVICE), mode, "triton")
+        check_gradients(case, case.build(torch.float32, factor, DEVICE), mode, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -98,13 +96,13 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     call = case.build(dtype, "keys", DEVICE)
     call["factor"] = call["factor"].clamp_min(0.05)  # the plain formula's own factors have no digits for less
     with configs.forced(WIDE, 1):
-        check(case, call, MODES[0], "triton")
+        check_gradients(case, call, MODES[0], "triton")
 
 
 @pytest.mark.parametrize("name", ["dense", "packed"])
 def test_tiles_of_the_tables(name: str) -> None:
     cases: dict[str, Case] = {"dense": DenseCase(**ONE), "packed": PackCase((3, 2), (5, 9), **TWO)}
-    check(cases[name], cases[name].build(torch.float32, "keys", DEVICE), MODES[2], "triton")
+    check_gradients(cases[name], cases[name].build(torch.float32, "keys", DEVICE), MODES[2], "triton")
 
 
 # --- flags of factors ---
@@ -120,7 +118,7 @@ def test_factors_are_found_by_their_flags(kind: str) -> None:
     call = case.build(torch.float32, "keys", DEVICE)
     call["factor"][0, 270] = 0.3
     with configs.forced(KernelConfig(16, 64, 4, 2), 1):
-        check(case, call, MODES[1], "triton")
+        check_gradients(case, call, MODES[1], "triton")
 
 
 # --- what keys that nobody sees hold ---

@@ -59,6 +59,26 @@ def suppressed(model, factor: torch.Tensor, mode: str, is_suppressed):
             config._attn_implementation_internal = implementation
 
 
+def everywhere(name: str) -> bool:
+    return True
+
+
+def scores_by_hand(values, model, length, units, mode, factor, is_suppressed=everywhere):
+    """(n, m): base minus suppressed, one full forward per unit."""
+
+    def under(row):
+        with suppressed(model, row, mode, is_suppressed):
+            return values().double()
+
+    base = under(torch.ones(length))
+    found = []
+    for unit in units:
+        row = torch.ones(length)
+        row[list(unit.token_indices)] = factor
+        found.append(base - under(row))
+    return torch.stack(found).float(), base.float()
+
+
 def enlarge(model, seed: int = 0):
     """Random weights large enough that attention matters, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
