@@ -5,27 +5,13 @@ import warnings
 import pytest
 import tiny_models
 import torch
+from shared_grid import on_a_shared_grid
 from torch import nn
 
 import atman_kernels as ak
 from atman_kernels.hf.models.packability import why_rows_do_not_mix
 
 PROMPT, ANSWER = list(range(10, 22)), [30, 31, 32]
-
-
-class SharedGrid(nn.Linear):
-    """Activations rounded to a grid that all rows of a product share; nothing in its name says so."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        step = input.abs().amax() / 15
-        return super().forward((input / step).round() * step)
-
-
-def on_a_shared_grid(model: nn.Module) -> nn.Module:
-    for module in model.model.layers.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = SharedGrid
-    return model
 
 
 def dynamically_quantised(model: nn.Module) -> nn.Module:

@@ -1,13 +1,13 @@
 """Who is told how far an explanation is, and how it is stopped."""
 
 import pytest
-import test_encoders as encoders
 import tiny_configs
 import tiny_models
 import torch
 import transformers as hf
-from test_batch_dependence import on_a_shared_grid
-from test_left_as_it_was import snapshot
+from model_snapshot import snapshot
+from shared_grid import on_a_shared_grid
+from tiny_encoders import CLASSIFIERS
 
 import atman_kernels as ak
 from atman_kernels.progress import Listener, listening
@@ -19,7 +19,7 @@ WAYS = {
     "packed": lambda: tiny_models.build("llama"),
     "rows": lambda: tiny_configs.tiny_model(hf.Lfm2Config, hf.Lfm2ForCausalLM),
     "rows alone": lambda: on_a_shared_grid(tiny_models.build("llama")),
-    "whole": encoders.CLASSIFIERS["bert"],
+    "whole": CLASSIFIERS["bert"],
 }
 
 

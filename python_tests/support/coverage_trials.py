@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import blip_oracle
 import eager_oracle
+import image_text_cases
 import softmax_oracle
-import test_blip
-import test_image_text
 import tiny_configs
 import tiny_image_models
 import tiny_models
@@ -402,9 +402,9 @@ def image_text_model(config_class: type[PreTrainedConfig], model_class: type[Pre
         return _text_alone(model, _Placeholders(tiny_models.tokenizer()), question)
     model, processor = tiny_image_models.build(family), tiny_image_models.processor(family)
     model.set_attn_implementation("eager")
-    images, text = [tiny_image_models.picture(40, 30)], test_image_text.TEXTS[family]
-    answer = torch.tensor([int(word[1:]) for word in test_image_text.ANSWER.split()])
-    inputs, n = test_image_text.made_by_hand(family, processor, images, text, answer)
+    images, text = [tiny_image_models.picture(40, 30)], image_text_cases.TEXTS[family]
+    answer = torch.tensor([int(word[1:]) for word in image_text_cases.ANSWER.split()])
+    inputs, n = image_text_cases.made_by_hand(family, processor, images, text, answer)
 
     def values() -> Tensor:
         logits = model(**inputs, use_cache=False).logits[0, n - 1 :].double()
@@ -413,7 +413,7 @@ def image_text_model(config_class: type[PreTrainedConfig], model_class: type[Pre
     return Trial(
         model,
         processor,
-        ask=lambda explainer: explainer.explain(images=images, text=text, target=test_image_text.ANSWER),
+        ask=lambda explainer: explainer.explain(images=images, text=text, target=image_text_cases.ANSWER),
         values=values,
         keys=inputs["input_ids"].shape[1],
     )
@@ -421,15 +421,17 @@ def image_text_model(config_class: type[PreTrainedConfig], model_class: type[Pre
 
 def _caption() -> Trial:
     """BLIP's: keys of the image are attended to across, those of the text by itself."""
-    kind, text = "caption", test_blip.PROMPTS["caption"]
-    model, pixels = test_blip.build(kind), test_blip.pixels_of(test_blip.PICTURE)
+    kind, text = "caption", blip_oracle.PROMPTS["caption"]
+    model, pixels = blip_oracle.build(kind), blip_oracle.pixels_of(blip_oracle.PICTURE)
     return Trial(
         model,
-        test_blip.processor(),
-        ask=lambda explainer: explainer.explain(text, test_blip.ANSWER, images=test_blip.PICTURE),
-        values=lambda: test_blip.logprobs(model, kind, text, pixels),
-        keys=test_blip.STATES + len(text.split()) + 1,
-        oracle=lambda row, mode: test_blip.changed(model, test_blip.factors_by_place(kind, row, vision=False), mode),
+        blip_oracle.processor(),
+        ask=lambda explainer: explainer.explain(text, blip_oracle.ANSWER, images=blip_oracle.PICTURE),
+        values=lambda: blip_oracle.logprobs(model, kind, text, pixels),
+        keys=blip_oracle.STATES + len(text.split()) + 1,
+        oracle=lambda row, mode: blip_oracle.changed(
+            model, blip_oracle.factors_by_place(kind, row, vision=False), mode
+        ),
     )
 
 
