@@ -12,8 +12,8 @@ from transformers import BatchEncoding, PreTrainedModel
 from atman_kernels.arguments import entries, integer, real, shown, text
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.images.patches import patch_grid
+from atman_kernels.hf.images.places import seen_region
 from atman_kernels.hf.models.parts import is_encoder_decoder
-from atman_kernels.inputs.image_places import seen_region
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of
 from atman_kernels.inputs.text_generation import check_fast, special_flags
 from atman_kernels.planning.image_units import Region, patch_units

@@ -17,7 +17,7 @@ from atman_kernels.hf.forward import base as base_runs
 from atman_kernels.hf.forward import packed
 from atman_kernels.hf.forward.base import Base, PackingUnsupportedError
 from atman_kernels.hf.images import layouts as image_layouts
-from atman_kernels.inputs import image_places
+from atman_kernels.hf.images import places
 from atman_kernels.run import packed as execution
 
 MODES = ("log_additive", "multiplicative", "shifted")
@@ -351,7 +351,7 @@ def test_canvases_are_those_of_transformers():
         for most in (4, 6, 12):
             columns, rows = get_optimal_tiled_canvas((height, width), (100, 100), 1, most)
             if columns * rows > 1:
-                last = image_places.canvas_cells(columns * rows + 1, (width, height), (100, 100))[-2:]
+                last = places.canvas_cells(columns * rows + 1, (width, height), (100, 100))[-2:]
                 assert last == [(rows, columns), None]
 
 
