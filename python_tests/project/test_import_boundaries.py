@@ -28,6 +28,8 @@ LAYERS = (
     ("serve", "plots", "evaluation", "adapters"),
     ("cli",),
 )
+# The same inside `hf`.
+HF_LAYERS = ("scope", "replacement", "models", "attention", "forward", "images")
 # A layer that must do without one below it, although it may import it by its place.
 FORBIDDEN = {"planning": ("backends", "ops"), "result": ("backends", "ops", "hf")}
 
@@ -107,6 +109,18 @@ def test_imports_point_downwards() -> None:
             wrong.append(f"{found.importer}:{found.line} imports {target} from a layer above")
         if heads[1] in FORBIDDEN.get(heads[0], ()):
             wrong.append(f"{found.importer}:{found.line} imports {target}; {heads[0]} must do without")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_inside_hf_point_downwards() -> None:
+    wrong = []
+    for found in all_imports():
+        target = own(found)
+        if target is None or not (found.importer.startswith("hf.") and target.startswith("hf.")):
+            continue
+        mine, theirs = (HF_LAYERS.index(module.split(".")[1]) for module in (found.importer, target))
+        if theirs > mine:
+            wrong.append(f"{found.importer}:{found.line} imports {target} from a layer above")
     assert not wrong, "\n".join(wrong)
 
 

@@ -14,8 +14,6 @@ LONGER_MODULES: dict[str, str] = {
     "adapters/captum.py": "to be shortened",
     "backends/triton/launch_backward.py": "to be shortened",
     "explain/explainer.py": "to be shortened",
-    "hf/attention/interface.py": "to be shortened",
-    "hf/forward/logprobs.py": "to be shortened",
 }
 LONGER_FUNCTIONS: dict[str, str] = {
     "cli/bench_quality.py:command": "to be shortened",

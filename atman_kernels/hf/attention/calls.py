@@ -65,6 +65,15 @@ class AttentionCall:
 def call_of(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> AttentionCall:
+    """What transformers' interface is called with, in the op's terms.
+
+    Args:
+        module, query, key, value, mask, kwargs: of the call, see transformers' `AttentionInterface`.
+
+    Raises:
+        InputError: the module chooses its keys, but no mask came.
+        UnsupportedModelError: its sinks are of a kind that the ops do not have.
+    """
     is_causal = kwargs.get("is_causal")
     if kwargs.get("sinks") is not None:
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ class LayerSelection:
         self._lock = threading.Lock()
 
     def index(self, module: nn.Module) -> int:
+        """The layer of an attention module."""
         own = getattr(module, "layer_idx", None)  # where layers lie on several machines, each calls only some
         if isinstance(own, int):
             return own

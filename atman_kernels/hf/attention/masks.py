@@ -35,6 +35,7 @@ def compact_mask(*, whole: bool = False, **kwargs: Any) -> Tensor | None:
 
 
 def same_for_all_queries(mask: Tensor) -> bool:
+    """Whether a mask (B, 1, 1|T, S) is one row of keys per sequence, as padding is."""
     return mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atman_kernels.arguments import integer, shown
 from atman_kernels.errors import InputError
+from atman_kernels.formula import widened
 
 Factors = Tensor | Mapping[int, Tensor] | None  # for all layers alike, by layer, or none
 MOST_POSITIONS = 1 << 24  # no sequence is longer
@@ -58,6 +59,7 @@ class LayerFactors:
             self._every = None if factors is None else Positional(name, checked_factor(factors, name), 1.0)
 
     def of(self, layer: int) -> Positional | None:
+        """The factors of a layer; None for a layer that is left alone."""
         return self._by_layer.get(layer, self._every)
 
 
@@ -78,7 +80,7 @@ def checked_factor(factor: Tensor, name: str = "factor") -> Tensor:
     wide = factor.detach().float()
     if factor.numel() and not bool(((wide >= 0) & wide.isfinite()).all()):
         raise InputError(f"{name} must be finite and >= 0 everywhere; it holds negative, infinite or NaN entries")
-    return factor if factor.dtype == torch.float64 else factor.float()
+    return widened(factor)
 
 
 def checked_queries(queries: Queries) -> Positional | None:

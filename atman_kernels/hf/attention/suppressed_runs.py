@@ -64,6 +64,7 @@ class SuppressedRun(Run):
         self._forward = _ForwardState()
 
     def mask(self, **kwargs: Any) -> Tensor | None:
+        """See `Run.mask`; notes where the queries and keys of the forward begin."""
         # a static cache counts on the device, in a tensor that it changes: read only where it is needed, and now
         first_query = 0 if self.queries is None else int(kwargs.get("q_offset", 0))
         self._forward.offsets[kwargs["q_length"], kwargs["kv_length"]] = first_query, int(kwargs.get("kv_offset", 0))
@@ -74,6 +75,7 @@ class SuppressedRun(Run):
         self._forward.offsets.clear()
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """See `Run.attend`: under the factors of the module's layer, if it is among the layers to act on."""
         self.reached = True
         return self._attend(module, call, self.layers)
 
@@ -178,6 +180,7 @@ class SourceRun(SuppressedRun):
         return own(*args, **kwargs)
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """See `Run.attend`: under factors in the encoder, in cross-attention, or in both."""
         if id(module) in self._forward.cross:
             role, call = "cross", replace(call, is_causal=False, sliding_window=None)
         elif id(module) in self._encoder:

@@ -66,6 +66,11 @@ class VisionRun(SuppressedRun):
         self._taken: Counter[nn.Module] = Counter()  # patches of the row that calls of a module had so far
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """See `Run.attend`.
+
+        Raises:
+            UnsupportedModelError: the call has other images or patches than the factors are for.
+        """
         images, keys = call.key.shape[0], call.key.shape[2]
         first = self._taken[module] if self._in_one_row else 0
         own = self._factors[:, first : first + keys]

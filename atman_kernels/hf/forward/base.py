@@ -31,7 +31,7 @@ class Base:
         keys, values: by attention module, (Hkv, S, D|Dv); S runs over all prompts, one after the other.
         starts: where each prompt begins in S.
         patterns: by attention module, (1|Hq, L, L) over positions: 0 where a query sees a key, -inf where not. Only
-            modules whose attention is more than causal have one: image blocks attend both ways.
+            modules whose attention is more than causal have one: image blocks are bidirectional.
         whole_lengths: of the prompts with their targets, where the K/V do not reach as far.
         by_position: whether some layer looks at the distance of query and key, by a window, a bias or a pattern.
     """
@@ -69,7 +69,7 @@ class Base:
     def suffix_starts(self) -> Tensor | None:
         """(L + 1,) on the CPU: for every position the last one up to it at which a suffix may begin; None: anywhere.
 
-        What comes before a suffix must not see it. A block that attends both ways is therefore never cut.
+        What comes before a suffix must not see it. A bidirectional block is therefore never cut.
         """
         if not self.patterns:
             return None

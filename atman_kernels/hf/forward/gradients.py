@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from atman_kernels.arguments import flag
 from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.formula import widened
 from atman_kernels.hf.attention.switch import eager
 from atman_kernels.hf.forward.logprobs import head_in_float32
 from atman_kernels.hf.models.parts import decoder_of
@@ -114,7 +115,7 @@ def differentiable_run(
             options["output_attentions"] = True
         output = model(ids.expand(batch, -1), use_cache=False, return_dict=True, **options)
     all_logits = output.logits if keeps else output.logits[:, rows]  # (B, m, vocabulary)
-    all_logits = all_logits if all_logits.dtype == torch.float64 else all_logits.float()
+    all_logits = widened(all_logits)
     logits = all_logits.gather(-1, targets.expand(batch, -1)[..., None]).squeeze(-1)
     weights = _attention_weights(model, output) if attentions else ()
     return Differentiable(leaf, logits, logits - all_logits.logsumexp(-1), weights)

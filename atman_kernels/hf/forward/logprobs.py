@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atman_kernels.formula import widened
 from atman_kernels.hf.models.model_input import (
     Embedded,
     ModelInput,
@@ -76,7 +77,7 @@ def _is_watched_outside_its_layers(model: PreTrainedModel) -> bool:
 
 def _log_softmax_at(tokens: Tensor, logits: Tensor) -> Tensor:
     """(B, R) log-probs of `tokens` (B, R) under `logits` (B, R, vocabulary), which are used up: no second copy."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = widened(logits)
     highest = logits.amax(dim=-1, keepdim=True)
     chosen = logits.gather(-1, tokens[..., None]) - highest
     return (chosen - logits.sub_(highest).exp_().sum(dim=-1, keepdim=True).log()).squeeze(-1)

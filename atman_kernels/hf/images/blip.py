@@ -80,6 +80,7 @@ class BlipRun(SuppressedRun):
         }
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """See `Run.attend`: factors of the image or of the text, by whose states are the module's keys."""
         role = self._roles.get(module)
         self._unseen.discard(module)
         self.reached = not self._unseen

@@ -50,7 +50,7 @@ IMAGE_FAMILIES = {  # by config.model_type
     "llava_next": ImageFamily("anyres", vision_refused=UNTRACED),
     "llava_onevision": ImageFamily("anyres", vision_refused=UNTRACED),
     "mistral3": ImageFamily("rows"),
-    "paligemma": ImageFamily("square", answer_type=1),  # 0 is the prefix, which attends both ways
+    "paligemma": ImageFamily("square", answer_type=1),  # 0 is the prefix, which is bidirectional
     "qwen2_5_vl": ImageFamily("grid"),
     "qwen2_vl": ImageFamily("grid"),
     "qwen3_5": ImageFamily("grid"),

@@ -19,47 +19,47 @@ def places_of(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     blocks: list[ImageTokens],
-    pictures: Sequence[Any] | None,
+    images: Sequence[Any] | None,
     processor: Any,
     crops: Crops,
 ) -> list[Place]:
     """The place of every block of image tokens.
 
     Args:
-        pictures: the PIL images; None measures in the pixels that the vision tower saw.
-        processor: knows what it cropped and padded; needed with pictures.
+        images: the PIL images; None measures in the pixels that the vision tower saw.
+        processor: knows what it cropped and padded; needed with images.
         crops: how they are told, see `ImageFamily`.
 
     Raises:
-        InputError: there are more or fewer pictures than images in the prompt, or other ones; or no processor, or no
-            pictures where only their proportions tell how crops lie.
+        InputError: images are more or fewer than the prompt has, or others; or there is no processor, or no images
+            where only their proportions tell how crops lie.
     """
     told = [block.place for block in blocks if block.place]
     if told:
-        check_pictures(pictures, [place.size for place in told if place.name != "details"])
+        check_sizes(images, [place.size for place in told if place.name != "details"])
         return told
     names = tokenizer.convert_ids_to_tokens([prompt_ids[max(0, block.first - 1)] for block in blocks])
     cells = [(int(match[1]), int(match[2])) if (match := _CROP.fullmatch(name)) else None for name in names]
     groups = side_by_side(blocks) if crops == "canvas" else up_to_the_whole(cells)
-    if pictures is not None and len(pictures) != len(groups):
+    if images is not None and len(images) != len(groups):
         raise InputError(
-            f"images has {len(pictures)}, but the processor made tokens of {len(groups)}; if it cuts images into "
+            f"images has {len(images)}, but the processor made tokens of {len(groups)}; if it cuts images into "
             "crops, switch that off"
         )
     places = []
-    for image, group in enumerate(groups):
-        size = None if pictures is None else pictures[image].size
+    for index, group in enumerate(groups):
+        size = None if images is None else images[index].size
         pixels = blocks[group[0]].pixels
-        own = canvas_cells(len(group), size, pixels) if crops == "canvas" else [cells[index] for index in group]
-        places += _places(image, size, pixels, own, processor)
+        own = canvas_cells(len(group), size, pixels) if crops == "canvas" else [cells[block] for block in group]
+        places += _places(index, size, pixels, own, processor)
     return places
 
 
-def check_pictures(pictures: Sequence[Any] | None, sizes: list[tuple[int, int]]) -> None:
-    """Raises InputError if the pictures are not those of which the processor says these sizes."""
-    if pictures is None:
+def check_sizes(images: Sequence[Any] | None, sizes: list[tuple[int, int]]) -> None:
+    """Raises InputError if images are not those of which the processor says these sizes, (width, height)."""
+    if images is None:
         return
-    given = [picture.size for picture in pictures]
+    given = [image.size for image in images]
     if given != sizes:
         seen, found = (", ".join(f"{width} × {height}" for width, height in each) for each in (sizes, given))
         raise InputError(f"images must be those that the processor saw, of {seen} pixels; got {found}")
@@ -136,9 +136,17 @@ def _places(
 
 
 def seen_region(processor: Any, width: int, height: int) -> Region:
-    """What the vision tower sees of a picture, in its pixels; more than all of it where the processor pads.
+    """What the vision tower sees of an image, in the image's pixels; more than all of it where the processor pads.
 
-    `processor` is an image processor, or has one.
+    Args:
+        processor: an image processor, or what has one.
+        width, height: of the image.
+
+    Returns:
+        (left, top, right, bottom).
+
+    Raises:
+        InputError: there is no processor.
     """
     made_by = getattr(processor, "image_processor", processor)
     if made_by is None:
