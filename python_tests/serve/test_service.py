@@ -6,6 +6,7 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import tiny_models
 import torch
@@ -195,13 +196,11 @@ def test_a_fault_of_one_is_not_the_others(service, explainer, gate):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_client_that_goes_away_ends_its_work(service, gate, streamed):
-    before = service.metric("atman_cancelled_total")
+    before, forwards = service.metric("atman_cancelled_total"), gate.forwards
     with gate.shut():
-        forwards = gate.forwards
-        with service.http.stream("POST", "/v1/explanations", json={**ASKED, "stream": True}) as response:
-            if streamed:
-                assert next(events_of(response))[0] == "queued"
-            until(lambda: gate.forwards > forwards)
+        with pytest.raises(httpx.ReadTimeout):
+            service.http.post("/v1/explanations", json={**ASKED, "stream": streamed}, timeout=0.3)
+        assert gate.forwards > forwards
         until(lambda: service.metric("atman_cancelled_total") == before + 1)
     until(lambda: not service.service.worker._at_work)
     assert gate.forwards <= forwards + 6  # the base run, the model's own, a probe and a pack make eight
@@ -213,7 +212,8 @@ def test_who_waits_and_goes_away_is_never_begun(service, gate):
         first = pool.submit(service.explain, **ASKED)
         until(service.busy)
         with service.http.stream("POST", "/v1/explanations", json={**ASKED, "stream": True, "factor": 0.9}) as response:
-            name = next(events_of(response))[1]["id"]
+            events = events_of(response)  # kept, for the connection ends with it
+            name = next(events)[1]["id"]
             assert len(service.service.waiting) == 1
         until(lambda: len(service.service.waiting) == 0)
         assert service.http.delete(f"/v1/requests/{name}").status_code == 404
