@@ -125,12 +125,12 @@ HEADERS = $(wildcard $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig
 $(STAMPS)/dev: export ATMAN_KERNELS_BUILD ?= $(if $(and $(shell command -v $(firstword $(CXX))),$(HEADERS)),cpu,none)
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 	@echo "Installing atman-kernels for development ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,serve,triton]'
+	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,ray,serve,triton]'
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/dev
 	@echo "Installing what the benchmarks compare with ..."
-	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,serve,triton]'
+	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,ray,serve,triton]'
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/torch pyproject.toml $(PINS)

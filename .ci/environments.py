@@ -34,6 +34,7 @@ PROMISES = {  # extra: what can be done with it
     "lasso": "from sklearn.linear_model import Lasso",
     "notebooks": "import jupytext, nbclient, ipykernel, ipywidgets, matplotlib",
     "plots": "from atman_kernels import plots",
+    "ray": "import ray, pyarrow.parquet; from atman_kernels.scale import Pool, explain_dataset",
     "serve": "from atman_kernels.serve.app import create_app",
     "triton": "import triton",
 }

@@ -25,7 +25,7 @@ LAYERS = (
     ("hf",),
     ("result",),
     ("inputs", "run", "explain", "steering"),
-    ("serve", "plots", "evaluation", "adapters"),
+    ("serve", "scale", "plots", "evaluation", "adapters"),
     ("cli",),
 )
 # The same inside `hf`.
@@ -43,6 +43,8 @@ HEAVY = {
     "starlette": ("serve",),
     "uvicorn": ("serve",),
     "prometheus_client": ("serve",),
+    "ray": ("scale",),
+    "pyarrow": ("scale",),
     "captum": ("adapters",),
     "inseq": ("adapters",),
     "click": ("cli",),

@@ -1,0 +1,151 @@
+"""What a worker does: it holds one model, and explains rows of a data set or a share of one prompt's variants."""
+
+import hashlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import atman_kernels
+from atman_kernels import Ablation, Explainer, Unit, load_model
+from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.scale.results import row_of
+from atman_kernels.scale.shares import deal
+from atman_kernels.scale.source import Row
+
+SAMPLE = 64  # values of each parameter that tell models apart
+
+
+class Worker:
+    """Lives in a process of its own; `load` comes first."""
+
+    explainer: Explainer
+
+    def load(
+        self, model: str, threads: int, loading: Mapping[str, Any], explaining: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Loads the model.
+
+        Args:
+            model: as `load_model` takes it.
+            threads: of torch.
+            loading, explaining: further arguments of `load_model` and of `Explainer`, by name.
+
+        Returns:
+            What must be the same for all workers, in JSON types.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        torch.set_num_threads(threads)
+        loaded, tokenizer = load_model(model, **loading)
+        self.explainer = Explainer(loaded, tokenizer, progress=False, **explaining)
+        return facts_of(self.explainer.model)
+
+    def explain(self, rows: Sequence[Row], options: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Rows of the results without their ids' column, and what was warned of.
+
+        The prompts share packs. What one of them is at fault for is found by halving, and becomes its `error`.
+        """
+        with _warned() as messages:
+            return self._explained(list(rows), options), messages
+
+    def _explained(self, rows: list[Row], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        try:
+            explanations = self.explainer.explain_batch(
+                [row.prompt for row in rows], [row.target for row in rows], **options
+            )
+        except Exception as error:
+            self._raise_if_not_a_row_s(error)
+            if len(rows) == 1:
+                message = str(error).removeprefix("prompt 0: ")  # its number among those of the call
+                return [failed(rows[0], f"{type(error).__name__}: {message}")]
+            half = len(rows) // 2
+            return self._explained(rows[:half], options) + self._explained(rows[half:], options)
+        return [_origin(row) | row_of(found) for row, found in zip(rows, explanations, strict=True)]
+
+    def _raise_if_not_a_row_s(self, error: Exception) -> None:
+        """Raises what would come of any row: the model is at fault, or its device is gone until the process ends."""
+        if isinstance(error, UnsupportedModelError):
+            raise error
+        try:
+            torch.ones(1, device=self.explainer.model.device).add_(1).item()
+        except RuntimeError:
+            os._exit(1)  # another process takes over; this one's context on the device is lost
+
+    def share(
+        self, number: int, of: int, prompt: Any, target: str | None, options: Mapping[str, Any]
+    ) -> tuple[list[int], Ablation, list[str]]:
+        """One of several shares of a prompt's units, each unit suppressed by itself.
+
+        Returns:
+            Their indices, an `Ablation` with a row for each of them, and what was warned of.
+        """
+        mine: list[int] = []
+
+        def masks(units: tuple[Unit, ...]) -> torch.Tensor:
+            mine[:] = deal(suffix_tokens(units), of)[number]
+            rows = torch.zeros(max(1, len(mine)), len(units), dtype=torch.bool)  # a row at least, as `ablate` asks
+            rows[range(len(mine)), mine] = True
+            return rows
+
+        with _warned() as messages:
+            return mine, self.explainer.ablate(prompt, target, masks=masks, **options), messages
+
+
+def suffix_tokens(units: Sequence[Unit]) -> list[int]:
+    """What each unit's variant costs: the tokens from its first one to the end."""
+    end = max((index for unit in units for index in unit.token_indices), default=0) + 1
+    return [end - min(unit.token_indices, default=end) for unit in units]
+
+
+def failed(row: Row, error: str) -> dict[str, Any]:
+    """A row of the results that holds nothing but an error."""
+    return _origin(row) | {"error": error}
+
+
+def _origin(row: Row) -> dict[str, Any]:
+    return {"id": row.id, "version": atman_kernels.__version__, "fingerprint": row.fingerprint}
+
+
+def facts_of(model: Any) -> dict[str, Any]:
+    """What results depend on beyond what was asked for: versions, dtype, and the weights, by a sample of each."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return {
+        "versions": {"atman_kernels": atman_kernels.__version__, **versions},
+        "class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": _digest(model),
+    }
+
+
+@torch.inference_mode()
+def _digest(model: Any) -> str | None:
+    """None where values cannot be read as numbers, as those of some quantised tensors."""
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().flatten()
+            values = values[:: max(1, values.numel() // SAMPLE)][:SAMPLE]
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(values.double().cpu().numpy().tobytes())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return digest.hexdigest()
+
+
+@contextmanager
+def _warned() -> Iterator[list[str]]:
+    """The texts of the warnings inside that are for the user; they go where the results go."""
+    messages: list[str] = []
+
+    def keep(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning) and str(message) not in messages:
+            messages.append(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = keep
+        yield messages
