@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atman_kernels.cli.dataset import dataset_options
 from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
 from atman_kernels.cli.output import Result, check_destinations, console, deliver, progress_is_seen, say
 from atman_kernels.cli.prompts import check_texts, read_prompt, squad_question
@@ -50,6 +51,7 @@ UNITS = ("token", "word", "sentence", "paragraph")
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Strongest units to list.")
 @click.option("--html", metavar="FILE|-", help="Write a page with the heatmap; - instead of the one here.")
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the result as JSON; - instead of the heatmap.")
+@dataset_options
 @device_options
 @click.option("--quiet", "-q", is_flag=True, help="No messages, no progress bar.")
 def command(
@@ -85,6 +87,7 @@ def command(
     \b
     atman explain --model smollm2 "The capital of France is"
     atman explain --model smollm2 --squad dev-v1.1.json --item 7 --units word --html why.html
+    atman explain --model smollm2 --dataset prompts.parquet --out results --workers 2
     """
     check_model_given(model, gguf)
     check_texts({"--target": target, "--versus": versus})
