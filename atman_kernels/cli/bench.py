@@ -1,18 +1,14 @@
-"""`atman bench`: the benchmarks of a checkout, and one quick measurement that needs nothing but the package."""
+"""`atman bench`: what needs nothing but the package, one quick measurement and the tuning of the Triton kernels."""
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-import atman_kernels
 from atman_kernels.cli.output import check_destinations, say, show, shown, write
 from atman_kernels.errors import InputError
 from atman_kernels.files import write_whole
@@ -30,29 +26,23 @@ ROUNDS = 3
 @click.group("bench", invoke_without_command=True)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Measure. Without a command: all benchmarks of the checkout (`make bench` installs what they need)."""
-    if ctx.invoked_subcommand is not None:
-        return
-    checkout = _checkout()
-    say(f"Results go to {checkout / 'benchmarks' / 'results'}")
-    ctx.exit(subprocess.run([sys.executable, "-m", "benchmarks"], cwd=checkout, check=False).returncode)
+    """Measure on this machine. Every other benchmark is in the repository: `python -m benchmarks` there."""
+    if ctx.invoked_subcommand is None:
+        raise _in_the_repository("benchmarks")
 
 
-@command.command("scaling", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@command.command("scaling", context_settings={"ignore_unknown_options": True}, add_help_option=False, hidden=True)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
-def scaling(ctx: click.Context, options: tuple[str, ...]) -> None:
-    """Time and memory of AtMan and gradient methods over model size and prompt length (in a checkout)."""
-    paths = [str(_checkout()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    ctx.exit(subprocess.run([sys.executable, "-m", "benchmarks.scaling", *options], env=found, check=False).returncode)
+def scaling(options: tuple[str, ...]) -> None:
+    """Says where time and memory over model size and prompt length are measured."""
+    raise _in_the_repository("benchmarks.scaling")
 
 
-def _checkout() -> Path:
-    checkout = Path(atman_kernels.__file__).resolve().parent.parent
-    if not (checkout / "benchmarks" / "__main__.py").is_file():
-        raise InputError("the benchmarks are in the repository, not in the package; atman bench ops runs anywhere")
-    return checkout
+def _in_the_repository(module: str) -> InputError:
+    return InputError(
+        f"this benchmark is in the repository, not in the package: run `python -m {module}` there; "
+        "atman bench ops runs anywhere"
+    )
 
 
 @command.command("ops")

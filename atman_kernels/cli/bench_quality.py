@@ -18,7 +18,9 @@ from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
-    from atman_kernels.evaluation.quality import Setting, Summary
+    from atman_kernels.evaluation.quality import EvaluationProtocol, Setting, Summary
+    from atman_kernels.evaluation.results import ResultFile
+    from atman_kernels.evaluation.squad import Item
 
 FACTORS = (0.0, 0.1, 0.5)
 THRESHOLDS = (None, 0.7)
@@ -39,7 +41,9 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 @click.option("--sweep", is_flag=True, help="AtMan alone, in every mode with several factors and thresholds.")
 @click.option("--mode", type=click.Choice(MODES), help="Of AtMan.  [default: the package's]")
 @click.option("--factor", type=Number(0, LARGEST_FACTOR), help="Of AtMan.  [default: the package's]")
-@click.option("--threshold", type=Number(0, 1, min_open=True), help="Of AtMan.  [default: none]")
+@click.option(
+    "--threshold", "similarity_threshold", type=Number(0, 1, min_open=True), help="Of AtMan.  [default: none]"
+)
 @click.option(
     "--ig-steps", type=click.IntRange(1, 10_000), default=32, show_default=True, help="Of integrated gradients."
 )
@@ -59,9 +63,6 @@ def command(
     seed: int,
     methods: str | None,
     sweep: bool,
-    mode: str | None,
-    factor: float | None,
-    threshold: float | None,
     ig_steps: int,
     units: str,
     chat: bool,
@@ -70,6 +71,7 @@ def command(
     json_file: str | None,
     device: str | None,
     dtype: str,
+    **suppression: Any,
 ) -> None:
     """Explain the gold answers of a SQuAD-format file in several ways, and compare.
 
@@ -80,37 +82,16 @@ def command(
     if sweep and methods:
         raise InputError("--sweep is AtMan alone; leave out --methods")
     check_destinations({"--results": results, "--json": json_file}, {"--squad": squad})
-    from tqdm.auto import tqdm
-
-    from atman_kernels.evaluation.quality import Task, agreement, measure, summarize
+    from atman_kernels.evaluation.quality import EvaluationProtocol, agreement, summarize
     from atman_kernels.evaluation.results import ResultFile
-    from atman_kernels.evaluation.squad import drawn, read_items, split_of, usable
 
-    chosen, left_out = usable(item for item in read_items(squad) if split in ("all", split_of(item)))
-    for line in left_out:
-        say(f"Note: left out {line}")
-    chosen = drawn(chosen, items, seed)
-    if not chosen:
-        raise InputError(f"{squad} holds no usable question of the split {split!r}")
-    given = {"mode": mode, "factor": factor, "similarity_threshold": threshold}
-    explainer = {name: value for name, value in given.items() if value is not None}
+    chosen = _chosen(squad, split, items, seed)
+    explainer = {name: value for name, value in suppression.items() if value is not None}
     settings = swept() if sweep else compared(methods, explainer, ig_steps)
-    task = Task(units, chat, faithfulness)
-    header = {
-        "data": hashlib.sha256(Path(squad).read_bytes()).hexdigest(),
-        "split": split,
-        "model": model,
-        "dtype": dtype,
-        "units": units,
-        "chat": chat,
-        "faithfulness": faithfulness,
-    }
+    protocol = EvaluationProtocol(units, chat, faithfulness)
+    header = _header(squad, protocol, {"split": split, "model": model, "dtype": dtype})
     file = ResultFile(results, header)
-    with warnings_as_messages():
-        loaded, tokenizer = load(model, device=device, dtype=dtype)
-        hidden = not progress_is_seen()
-        with tqdm(total=len(chosen) * len(settings), unit="explanation", desc="explaining", disable=hidden) as bar:
-            measure(loaded, tokenizer, chosen, settings, task, file, bar.update)
+    loaded = _measure(model, device, dtype, chosen, settings, protocol, file)
     wanted = {item.id for item in chosen}
     named = {setting.name for setting in settings}
     entries = [entry for entry in file.entries if entry["item"] in wanted and entry["setting"] in named]
@@ -123,6 +104,60 @@ def command(
         return table_as_json(header | facts, summaries, ranks)
 
     deliver([Result("--json", json_file, as_json)], lambda: show(summaries))
+
+
+def _chosen(squad: str, split: str, items: int | None, seed: int) -> "list[Item]":
+    """The file's usable questions of a split, so many of them.
+
+    Raises:
+        InputError: there are none.
+    """
+    from atman_kernels.evaluation.squad import drawn, read_items, split_of, usable
+
+    chosen, left_out = usable(item for item in read_items(squad) if split in ("all", split_of(item)))
+    for line in left_out:
+        say(f"Note: left out {line}")
+    chosen = drawn(chosen, items, seed)
+    if not chosen:
+        raise InputError(f"{squad} holds no usable question of the split {split!r}")
+    return chosen
+
+
+def _header(squad: str, protocol: "EvaluationProtocol", others: dict[str, Any]) -> dict[str, Any]:
+    """What all measurements of a result file have in common."""
+    from atman_kernels.evaluation.squad import CHAT_PROMPT
+
+    header = {
+        "data": hashlib.sha256(Path(squad).read_bytes()).hexdigest(),
+        **others,
+        "units": protocol.units,
+        "chat": protocol.chat,
+        "faithfulness": protocol.faithfulness_items,
+    }
+    # earlier versions put the plain prompt into the template: their measurements are of other prompts
+    return header | ({"prompt": CHAT_PROMPT} if protocol.chat else {})
+
+
+def _measure(
+    model: str,
+    device: str | None,
+    dtype: str,
+    items: "list[Item]",
+    settings: "list[Setting]",
+    protocol: "EvaluationProtocol",
+    file: "ResultFile",
+) -> Any:
+    """The model, once every measurement that the file has not is in it."""
+    from tqdm.auto import tqdm
+
+    from atman_kernels.evaluation.quality import measure
+
+    with warnings_as_messages():
+        loaded, tokenizer = load(model, device=device, dtype=dtype)
+        hidden = not progress_is_seen()
+        with tqdm(total=len(items) * len(settings), unit="explanation", desc="explaining", disable=hidden) as bar:
+            measure(loaded, tokenizer, items, settings, protocol, file, bar.update)
+    return loaded
 
 
 def compared(methods: str | None, explainer: dict[str, Any], ig_steps: int) -> list["Setting"]:

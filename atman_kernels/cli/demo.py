@@ -9,7 +9,6 @@ import click
 from atman_kernels.cli.explain import report
 from atman_kernels.cli.model import device_options, load, warnings_as_messages
 from atman_kernels.cli.output import check_destinations, progress_is_seen, say
-from atman_kernels.cli.prompts import Question
 
 if TYPE_CHECKING:
     from atman_kernels import Explanation
@@ -33,8 +32,9 @@ def command(html: str, device: str | None, dtype: str) -> None:
 def explain_demo(model: Any, tokenizer: Any, progress: bool = False) -> "Explanation":
     """The demo's paragraph and question, explained word by word; the model finds the answer by itself."""
     from atman_kernels import Explainer
+    from atman_kernels.evaluation.squad import Item
 
     content = json.loads(files("atman_kernels").joinpath("assets", "demo.json").read_text(encoding="utf-8"))
-    question = Question(content["paragraph"], content["question"], answer=None)
+    item = Item("demo", "", content["paragraph"], content["question"], answer=None, start=None)
     explainer = Explainer(model, tokenizer, progress=progress)
-    return explainer.explain(question.prompt(chat=True), units="word", chat=True)
+    return explainer.explain(item.prompt(chat=True), units="word", chat=True)

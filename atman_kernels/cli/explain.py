@@ -41,6 +41,7 @@ UNITS = ("token", "word", "sentence", "paragraph")
 )
 @click.option(
     "--threshold",
+    "similarity_threshold",
     type=Number(0, 1, min_open=True),
     help="Suppress tokens of at least this cosine similarity along with each unit.",
 )
@@ -68,10 +69,6 @@ def command(
     method: str,
     permutations: int | None,
     seed: int | None,
-    mode: str,
-    factor: float,
-    threshold: float | None,
-    layers: list[int] | None,
     chat: bool,
     include_target: bool,
     max_new_tokens: int,
@@ -81,6 +78,7 @@ def command(
     device: str | None,
     dtype: str,
     quiet: bool,
+    **suppression: Any,
 ) -> None:
     """Show which parts of PROMPT a model's answer rests on. PROMPT is a text, or - for standard input.
 
@@ -95,8 +93,7 @@ def command(
     check_destinations(
         {"--html": html, "--json": json_file}, {"--file": file, "--squad": squad, "--gguf": gguf, "--model": model}
     )
-    options: dict[str, Any] = {k: v for k, v in (("permutations", permutations), ("seed", seed)) if v is not None}
-    _check_method(method, options)
+    options = _method_options(method, permutations=permutations, seed=seed)
 
     with warnings_as_messages(quiet):
         loaded, tokenizer = load(
@@ -104,35 +101,20 @@ def command(
         )
         from atman_kernels.explain.explainer import Explainer
 
-        explainer = Explainer(
-            loaded,
-            tokenizer,
-            mode=mode,
-            factor=factor,
-            similarity_threshold=threshold,
-            layers=layers,
-            progress=not quiet and progress_is_seen(),
-        )
-        explanation = explainer.explain(
-            text,
-            answer,
-            units,
-            versus=versus,
-            include_target=include_target,
-            chat=chat,
-            max_new_tokens=max_new_tokens,
-            method=method,
-            **options,
-        )
+        explainer = Explainer(loaded, tokenizer, progress=not quiet and progress_is_seen(), **suppression)
+        asked: dict[str, Any] = {"include_target": include_target, "chat": chat, "max_new_tokens": max_new_tokens}
+        explanation = explainer.explain(text, answer, units, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
 
 
-def _check_method(name: str, options: dict[str, Any]) -> None:
-    """Before a model is loaded for nothing."""
+def _method_options(name: str, **given: Any) -> dict[str, Any]:
+    """The options that were given, of a method that has them; checked before a model is loaded for nothing."""
+    options = {option: value for option, value in given.items() if value is not None}
     if name != "atman" or options:
         from atman_kernels.explain.methods import method
 
         method(name, options)
+    return options
 
 
 def _question(

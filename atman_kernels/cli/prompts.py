@@ -3,29 +3,16 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
 from atman_kernels import arguments
 from atman_kernels.cli.output import say
 from atman_kernels.errors import InputError
 
+if TYPE_CHECKING:
+    from atman_kernels.evaluation.squad import Item
+
 MOST_BYTES = 64 << 20  # of a prompt
-
-
-class Question(NamedTuple):
-    """A question over a passage, with the answer that people gave (None where there is none)."""
-
-    context: str
-    text: str
-    answer: str | None
-
-    def prompt(self, chat: bool) -> str:
-        """The prompt as people ask it: as a message to a chat model, or as a text to be continued."""
-        return f"{self.context}\n\n{self.text}" if chat else f"{self.context}\n\nQuestion: {self.text}\nAnswer:"
-
-    def target(self, chat: bool) -> str | None:
-        """The answer as it continues that prompt."""
-        return self.answer if chat or self.answer is None else f" {self.answer}"
 
 
 def read_prompt(text: str | None, file: str | None) -> str:
@@ -51,7 +38,7 @@ def check_texts(given: Mapping[str, str | Sequence[str] | None]) -> None:
             arguments.text_or_empty(text, option)
 
 
-def squad_question(file: str, item: int) -> Question:
+def squad_question(file: str, item: int) -> "Item":
     """Question number `item` (from 0, in the order of the file) of a file in the format of SQuAD 1.1 or 2.0.
 
     Raises:
@@ -60,7 +47,7 @@ def squad_question(file: str, item: int) -> Question:
     from atman_kernels.evaluation.squad import read_items
 
     try:
-        questions = [Question(found.context, found.question, found.answer) for found in read_items(file)]
+        questions = read_items(file)
     except InputError as error:
         raise InputError(f"--squad: {error}") from error
     if not 0 <= item < len(questions):

@@ -47,12 +47,12 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Task:
-    """How questions are put to the model.
+class EvaluationProtocol:
+    """How every item is explained, whatever the method.
 
     Attributes:
         units: a granularity.
-        chat: whether the tokenizer's chat template is used.
+        chat: whether the question is a message in the tokenizer's chat template, see `Item.prompt`.
         faithfulness_items: for how many of the first items deletion and insertion curves are run as well.
     """
 
@@ -60,19 +60,13 @@ class Task:
     chat: bool = False
     faithfulness_items: int = 0
 
-    def prompt(self, item: Item) -> str:
-        return f"{item.context}\n\nQuestion: {item.question}\nAnswer:"
-
-    def target(self, item: Item) -> str:
-        return str(item.answer) if self.chat else f" {item.answer}"
-
 
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     settings: Sequence[Setting],
-    task: Task,
+    protocol: EvaluationProtocol,
     results: ResultFile,
     advance: Callable[[], object] = lambda: None,
 ) -> None:
@@ -93,7 +87,7 @@ def measure(
         definition = {"method": setting.method, "options": setting.options, "explainer": explainer.suppression}
         results.define(setting.name, definition)
     done = {(entry["item"], entry["setting"]) for entry in results.entries}
-    with_curves = {item.id for item in items[: task.faithfulness_items]}
+    with_curves = {item.id for item in items[: protocol.faithfulness_items]}
     for _, group in itertools.groupby(items, key=lambda item: item.context):
         together = list(group)
         for setting in settings:
@@ -102,21 +96,21 @@ def measure(
                 advance()
             for first in range(0, len(missing), MOST_TOGETHER):
                 asked = missing[first : first + MOST_TOGETHER]
-                for entry in _measured(explainers[setting.name], asked, setting, task, with_curves):
+                for entry in _measured(explainers[setting.name], asked, setting, protocol, with_curves):
                     results.add(entry)
                     advance()
 
 
 def _measured(
-    explainer: Explainer, items: list[Item], setting: Setting, task: Task, with_curves: set[str]
+    explainer: Explainer, items: list[Item], setting: Setting, protocol: EvaluationProtocol, with_curves: set[str]
 ) -> Iterator[dict[str, Any]]:
     """One entry per item."""
     started = time.perf_counter()
-    prompts, targets = [task.prompt(item) for item in items], [task.target(item) for item in items]
+    prompts, targets = zip(*((item.prompt(protocol.chat), item.target(protocol.chat)) for item in items), strict=True)
     entries: list[dict[str, Any]] = [{"item": item.id, "setting": setting.name} for item in items]
     try:
         explanations = explainer.explain_batch(
-            prompts, targets, task.units, chat=task.chat, method=setting.method, **setting.options
+            prompts, targets, protocol.units, chat=protocol.chat, method=setting.method, **setting.options
         )
     except UnsupportedModelError as error:
         yield from (entry | {"refused": str(error)} for entry in entries)
@@ -132,17 +126,21 @@ def _measured(
             "target_logprob": float(explanation.base_logprobs.sum()),
         }
         if item.id in with_curves:
-            entry["faithfulness"] = _area(explainer, item, task, explanation, first, last)
+            entry["faithfulness"] = _area(explainer, item, protocol, explanation, (first, last))
         yield entry
 
 
-def _area(explainer: Explainer, item: Item, task: Task, explanation: Explanation, first: int, last: int) -> float:
-    """Between the curves of the passage's units; all others of the prompt stay."""
+def _area(
+    explainer: Explainer, item: Item, protocol: EvaluationProtocol, explanation: Explanation, passage: tuple[int, int]
+) -> float:
+    """The area between the curves of the passage's units [first, last); all others of the prompt stay."""
+    first, last = passage
+    prompt, target = item.prompt(protocol.chat), item.target(protocol.chat)
 
     def logprobs(suppressed: Tensor) -> Tensor:
         masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool, device="cpu")
         masks[:, first:last] = suppressed
-        found = explainer.ablate(task.prompt(item), task.target(item), task.units, masks=masks, chat=task.chat)
+        found = explainer.ablate(prompt, target, protocol.units, masks=masks, chat=protocol.chat)
         return found.logprobs.sum(1)
 
     steps = min(FAITHFULNESS_STEPS, last - first)

@@ -12,6 +12,9 @@ from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError
 
 Split = Literal["dev", "test"]
+# How a question is put: as a text that the model continues, and as the user's message to a chat model.
+PLAIN_PROMPT = "{context}\n\nQuestion: {question}\nAnswer:"
+CHAT_PROMPT = "{context}\n\n{question}"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class Item:
     question: str
     answer: str | None
     start: int | None
+
+    def prompt(self, chat: bool) -> str:
+        """The prompt of `PLAIN_PROMPT` or `CHAT_PROMPT`.
+
+        >>> Item("", "", "Pilot is a dog.", "Who is a dog?", "Pilot", 0).prompt(chat=True)
+        'Pilot is a dog.\\n\\nWho is a dog?'
+        """
+        return (CHAT_PROMPT if chat else PLAIN_PROMPT).format(context=self.context, question=self.question)
+
+    def target(self, chat: bool) -> str | None:
+        """The answer as it continues that prompt: after a space, or as a message of its own. None if there is none.
+
+        >>> Item("", "", "Pilot is a dog.", "Who is a dog?", "Pilot", 0).target(chat=False)
+        ' Pilot'
+        """
+        return self.answer if chat or self.answer is None else f" {self.answer}"
 
     @property
     def problem(self) -> str | None:

@@ -89,6 +89,11 @@ class ExplanationData:
         return self.measure == RISE
 
     @property
+    def has_probabilities(self) -> bool:
+        """Whether `base_logprobs` are logs of probabilities, rather than logits or cosines."""
+        return self.value == LOG_PROBABILITY
+
+    @property
     def total(self) -> torch.Tensor:
         """(n_units,) float32: each unit's scores summed over the target tokens; finite, as they are."""
         return self.scores.sum(dim=1).nan_to_num()

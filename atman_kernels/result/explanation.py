@@ -16,7 +16,7 @@ from atman_kernels.arguments import entries, integer
 from atman_kernels.errors import InputError
 from atman_kernels.files import write_whole
 from atman_kernels.planning.units import Unit
-from atman_kernels.result.data import LOG_PROBABILITY, ExplanationData, shortened
+from atman_kernels.result.data import ExplanationData, shortened
 from atman_kernels.result.json_format import json_line, values_from_json
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Explanation(ExplanationData):
 
     def __repr__(self) -> str:
         n_units, n_tokens = self.scores.shape
-        name = "log odds" if self.versus is not None else "log p" if self.value == LOG_PROBABILITY else self.value
+        name = "log odds" if self.versus is not None else "log p" if self.has_probabilities else self.value
         likelihood = f"{name} = {float(self.base_logprobs.double().sum()):.2f}"
         strongest = ", ".join(f"{shortened(unit.text)} {score:+.2f}" for unit, score in self.top(3))
         return (

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from atman_kernels.result.characters import BLANK, isolated, name, pieces, printable, supported
-from atman_kernels.result.data import LOG_PROBABILITY, ExplanationData
+
+if TYPE_CHECKING:  # labels are for the command line, too, which starts without torch
+    from atman_kernels.result.data import ExplanationData
 
 
 def label(text: str, limit: int = 40) -> str:
@@ -55,7 +58,7 @@ def signed(value: float) -> str:
 def likelihood(explanation: ExplanationData) -> tuple[str, str]:
     """How likely the model finds the answer, as a logarithm and in another way; for a contrast, its log odds."""
     logprob = float(explanation.base_logprobs.double().sum())
-    if explanation.value != LOG_PROBABILITY:
+    if not explanation.has_probabilities:
         return f"{printable(explanation.value)} {signed(logprob)}", "with nothing suppressed"
     if explanation.versus is None:
         return f"log p {signed(logprob)}", percent(logprob)

@@ -1,5 +1,6 @@
 """The command line end to end: what goes to which stream, into which file, and with which exit code."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -214,7 +215,7 @@ def test_squad_question_without_an_answer_is_left_to_the_model(explain, squad):
 
 def test_squad_sample(squad_sample):
     question = squad_question(str(squad_sample), 7)
-    assert question.text.endswith("?")
+    assert question.question.endswith("?")
     assert question.answer in question.context
 
 
@@ -407,12 +408,16 @@ def test_bench_tune_needs_a_gpu():
     assert "tuning needs a GPU" in result.stderr
 
 
-@pytest.mark.parametrize("command", [("bench",), ("bench", "scaling")])
-def test_bench_outside_a_checkout(command, monkeypatch, tmp_path):
-    monkeypatch.setattr(atman_kernels, "__file__", str(tmp_path / "atman_kernels" / "__init__.py"))
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [(("bench",), "benchmarks"), (("bench", "scaling", "--help", "--size", "1B"), "benchmarks.scaling")],
+)
+def test_benchmarks_of_the_repository_are_run_there(command, module):
+    """A command of the package runs nothing of a checkout that it may be in."""
     result = atman(*command)
-    assert result.exit_code == 2
-    assert "in the repository" in result.stderr
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"in the repository, not in the package: run `python -m {module}` there" in result.stderr
+    assert importlib.util.find_spec(f"{module}.__main__") is not None
 
 
 def test_demo_on_a_tiny_model(tiny_llama, tmp_path, monkeypatch):

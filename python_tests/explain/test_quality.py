@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.evaluation.quality import Setting, Task, agreement, locate, measure, summarize
+from atman_kernels.evaluation.quality import EvaluationProtocol, Setting, agreement, locate, measure, summarize
 from atman_kernels.evaluation.results import ResultFile
 from atman_kernels.evaluation.squad import Item, drawn, read_items, split_of, usable
 from atman_kernels.explain.explainer import Explainer
@@ -171,7 +171,7 @@ def test_a_method_that_finds_nothing_scores_nothing():
 def test_runs_are_resumed_and_nothing_is_counted_twice(model, squad, tmp_path):
     items, _ = usable(read_items(squad))
     settings = [Setting("atman"), Setting("other", explainer={"mode": "shifted"})]
-    task, path = Task(units="word"), tmp_path / "r.jsonl"
+    protocol, path = EvaluationProtocol(units="word"), tmp_path / "r.jsonl"
     calls = []
 
     class Stopped(Exception):
@@ -183,13 +183,13 @@ def test_runs_are_resumed_and_nothing_is_counted_twice(model, squad, tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        measure(*model, items, settings, task, ResultFile(path, {"run": 1}), stop)
+        measure(*model, items, settings, protocol, ResultFile(path, {"run": 1}), stop)
     with open(path, "a", encoding="utf-8") as stream:
         stream.write('{"item": "d", "sett')  # cut off while it was written
     resumed = ResultFile(path, {"run": 1})
     assert len(resumed.entries) == 3
     before = [json.dumps(entry) for entry in resumed.entries]
-    measure(*model, items, settings, task, resumed)
+    measure(*model, items, settings, protocol, resumed)
     again = ResultFile(path, {"run": 1})
     assert [json.dumps(entry) for entry in again.entries][:3] == before
     pairs = [(entry["item"], entry["setting"]) for entry in again.entries]
@@ -198,10 +198,10 @@ def test_runs_are_resumed_and_nothing_is_counted_twice(model, squad, tmp_path):
 
 def test_relevance_is_the_explainers(model, squad, tmp_path):
     items, _ = usable(read_items(squad))
-    task = Task(units="token")
+    protocol = EvaluationProtocol(units="token")
     results = ResultFile(tmp_path / "r.jsonl", {})
-    measure(*model, items[:1], [Setting("x", explainer={"factor": 0.3})], task, results)
-    expected = Explainer(*model, factor=0.3, progress=False).explain(task.prompt(items[0]), " Pilot")
+    measure(*model, items[:1], [Setting("x", explainer={"factor": 0.3})], protocol, results)
+    expected = Explainer(*model, factor=0.3, progress=False).explain(items[0].prompt(chat=False), " Pilot")
     assert results.entries[0]["relevance"] == pytest.approx(expected.total.tolist(), abs=1e-4)
     held = "".join(expected.units[i].text for i in results.entries[0]["truth"])
     assert held.strip() == "Pilot"
@@ -210,25 +210,60 @@ def test_relevance_is_the_explainers(model, squad, tmp_path):
 def test_questions_about_one_passage_are_explained_together_and_as_if_alone(model, squad, tmp_path):
     items, _ = usable(read_items(squad))
     results = ResultFile(tmp_path / "r.jsonl", {})
-    measure(*model, items, [Setting("x")], Task(), results)
+    measure(*model, items, [Setting("x")], EvaluationProtocol(), results)
     explainer = Explainer(*model, progress=False)
     for item, entry in zip(items, results.entries, strict=True):
-        alone = explainer.explain(Task().prompt(item), f" {item.answer}")
+        alone = explainer.explain(item.prompt(chat=False), f" {item.answer}")
         assert entry["relevance"] == pytest.approx(alone.total.tolist(), abs=1e-4)
     assert results.entries[0]["seconds"] == results.entries[1]["seconds"]  # of both together, halved
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_question_is_put_as_the_command_line_puts_it(model, squad, tmp_path, monkeypatch, chat):
+    """The same prompt and target from `atman explain --squad`, and what the result is of."""
+    from atman_kernels.cli.explain import _question
+
+    asked = []
+
+    def note(self, prompts, targets, *args, **options):
+        asked.extend(zip(prompts, targets, strict=True))
+        raise UnsupportedModelError("not needed")
+
+    monkeypatch.setattr(Explainer, "explain_batch", note)
+    items = [item for item in read_items(squad) if item.problem is None]
+    results = ResultFile(tmp_path / "r.jsonl", {})
+    measure(*model, items, [Setting("x")], EvaluationProtocol(chat=chat), results)
+    numbers = [read_items(squad).index(item) for item in items]
+    assert asked == [_question(None, None, str(squad), number, None, chat) for number in numbers]
+    name, answer = asked[0]
+    assert ("Answer:" in name, answer.startswith(" ")) == (not chat, not chat)
+    assert name.startswith(f"{CONTEXT}\n\n")
+
+
+def test_measurements_of_another_chat_prompt_are_not_continued(squad, tmp_path):
+    from atman_kernels.cli.bench_quality import _header
+
+    def header(chat):
+        return _header(str(squad), EvaluationProtocol(chat=chat), {"split": "all", "model": "m", "dtype": "float32"})
+
+    plain, chat = header(chat=False), header(chat=True)
+    assert "prompt" not in plain, "files of earlier versions go on"
+    ResultFile(tmp_path / "r.jsonl", {name: value for name, value in chat.items() if name != "prompt"})
+    with pytest.raises(InputError, match="of another run: prompt was None, now it is"):
+        ResultFile(tmp_path / "r.jsonl", chat)
 
 
 def test_another_setting_joins_and_another_meaning_does_not(model, squad, tmp_path):
     items, _ = usable(read_items(squad))
     path = tmp_path / "r.jsonl"
-    measure(*model, items, [Setting("a", explainer={"factor": 0.5})], Task("word"), ResultFile(path, {}))
-    measure(*model, items, [Setting("b", "random")], Task("word"), ResultFile(path, {}))
+    measure(*model, items, [Setting("a", explainer={"factor": 0.5})], EvaluationProtocol("word"), ResultFile(path, {}))
+    measure(*model, items, [Setting("b", "random")], EvaluationProtocol("word"), ResultFile(path, {}))
     again = ResultFile(path, {})
     assert [entry["setting"] for entry in again.entries] == ["a", "a", "b", "b"]
     in_full = {"mode": "log_additive", "factor": 0.5, "similarity_threshold": None, "layers": None}
     assert again.settings["a"]["explainer"] == in_full, "another version may have other defaults"
     with pytest.raises(InputError, match="setting 'a' was"):
-        measure(*model, items, [Setting("a")], Task("word"), again)
+        measure(*model, items, [Setting("a")], EvaluationProtocol("word"), again)
 
 
 def test_items_are_drawn_by_whole_passages():
@@ -250,7 +285,7 @@ def test_a_method_that_a_model_refuses_is_named_in_the_table(model, squad, tmp_p
     monkeypatch.setattr(Explainer, "explain_batch", refuse)
     items, _ = usable(read_items(squad))
     results = ResultFile(tmp_path / "r.jsonl", {})
-    measure(*model, items, [Setting("x")], Task(), results)
+    measure(*model, items, [Setting("x")], EvaluationProtocol(), results)
     (found,) = summarize(results.entries)
     assert (found.items, found.refused) == (0, "no attention weights")
 
@@ -258,8 +293,8 @@ def test_a_method_that_a_model_refuses_is_named_in_the_table(model, squad, tmp_p
 def test_curves_fall_faster_when_the_strongest_units_go_first(model, squad, tmp_path):
     items, _ = usable(read_items(squad))
     results = ResultFile(tmp_path / "r.jsonl", {})
-    task = Task(units="word", faithfulness_items=2)
-    measure(*model, items, [Setting("atman", explainer={"factor": 0.0})], task, results)
+    protocol = EvaluationProtocol(units="word", faithfulness_items=2)
+    measure(*model, items, [Setting("atman", explainer={"factor": 0.0})], protocol, results)
     areas = [entry["faithfulness"] for entry in results.entries]
     assert all(map(math.isfinite, areas))
     assert sum(areas) > 0
