@@ -327,8 +327,8 @@ def _of_part(part: Part, found: Explanation, values: dict[int, float]) -> list[A
         if unit.source == "prompt" and unit.start < unit.end and part.start <= unit.start < part.end
     ]
     if part.kind == "token_ids":
-        by_start = {start: score for start, _, score in inside}
-        return [by_start.get(start, 0.0) for start, _ in part.tokens]
+        # a token of white space alone is no unit, and counts for nothing; others' units begin after their white space
+        return [sum(score for start, _, score in inside if first <= start < last) for first, last in part.tokens]
     return [{"start": start - part.start, "length": end - start, "score": score} for start, end, score in inside]
 
 
