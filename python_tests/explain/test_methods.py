@@ -15,6 +15,7 @@ from atman_kernels.explain.methods import unit_scores
 from atman_kernels.explain.methods.attention import chefer, gradcam, raw_attention, rollout
 from atman_kernels.explain.methods.attnlrp import attnlrp
 from atman_kernels.explain.methods.gradients import input_x_gradient, integrated_gradients
+from atman_kernels.hf.attention import weights as attention_weights
 from atman_kernels.inputs.text_generation import Question, ask
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
@@ -124,6 +125,54 @@ def test_gradcam_weighs_the_last_layers_heads(model):
             seen = [key for key in range(row + 1) if weights[head, row, key] > 0]  # a window hides some
             expected += gradients[head, row, seen].mean() * weights[head, row] / len(weights)
         torch.testing.assert_close(found[:, target], expected.relu(), atol=1e-5, rtol=1e-4)
+
+
+# Against the model's own eager attention ------------------------------------------------------------------------
+
+
+def all_layers_at_once(model, question):
+    """What raw attention, rollout, Chefer and GradCAM are, by (L, L) matrices of every layer that the model tells."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    embeddings = model.get_input_embeddings()(question.inputs[None]).detach().requires_grad_()
+    output = model(inputs_embeds=embeddings, output_attentions=True, use_cache=False)
+    model.set_attn_implementation(before)
+    length, weights = len(question.inputs), [w[0] for w in output.attentions]
+    eye = torch.eye(length, dtype=weights[0].dtype)
+    rolled, raw = eye, weights[-1].mean(0)
+    for w in weights:
+        rolled = (w.mean(0) + eye) / 2 @ rolled
+    found = {raw_attention: raw[question.rows].T, rollout: rolled[question.rows].T, chefer: [], gradcam: []}
+    for row, token in zip(question.rows.tolist(), question.targets.tolist(), strict=True):
+        slopes = torch.autograd.grad(output.logits[0, row, token], output.attentions, retain_graph=True)
+        relevance = eye
+        for w, slope in zip(weights, slopes, strict=True):
+            relevance = relevance + (w * slope[0]).clamp_min(0).mean(0) @ relevance
+        found[chefer].append(relevance[row])
+        maps, slope = weights[-1][:, row], slopes[-1][0, :, row]
+        importance = torch.where(maps > 0, slope, 0.0).sum(-1) / (maps > 0).sum(-1)
+        found[gradcam].append((importance[:, None] * maps).mean(0).clamp_min(0))
+    return {m: x if isinstance(x, torch.Tensor) else torch.stack(x, dim=1) for m, x in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2", "gpt_oss", "gemma3n", "bloom", "gptj"])
+@pytest.mark.parametrize("rows", [3, 128])
+def test_layer_by_layer_is_what_all_layers_at_once_give(family, rows, monkeypatch):
+    """Window, softcap, sinks, shared keys and biases; a few rows at a time, and all of them."""
+    monkeypatch.setattr(attention_weights, "ROWS", rows)
+    model = tiny_models.build(family).double()
+    if hasattr(model, "set_experts_implementation"):  # torch's grouped products take no float64
+        model.set_experts_implementation("eager")
+    question = question_for(model)
+    for method, expected in all_layers_at_once(model, question).items():
+        found = method(model, question).scores
+        # sums in another order; softmax and norms of some families are float32 inside
+        torch.testing.assert_close(found, expected.detach(), atol=2e-6, rtol=1e-5)
+
+
+def test_chefer_with_and_without_recomputed_layers(llama):
+    question = question_for(llama)
+    assert torch.equal(*(chefer(llama, question, checkpointing=c).scores for c in (False, True)))
 
 
 # Gradients, by captum -------------------------------------------------------------------------------------------
@@ -321,13 +370,12 @@ def test_attention_weights_are_refused_under_a_suppression(llama, method):
 
 
 def test_models_without_reachable_attention_are_refused_by_name():
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import XLNetConfig, XLNetLMHeadModel
 
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)).eval()
-    question = question_for(tiny_models.build("llama"))
-    with pytest.raises(UnsupportedModelError, match="Bloom"):
-        rollout(bloom, question)
-    assert input_x_gradient(bloom, question).scores.shape == (12, 3)
+    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=32)).eval()
+    for method in METHODS[:4]:
+        with pytest.raises(UnsupportedModelError, match="XLNet"):
+            method(xlnet, question_for(tiny_models.build("llama")))
 
 
 def test_layers_that_are_no_attention_are_refused():

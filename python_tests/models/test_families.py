@@ -283,9 +283,3 @@ def test_what_differs_from_the_models_own_attention_is_refused():
     model.config._attn_implementation_internal = "eager"
     with pytest.raises(ak.UnsupportedModelError, match="does not reproduce its own"):
         explained(model, [draw(9, 1)], [draw(2, 2)])
-
-
-def test_weights_of_attention_inside_modules_are_refused():
-    model = tiny_models.build("bloom")
-    with pytest.raises(ak.UnsupportedModelError, match="BloomForCausalLM computes attention"), switch.eager(model):
-        pass

@@ -10,23 +10,20 @@ is taken to first order: Δo · ∂ log p(answer) / ∂o, added up over rows, he
 and one backward pass. Weights are made again on the way back, for some rows of one layer at a time.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
-from atman_kernels.formula import window_visible
 from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.layers import LayerSelection
 from atman_kernels.hf.attention.switch import Run
+from atman_kernels.hf.attention.weights import RowBlock, by_group, grouped, noted, row_blocks
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.inputs.text_generation import Question
 
-ROWS = 128  # of one layer whose weights are there at once
 NOTHING_LEFT = 1e-6  # of a row's weight: its output is taken to vanish then
 LARGEST_EXPONENT = 80.0
 
@@ -86,9 +83,10 @@ class _EffectsRun(Run):
                 f"{type(module).__name__} attends to {call.key.shape[2]} keys where {self.factor.shape[1]} tokens were "
                 'read: method "linear" needs one key for each'
             )
-        return _Noted.apply(output, call.query, call.key, call.value, call, self)  # type: ignore[no-any-return]
+        return noted(output, call, self._add)
 
-    def add(self, effects: Tensor) -> None:
+    def _add(self, call: AttentionCall, output: Tensor, gradient: Tensor) -> None:
+        effects = _effects(call, output, gradient, self.factor.to(output.device), self.mode)
         self._effects = effects if self._effects is None else self._effects + effects.to(self._effects.device)
 
     def collect(self) -> Tensor:
@@ -97,108 +95,37 @@ class _EffectsRun(Run):
         return self.factor.new_zeros(len(self.factor)) if found is None else found
 
 
-class _Noted(torch.autograd.Function):
-    """An attention output as it is. What it is made of is kept by autograd, which checkpointing knows how to drop."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, run: _EffectsRun
-    ) -> Tensor:
-        ctx.save_for_backward(output, query, key, value)
-        none = query.new_empty(0)
-        ctx.call, ctx.run = replace(call, query=none, key=none, value=none), run
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        output, query, key, value = ctx.saved_tensors
-        call = replace(ctx.call, query=query, key=key, value=value)
-        factor = ctx.run.factor.to(query.device)
-        ctx.run.add(_effects(call, output, gradient, factor, ctx.run.mode))
-        return (gradient, *(None,) * 5)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of an attention: scores and visible (Hq, M, S), weights likewise."""
-
-    rows: slice
-    scores: Tensor
-    visible: Tensor
-    weights: Tensor
-
-
 def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tensor, mode: str) -> Tensor:
     """(n_units,) Σ Δo · dO over rows and heads; output and gradient (1, T, Hq, Dv), factor (n_units, S)."""
     wide = torch.promote_types(output.dtype, torch.float32)
-    group = call.query.shape[1] // call.value.shape[1]
-    value = call.value[0].to(wide).repeat_interleave(group, dim=0)  # [Hq, S, Dv]
+    value = call.value[0].to(wide)  # [Hkv, S, Dv]
     output, gradient = (x[0].transpose(0, 1).to(wide) for x in (output, gradient))  # [Hq, T, Dv]
     factor = factor.to(wide)
     total = factor.new_zeros(len(factor), dtype=wide)
-    for part in _row_blocks(call, wide):
-        d_output = gradient[:, part.rows]
-        at_output = (d_output * output[:, part.rows]).sum(-1, keepdim=True)  # [Hq, M, 1]
-        gain = part.weights * (d_output @ value.mT - at_output)  # of the answer's log-prob with each weight
+    for block in row_blocks(call):
+        d_output, own = gradient[:, block.rows], factor[:, block.keys]
+        at_output = (d_output * output[:, block.rows]).sum(-1, keepdim=True)  # [Hq, M, 1]
+        gain = by_group(grouped(d_output, call), value[:, block.keys].mT).sub_(at_output)  # [Hq, M, N]
+        gain = gain.mul_(block.weights)  # of the answer's log-prob with each weight
         if mode == "log_additive":
-            change = (factor - 1).T  # [S, n_units]
-            moved, left = gain @ change, 1 + part.weights @ change  # [Hq, M, n_units]
+            change = (own - 1).T  # [N, n_units]
+            moved, left = gain @ change, 1 + block.weights @ change  # [Hq, M, n_units]
         else:
-            moved, left = _by_scores(part, gain, factor, mode)
+            moved, left = _by_scores(block, gain, own, mode)
         effect = torch.where(left > NOTHING_LEFT, moved / left.clamp_min(NOTHING_LEFT), -at_output)
         total += effect.sum((0, 1))
     return total
 
 
-def _by_scores(part: _Rows, gain: Tensor, factor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def _by_scores(block: RowBlock, gain: Tensor, factor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """The same where a key's weight changes with its score: one unit at a time, at the keys that it touches."""
-    lowest = part.scores.masked_fill(~part.visible, torch.inf).amin(-1, keepdim=True)
+    lowest = block.scores.masked_fill(~block.visible, torch.inf).amin(-1, keepdim=True)
     moved, left = gain.new_zeros(*gain.shape[:2], len(factor)), gain.new_ones(*gain.shape[:2], len(factor))
     for unit, own in enumerate(factor):
         keys = (own != 1).nonzero().flatten()
-        height = part.scores[..., keys] if mode == "multiplicative" else part.scores[..., keys] - lowest
+        height = block.scores[..., keys] if mode == "multiplicative" else block.scores[..., keys] - lowest
         change = ((own[keys] - 1) * height).clamp_max(LARGEST_EXPONENT).expm1()
-        change = change.masked_fill(~part.visible.expand_as(part.scores)[..., keys], 0.0)
+        change = change.masked_fill(~block.visible.expand_as(block.scores)[..., keys], 0.0)
         moved[..., unit] = (gain[..., keys] * change).sum(-1)
-        left[..., unit] += (part.weights[..., keys] * change).sum(-1)
+        left[..., unit] += (block.weights[..., keys] * change).sum(-1)
     return moved, left
-
-
-def _row_blocks(call: AttentionCall, wide: torch.dtype) -> Iterator[_Rows]:
-    """The weights of an attention, some rows at a time."""
-    group = call.query.shape[1] // call.key.shape[1]
-    query, key = call.query[0].to(wide), call.key[0].to(wide).repeat_interleave(group, dim=0)
-    length, scale = query.shape[1], query.shape[-1] ** -0.5 if call.scale is None else call.scale
-    for first in range(0, length, ROWS):
-        rows = slice(first, min(first + ROWS, length))
-        scores = scale * (query[:, rows] @ key.mT)  # [Hq, M, S]
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        visible, bias = _mask_of(call, rows, length)
-        if bias is not None:
-            visible = visible & (bias > -torch.inf)
-            scores = scores + bias.to(wide).masked_fill(bias == -torch.inf, 0.0)
-        logits = scores.masked_fill(~visible, -torch.inf)
-        if call.sinks is not None:
-            sinks = call.sinks.to(wide)[:, None, None].expand(*logits.shape[:2], 1)
-            logits = torch.cat([logits, sinks], dim=-1)
-        weights = logits.softmax(-1).nan_to_num()[..., : key.shape[1]]  # a row that sees nothing has none
-        yield _Rows(rows, scores, visible, weights)
-
-
-def _mask_of(call: AttentionCall, rows: slice, length: int) -> tuple[Tensor, Tensor | None]:
-    """What some rows see, (1, M, S) bool, and what is added to their scores, (1|Hq, M, S) or None."""
-    device, mask, bias = call.query.device, call.mask, call.position_bias
-    positions = torch.arange(length, device=device)
-    by_position = window_visible(positions[rows], positions, call.is_causal, call.sliding_window)[None]
-    if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))[0]
-        bias = bias.expand(-1, length, -1)[:, rows]
-    if mask is None:
-        return by_position, bias
-    for_all_queries, mask = mask.shape[2] == 1, mask[0].expand(-1, length, -1)[:, rows]
-    if mask.dtype == torch.bool:  # one row of it is padding, else it says all
-        return (by_position & mask if for_all_queries else mask), bias
-    hidden = mask <= torch.finfo(mask.dtype).min
-    added = mask.float().masked_fill(hidden, -torch.inf)
-    return torch.ones_like(by_position), added if bias is None else bias + added

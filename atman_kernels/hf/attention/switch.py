@@ -21,12 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
-    eager_mask,
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.errors import InputError
 from atman_kernels.hf.attention.calls import AttentionCall, call_of
 from atman_kernels.hf.attention.masks import additive, compact_mask, only_chosen
 from atman_kernels.hf.models.families import chooses_keys, families_in, handed_over
@@ -87,7 +86,7 @@ class Run(ABC):
 
 @dataclass(frozen=True, eq=False)
 class _Active:
-    run: Run | None  # None: the model's own eager attention
+    run: Run
     scope: Scope
     modules: frozenset[int]  # ids of the modules that the run owns
     configs: frozenset[int]  # ids of the configs, by which mask functions know their model
@@ -114,8 +113,6 @@ def attention(
     active = next((a for a in reversed(_everywhere) if id(module) in a.modules and a.scope.holds()), None)
     if active is None:
         return _own_attention(module, query, key, value, attention_mask, **kwargs)
-    if active.run is None:
-        return _eager_of(module)(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("dropout"):
         raise InputError(f"model must be in eval mode: {type(module).__name__} asks for attention dropout")
     call = call_of(module, query, key, value, attention_mask, kwargs)
@@ -162,8 +159,6 @@ def mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
         name = own_name(config)
         function = sdpa_mask if name in (None, NAME) else ALL_MASK_ATTENTION_FUNCTIONS.get(name)
         return None if function is None else function(config=config, **kwargs)
-    if active.run is None:
-        return eager_mask(config=config, **kwargs)
     visible = active.run.mask(config=config, whole=active.whole_masks, **kwargs)
     if not active.mask_hides:
         return visible
@@ -176,25 +171,7 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
 
 
-@contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """The model's own eager attention, the one that can tell its weights; on exit all is as before.
-
-    Raises:
-        InputError, UnsupportedModelError: see `decoder_of`; also if the caller is inside a run on the model.
-    """
-    decoder = decoder_of(model)
-    if families_in(decoder):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} computes attention inside its own layers, where its weights cannot be asked for"
-        )
-    active = _active_on(decoder, None, Scope(), type(model).__name__)
-    _check_free(active)
-    with _acting(decoder, active):
-        yield
-
-
-def _active_on(decoder: PreTrainedModel, run: Run | None, scope: Scope, model_name: str) -> _Active:
+def _active_on(decoder: PreTrainedModel, run: Run, scope: Scope, model_name: str) -> _Active:
     modules = frozenset(id(m) for m in decoder.modules())
     configs = frozenset(id(c) for c in _configs(decoder))
     hides = any(family.mask_hides for family in families_in(decoder))

@@ -1,4 +1,4 @@
-"""Forwards of an unmodified model that can be differentiated: by its input embeddings, by its attention weights.
+"""Forwards of an unmodified model that can be differentiated by its input embeddings, or by what its layers compute.
 
 Gradients go to those tensors alone. No parameter's `requires_grad` is changed for good, and no `.grad` is written.
 """
@@ -20,7 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from atman_kernels.arguments import flag
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import widened
-from atman_kernels.hf.attention.switch import eager
 from atman_kernels.hf.forward.logprobs import head_in_float32
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.replacement import replaced
@@ -32,16 +31,14 @@ class Differentiable:
     """A forward with its graph.
 
     Attributes:
-        embeddings: (B, L, H) the input embeddings, a leaf that requires a gradient.
+        embeddings: (B, L, H) the input embeddings, a leaf.
         logits: (B, m) of the target tokens, float32 (float64 for float64 models).
         logprobs: (B, m) likewise.
-        attentions: per layer (B, Hq, L, L), if asked for.
     """
 
     embeddings: Tensor
     logits: Tensor
     logprobs: Tensor
-    attentions: tuple[Tensor, ...] = ()
 
 
 @contextmanager
@@ -87,7 +84,7 @@ def differentiable_run(
     targets: Tensor,
     *,
     embeddings: Tensor | None = None,
-    attentions: bool = False,
+    of_embeddings: bool = True,
 ) -> Differentiable:
     """One forward inside `differentiation`, with logits for the target rows only.
 
@@ -96,13 +93,14 @@ def differentiable_run(
         rows: (m,) rows whose next token is a target.
         targets: (m,) those tokens.
         embeddings: (B, L, H) to put in place of what the model looks up for `ids`; None for just that, with B = 1.
-        attentions: keep every layer's attention weights, (B, Hq, L, L) each, by the model's own eager attention.
+        of_embeddings: whether they require a gradient; if not, the graph begins where a layer's output is made to.
 
     Raises:
-        UnsupportedModelError: the model has no input embeddings of its own, or does not tell its attention weights.
+        UnsupportedModelError: the model has no input embeddings of its own.
     """
     ids, rows, targets = ids.clone(), rows.clone(), targets.clone()  # not inference tensors, which no graph may hold
-    leaf = (input_embeddings(model, ids)[None] if embeddings is None else embeddings.detach().clone()).requires_grad_()
+    leaf = input_embeddings(model, ids)[None] if embeddings is None else embeddings.detach().clone()
+    leaf.requires_grad_(of_embeddings)
     batch = leaf.shape[0]
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": rows} if keeps else {}
@@ -110,15 +108,11 @@ def differentiable_run(
         scope = stack.enter_context(Scope())
         stack.enter_context(_embedding_replaced(model, leaf, scope))
         stack.enter_context(head_in_float32(model, scope))
-        if attentions:
-            stack.enter_context(eager(model))
-            options["output_attentions"] = True
         output = model(ids.expand(batch, -1), use_cache=False, return_dict=True, **options)
     all_logits = output.logits if keeps else output.logits[:, rows]  # (B, m, vocabulary)
     all_logits = widened(all_logits)
     logits = all_logits.gather(-1, targets.expand(batch, -1)[..., None]).squeeze(-1)
-    weights = _attention_weights(model, output) if attentions else ()
-    return Differentiable(leaf, logits, logits - all_logits.logsumexp(-1), weights)
+    return Differentiable(leaf, logits, logits - all_logits.logsumexp(-1))
 
 
 def target_gradients(
@@ -137,16 +131,6 @@ def target_gradients(
     last = values.shape[1] - 1
     for target in range(values.shape[1]):
         yield torch.autograd.grad(values[:, target].sum(), inputs, retain_graph=target < last)
-
-
-def _attention_weights(model: PreTrainedModel, output: Any) -> tuple[Tensor, ...]:
-    weights = tuple(getattr(output, "attentions", None) or ())
-    layers = getattr(decoder_of(model).config, "num_hidden_layers", len(weights))
-    if len(weights) != layers or any(not isinstance(w, Tensor) or w.ndim != 4 for w in weights):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not give its attention weights: {len(weights)} of {layers} layers did"
-        )
-    return weights
 
 
 @contextmanager
@@ -169,7 +153,9 @@ def _embedding_replaced(model: PreTrainedModel, embeddings: Tensor, scope: Scope
 def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     layers = [module for module in decoder_of(model).modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UnsupportedModelError(f"{type(model).__name__} has no layers that can be recomputed (checkpointing)")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layers that can be recomputed; pass checkpointing=False"
+        )
 
     def recomputed(own: Any, *args: Any, **kwargs: Any) -> Any:
         # the backward of a GPU runs in a thread of its own, which has none of this thread's context variables
