@@ -15,7 +15,7 @@ from atman_kernels.arguments import flag, shown
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
-    from atman_kernels.inputs.text_generation import Question
+    from atman_kernels.inputs.objective import Objective
 
 Tell = Callable[[int, int], object]  # tokens done, tokens in all
 Progress = bool | Tell
@@ -35,7 +35,7 @@ class Listener:
         """
         return lambda token: None
 
-    def asked(self, questions: "Sequence[Question]") -> None:
+    def asked(self, questions: "Sequence[Objective]") -> None:
         """All answers are there; their units are explained now."""
 
     def progressed(self, done: int, total: int) -> None:

@@ -79,11 +79,13 @@ def parity(python: str) -> dict[str, float]:
 def ours(model: Any) -> torch.Tensor:
     """(L, 2) relevances by this package."""
     from atman_kernels.explain.methods.attnlrp import attnlrp
-    from atman_kernels.inputs.text_generation import Question
+    from atman_kernels.inputs.text_generation import CausalObjective
 
     ids = torch.tensor([*IDS, TARGETS[1]])
     ids[-2] = TARGETS[0]  # rows L - 2 and L - 1 predict the two targets
-    question = Question("", "", ids, len(ids) - 2, (), ("", ""))
+    question = CausalObjective(
+        prompt="", target="", ids=ids, prompt_length=len(ids) - 2, units=(), target_tokens=("", "")
+    )
     return attnlrp(model, question).scores
 
 

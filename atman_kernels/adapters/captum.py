@@ -37,8 +37,9 @@ from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import generated
-from atman_kernels.inputs.text_generation import Question, UnitChoice, encode, special_flags
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.token_texts import token_texts_of
+from atman_kernels.inputs.tokenization import UnitChoice, encode, special_flags
 from atman_kernels.planning.units import Unit, split_units
 
 SUPPRESSION = "atman_suppression"  # the keyword under which a forward of the model carries its row of factors
@@ -90,7 +91,7 @@ class SuppressedTextInput(TextTokenInput):
         self.itp_tensor = torch.ones(1, self.n_itp_features, dtype=torch.float32, device="cpu")
         self.itp_mask = self.skip_tokens = None
         self.baselines = 0
-        self.question: Question | None = None
+        self.question: CausalObjective | None = None
         self.answers: _Answers | None = None
         self._hook: Any = None
         self._arriving: _Suppression | None = None

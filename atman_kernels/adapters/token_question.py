@@ -10,12 +10,12 @@ from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.attention.suppression import suppress
 from atman_kernels.hf.models.eval_mode import evaluating
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.units import Unit
 from atman_kernels.run.runner import Outcome
 
 
-def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units: Sequence[Unit]) -> Question:
+def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units: Sequence[Unit]) -> CausalObjective:
     """A question about ids (n + m,), of which the first n are the prompt.
 
     Raises:
@@ -30,7 +30,7 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
     check_ids(explainer.model, explainer.tokenizer, ids[:prompt_length].tolist(), "prompt")
     check_ids(explainer.model, explainer.tokenizer, ids[prompt_length:].tolist(), "target")
     texts = explainer.tokenizer.convert_ids_to_tokens(ids.tolist())
-    return Question(
+    return CausalObjective(
         prompt=explainer.tokenizer.decode(ids[:prompt_length]),
         target=explainer.tokenizer.decode(ids[prompt_length:]),
         ids=ids.to(explainer.model.device),
@@ -40,12 +40,12 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
     )
 
 
-def unit_factors(explainer: Explainer, question: Question) -> Tensor:
+def unit_factors(explainer: Explainer, question: CausalObjective) -> Tensor:
     """(n_units, n + m - 1) on the CPU: one row of factors per unit, similar tokens included if they are asked for."""
     return explainer.factors_of(question)
 
 
-def run_rows(explainer: Explainer, questions: Sequence[Question], factors: Sequence[Tensor]) -> Outcome:
+def run_rows(explainer: Explainer, questions: Sequence[CausalObjective], factors: Sequence[Tensor]) -> Outcome:
     """Log-probs of the answers under any rows of factors (n_rows, n + m - 1), one tensor of rows per question."""
     with evaluating(explainer.model):
         return explainer.runner.run(questions, factors)

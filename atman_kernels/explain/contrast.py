@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels.errors import InputError
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.objective import Objective
 from atman_kernels.result.data import RISE, AnswerLogprobs
 from atman_kernels.result.explanation import Explanation
 
@@ -23,9 +23,10 @@ def check_versus(target: str | None, versus: str | None, include_target: bool) -
         raise InputError("include_target does not go with versus: the two answers have no tokens in common to explain")
 
 
-def check_answers(question: Question, other: Question) -> None:
+def check_answers(objective: Objective, other: Objective) -> None:
     """As `check_versus`, once the model has answered: other texts may still be the same tokens."""
-    if torch.equal(question.targets, other.targets):
+    first, second = objective.sequence, other.sequence
+    if first is not None and second is not None and torch.equal(first.targets, second.targets):
         raise InputError(f"versus must be another answer than target, got the same tokens for both: {other.target!r}")
 
 

@@ -14,17 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from atman_kernels.errors import InputError
 from atman_kernels.hf.images.blip import BlipRun, answer_logprobs, answers_questions, image_states, source_states
 from atman_kernels.hf.images.embedding import refusals_named
-from atman_kernels.inputs.encoder_inputs import checked_text, read_image
+from atman_kernels.inputs.encoder_inputs import read_image
 from atman_kernels.inputs.image_places import ImageUnitChoice
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of, room_for_answer
+from atman_kernels.inputs.objective import ForwardObjective
 from atman_kernels.inputs.own_answer import generated, without_ends
-from atman_kernels.inputs.text_generation import checked_target_ids, encode, special_flags
 from atman_kernels.inputs.token_texts import token_texts_of
+from atman_kernels.inputs.tokenization import checked_target_ids, checked_text, encode, special_flags
 from atman_kernels.planning.units import Unit, split_units
-from atman_kernels.run.full_rows import Task
 
 
-def task(
+def objective(
     model: Any,
     processor: Any,
     prompt: Any,
@@ -36,7 +36,7 @@ def task(
     vision: bool,
     max_new_tokens: int,
     language: str,
-) -> Task:
+) -> ForwardObjective:
     """What is asked of a BLIP model, with its own greedy answer if no target is given.
 
     Args:
@@ -97,16 +97,16 @@ def task(
         return torch.block_diag(seen[0].float().cpu(), words.float().cpu())
 
     pieces, _ = token_texts_of(tokenizer, answer)
-    return Task(
+    return ForwardObjective(
         prompt=text,
         target="".join(pieces) if target is None else target,
         units=tuple(found),
         target_tokens=tuple(pieces),
-        positions=first + len(ids),
-        cost=(read.positions if vision else 0) + (len(ids) if asks else 0) + written.shape[1],
-        part=model,
-        values=values,
-        embeddings=embeddings,
+        keys=first + len(ids),
+        row_cost=(read.positions if vision else 0) + (len(ids) if asks else 0) + written.shape[1],
+        suppressed=model,
+        forward=values,
+        read_embeddings=embeddings,
         run=lambda factor, **options: BlipRun(model, factor, states=read.positions, vision=vision, **options),
         facts={"image_units": image_units, **({"vision": True} if vision else {}), **read.facts},
     )

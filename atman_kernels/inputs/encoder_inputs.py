@@ -1,7 +1,7 @@
-"""What a model reads, and the units of it: a text, a picture, a recording."""
+"""What an encoder reads, and the units of it: a text or a pair, an image, audio."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel
 
-from atman_kernels.arguments import entries, integer, real, shown, text
+from atman_kernels.arguments import entries, integer, real, shown
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.images.patches import patch_grid
 from atman_kernels.hf.images.places import seen_region
 from atman_kernels.hf.models.parts import is_encoder_decoder
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of
-from atman_kernels.inputs.text_generation import check_fast, special_flags
+from atman_kernels.inputs.objective import ForwardObjective
+from atman_kernels.inputs.tokenization import check_fast, checked_text, special_flags
 from atman_kernels.planning.image_units import Region, patch_units
 from atman_kernels.planning.units import Unit, split_units
 
@@ -23,8 +24,8 @@ BETWEEN = "\n\n"  # the texts of a pair
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """One thing read.
+class EncoderInputs:
+    """What an encoder is given, and the units of it.
 
     Attributes:
         shown: what stands for it as a text, to which the units' characters refer.
@@ -48,11 +49,6 @@ class Reading:
 # Text ---------------------------------------------------------------------------------------------------------
 
 
-def checked_text(value: Any, name: str = "prompt") -> str:
-    """Raises InputError if it is no text, or but white space, of which encoders would read their special tokens."""
-    return text(value, name, blank=False)
-
-
 def encode(tokenizer: Any, model: PreTrainedModel, *texts: str, name: str = "prompt") -> BatchEncoding:
     """Token ids and all else the tokenizer makes of a text or a pair, with offsets.
 
@@ -68,7 +64,7 @@ def encode(tokenizer: Any, model: PreTrainedModel, *texts: str, name: str = "pro
     return encoded
 
 
-def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, language: str) -> Reading:
+def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, language: str) -> EncoderInputs:
     """A text, or a pair, as an encoder reads it; its special tokens are units too.
 
     A pair is shown with an empty line between, and characters are counted in that.
@@ -94,13 +90,13 @@ def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, l
     )
     taken = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     inputs = {str(name): torch.tensor([encoded[name]], device=model.device) for name in taken}
-    return Reading(BETWEEN.join(texts), inputs, found, len(ids), {})
+    return EncoderInputs(BETWEEN.join(texts), inputs, found, len(ids), {})
 
 
 # Pictures -----------------------------------------------------------------------------------------------------
 
 
-def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, images: Any, units: Any) -> Reading:
+def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, images: Any, units: Any) -> EncoderInputs:
     """A picture, or the pixel values that a processor made of one, as a vision transformer reads it.
 
     Class and register tokens stand before the patches and are no units.
@@ -113,7 +109,9 @@ def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, im
     grid = patch_grid(model, part, pixels)
     tile = _tile(units, grid.rows, grid.columns)
     found = patch_units(grid.rows, grid.columns, size, tile, first_position=grid.before, region=region)
-    return Reading("", {"pixel_values": pixels}, found, grid.keys, {"images": [{"width": size[0], "height": size[1]}]})
+    return EncoderInputs(
+        "", {"pixel_values": pixels}, found, grid.keys, {"images": [{"width": size[0], "height": size[1]}]}
+    )
 
 
 def _tile(units: Any, rows: int, columns: int) -> int:
@@ -157,7 +155,7 @@ def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor
 # Recordings ---------------------------------------------------------------------------------------------------
 
 
-def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -> Reading:
+def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -> EncoderInputs:
     """A recording as Whisper's encoder reads it: two mel frames are one position.
 
     Raises:
@@ -197,7 +195,7 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
         found.append(Unit(label, len(shown), len(shown) + len(label), tuple(range(first, last))))
         shown += label
     facts = {"seconds": [list(span) for span in spans]}
-    return Reading(shown, {"input_features": features.to(model.device, model.dtype)}, tuple(found), most, facts)
+    return EncoderInputs(shown, {"input_features": features.to(model.device, model.dtype)}, tuple(found), most, facts)
 
 
 def _seconds(units: Any, duration: float, shortest: float) -> list[tuple[float, float]]:
@@ -244,3 +242,49 @@ def only(given: Mapping[str, Any], wanted: str, model: PreTrainedModel) -> Any:
     if given[wanted] is None:
         raise InputError(f"{wanted} is missing; {takes}")
     return given[wanted]
+
+
+# What is asked ------------------------------------------------------------------------------------------------
+
+
+def encoder_objective(
+    part: PreTrainedModel,
+    read: EncoderInputs,
+    target: str,
+    value: str,
+    forward: Callable[[int], Tensor],
+    facts: dict[str, Any],
+) -> ForwardObjective:
+    """What is asked of an encoder: one value per row.
+
+    Args:
+        part: whose attention is suppressed.
+        target: the text of the answer.
+        value: what is measured, see `Objective.value`.
+        forward: n -> (n, 1), the value of n equal rows.
+        facts: for the explanation's settings.
+    """
+    embeddings = None
+    if "input_ids" in read.inputs:
+
+        def embeddings() -> Tensor:
+            return part.get_input_embeddings()(read.inputs["input_ids"])[0].float().cpu()
+
+    return ForwardObjective(
+        prompt=read.shown,
+        target=target,
+        units=read.units,
+        target_tokens=(target,),
+        keys=read.positions,
+        row_cost=read.positions,
+        suppressed=part,
+        forward=forward,
+        kind_of_value=value,
+        read_embeddings=embeddings,
+        facts=read.facts | facts,
+    )
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()

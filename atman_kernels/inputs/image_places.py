@@ -9,11 +9,17 @@ from atman_kernels.hf.images.layouts import ImageTokens, Place
 from atman_kernels.planning.image_units import patch_units, query_units
 from atman_kernels.planning.units import Span, Unit
 
-ImageUnitChoice = str | int  # "patch" | "image" | patches per side of a tile
+
+class Unsaid(str):
+    """A choice that nobody made: equal to the text, and known as the default."""
+
+
+ImageUnitChoice = str | int  # "patch" | "image" | patches per side of an image tile
+PATCHES = Unsaid("patch")
 
 
 def checked_image_units(choice: Any) -> ImageUnitChoice | None:
-    """Raises InputError if it is neither "patch", "image", patches per side of a tile, nor None."""
+    """Raises InputError if it is neither "patch", "image", patches per side of an image tile, nor None."""
     if choice is None or (isinstance(choice, str) and choice in ("patch", "image")):
         return choice
     return integer(choice, "image_units", least=1, expected='"patch", "image", an integer >= 1 or None')

@@ -22,19 +22,13 @@ from atman_kernels.hf.images.embedding import (
 from atman_kernels.hf.images.layouts import ImageTokens, image_family_of, image_tokens
 from atman_kernels.hf.images.places import places_of
 from atman_kernels.inputs.chat import templated
-from atman_kernels.inputs.encoder_inputs import Reading, one_or_several
+from atman_kernels.inputs.encoder_inputs import EncoderInputs, one_or_several
 from atman_kernels.inputs.image_places import ImageUnitChoice, image_units_of, sizes_of
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
-from atman_kernels.inputs.text_generation import (
-    Prompt,
-    Question,
-    UnitChoice,
-    checked_prompt,
-    special_flags,
-    target_ids,
-)
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.token_texts import token_texts_of
+from atman_kernels.inputs.tokenization import Prompt, UnitChoice, checked_prompt, special_flags, target_ids
 from atman_kernels.planning.units import Span, Unit, split_units, target_units
 
 
@@ -72,7 +66,7 @@ def ask_about_images(
     max_new_tokens: int,
     language: str,
     vision: bool,
-) -> Question:
+) -> CausalObjective:
     """Run the processor and the vision tower, let the model answer if no target is given, and find the units.
 
     Args:
@@ -103,7 +97,7 @@ def ask_about_images(
     if include_target and len(answer) > 1:
         target = "".join(pieces)
         found += target_units(target, offsets, length, token_texts=pieces)
-    return Question(
+    return CausalObjective(
         prompt=read.shown,
         target=str(target),
         ids=torch.cat([prompt_ids, answer]),
@@ -111,9 +105,9 @@ def ask_about_images(
         units=found,
         target_tokens=tuple(pieces),
         embedded=embedded,
-        pictured=with_pixels(model, read.inputs, answer, read.blocks) if vision else None,
-        own_logprobs=own,
-        facts=read.facts | ({"vision": True, "path": "batched"} if vision else {}),
+        with_pixels=with_pixels(model, read.inputs, answer, read.blocks) if vision else None,
+        own_values=own,
+        facts=read.facts | ({"vision": True} if vision else {}),
     )
 
 
@@ -126,11 +120,11 @@ def read_source(
     units: UnitChoice | None,
     image_units: ImageUnitChoice | None,
     language: str,
-) -> Reading:
+) -> EncoderInputs:
     """Pictures and text as the encoder of an encoder-decoder reads them; arguments as of `read_pictured`."""
     read = read_pictured(model, processor, tokenizer, prompt, images, units, image_units, chat=False, language=language)
     embeddings = source_embeddings(model, read.inputs)
-    return Reading(read.shown, {"inputs_embeds": embeddings}, read.units, embeddings.shape[1], read.facts)
+    return EncoderInputs(read.shown, {"inputs_embeds": embeddings}, read.units, embeddings.shape[1], read.facts)
 
 
 def read_pictured(

@@ -13,29 +13,17 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from atman_kernels.errors import InputError
 from atman_kernels.hf.forward.logprobs import logprobs_of
-from atman_kernels.inputs.encoder_inputs import Reading, checked_text
+from atman_kernels.inputs.encoder_inputs import EncoderInputs
 from atman_kernels.inputs.limits import check_length, positions_of, room_for_answer
+from atman_kernels.inputs.objective import ForwardObjective
 from atman_kernels.inputs.own_answer import check_said, generated
-from atman_kernels.inputs.text_generation import checked_target_ids, special_flags
 from atman_kernels.inputs.token_texts import token_texts_of
-from atman_kernels.run.full_rows import Task
+from atman_kernels.inputs.tokenization import checked_target_ids, checked_text, special_flags
 
 
-def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, or that of a processor.
-
-    Raises:
-        InputError: there is none.
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise InputError(f"tokenizer must be the model's tokenizer or processor, got {type(processor).__name__}")
-    return tokenizer
-
-
-def task(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Reading, target: Any, max_new_tokens: int
-) -> Task:
+def objective(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: EncoderInputs, target: Any, max_new_tokens: int
+) -> ForwardObjective:
     """The question, with the model's own greedy answer if no target is given.
 
     Args:
@@ -69,16 +57,16 @@ def task(
         return merged[0].float().cpu()
 
     pieces, _ = token_texts_of(tokenizer, answer)
-    return Task(
+    return ForwardObjective(
         prompt=read.shown,
         target="".join(pieces) if target is None else target,
         units=read.units,
         target_tokens=tuple(pieces),
-        positions=read.positions,
-        cost=read.positions + decoder_ids.shape[1],
-        part=model,
-        values=values,
-        embeddings=None if "input_features" in read.inputs else embeddings,
+        keys=read.positions,
+        row_cost=read.positions + decoder_ids.shape[1],
+        suppressed=model,
+        forward=values,
+        read_embeddings=None if "input_features" in read.inputs else embeddings,
         facts={"attention": "both", **read.facts},
     )
 
@@ -122,7 +110,11 @@ def _without_specials(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tup
 
 
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: Reading, beginning: list[int], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    read: EncoderInputs,
+    beginning: list[int],
+    max_new_tokens: int,
 ) -> tuple[list[int], list[int]]:
     """The model's own greedy answer: what the decoder was given before it, and the answer without end marks."""
     inputs = dict(read.inputs)

@@ -1,74 +1,50 @@
-"""How the variants of some questions get their log-probabilities: packed where that was shown to be exact.
-
-`PackedRuns` is the way; `run_full_rows` recomputes every variant as a whole row where packing does not reproduce
-the model. Both survive running out of memory: what is finished stays, the rest goes on with smaller packs.
-"""
+"""Variants in packs: many suffixes in one forward, over K/V that they share."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence as ManyOf
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.hf.forward.base import Base
-from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.forward.packed import grow, packed_logprobs
-from atman_kernels.hf.models.memory import free_bytes, is_out_of_memory
+from atman_kernels.hf.models.memory import free_bytes
 from atman_kernels.hf.models.model_input import ModelInput, concatenated
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.objective import Objective
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.pack import VariantPack
-from atman_kernels.planning.packing import Variant, VariantQueue, lay_out, pack_factors, padding, whole_factors
+from atman_kernels.planning.packing import Variant, lay_out, pack_factors, padding
 from atman_kernels.planning.sharing import Stage, chunks, standing_on
+from atman_kernels.run.perturbation import Perturbation
+from atman_kernels.run.work import Work, in_pieces
 
 FREE_SHARE = 4  # one part in so many of the free memory may hold the K/V of one stage's trunks
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """What is done to the model: see `Explainer`."""
-
-    mode: str
-    layers: tuple[int, ...] | None
-
-
-@dataclass
-class Work:
-    """What a run cost so far."""
-
-    tokens: int = 0  # through the model's layers
-    forwards: int = 0
-    variants: int = 0
-    token_budget: int = 0
-    advance: Callable[[int], object] = field(default=lambda tokens: None, repr=False)
-
-    def add(self, tokens: int, variants: int) -> None:
-        self.tokens += tokens
-        self.forwards += 1
-        self.variants += variants
-
-
-def unit_variants(
-    questions: list[Question], first_suppressed: list[Tensor], suffix_start: Callable[[int], int] = int
+def variants_of(
+    objectives: ManyOf[Objective], first_suppressed: ManyOf[Tensor], suffix_start: Callable[[int], int] = int
 ) -> list[Variant]:
-    """One variant per unit; its prefix ends where its suppression begins, or at the last place before where it may."""
+    """One variant per row of factors; its prefix ends where its suppression begins, or at the last place before where
+    it may."""
     return [
-        Variant(q, unit, suffix_start(prefix), len(question.inputs))
-        for q, question in enumerate(questions)
-        for unit, prefix in enumerate(first_suppressed[q].tolist())
-        if prefix < len(question.inputs)  # else nothing is suppressed, and every score is 0
+        Variant(number, row, suffix_start(prefix), objective.positions)
+        for number, objective in enumerate(objectives)
+        for row, prefix in enumerate(first_suppressed[number].tolist())
+        if prefix < objective.positions  # else nothing is suppressed, and every score is 0
     ]
 
 
 class PackedRuns:
-    """Packed forwards over the suffixes of some questions' variants.
+    """Packed forwards over the suffixes of some objectives' variants.
 
     Tokens whose keys are removed in every layer are read by nobody, so their rows are not run at all.
 
     Args:
         model: what runs.
-        questions: what is asked.
-        factors: per question, (n_units, L) on the CPU.
+        objectives: what is asked.
+        factors: per objective, (n_units, L) on the CPU.
         perturbation: mode and layers.
         budget: tokens per forward; halved when memory runs out, without losing what is finished.
         work: counts what it cost.
@@ -77,44 +53,43 @@ class PackedRuns:
     def __init__(
         self,
         model: PreTrainedModel,
-        questions: list[Question],
+        objectives: list[CausalObjective],
         factors: list[Tensor],
         perturbation: Perturbation,
         budget: int,
         work: Work,
     ) -> None:
-        self.model, self.questions, self.factors = model, questions, factors
+        self.model, self.objectives, self.factors = model, objectives, factors
         self.perturbation, self.budget, self.work = perturbation, budget, work
         self._unread = None
         if perturbation.mode == "log_additive" and perturbation.layers is None:
-            self._unread = [_unread(q, rows) for q, rows in zip(questions, factors, strict=True)]
+            self._unread = [_unread(q, rows) for q, rows in zip(objectives, factors, strict=True)]
 
     def run(self, base: Base, variants: list[Variant]) -> Iterator[tuple[Variant, Tensor]]:
-        """Yields variants with the log-probs of their questions' last answer tokens, as many as a suffix predicts."""
-        queue = VariantQueue(variants, self.budget)
-        for taken in queue:
+        """Yields variants with the log-probs of their objectives' last answer tokens, as many as a suffix predicts."""
+
+        def forward(taken: list[Variant]) -> tuple[Tensor, ...]:
             packed = self._packed(base, taken)
-            targets = [_predicted(self.questions[v.question], v) for v in taken]
+            targets = [_predicted(self.objectives[v.question], v) for v in taken]
             ends = packed.pack.suffix_starts[1:].tolist()
             rows = [torch.arange(end - len(own), end, device="cpu") for own, end in zip(targets, ends, strict=False)]
-            try:
-                logprobs = packed_logprobs(
-                    self.model,
-                    base,
-                    packed.pack,
-                    packed.inputs,
-                    torch.cat(packed.positions).to(self.model.device),
-                    packed.factors,
-                    torch.cat(rows).to(self.model.device),
-                    torch.cat(targets),
-                    mode=self.perturbation.mode,
-                    layers=self.perturbation.layers,
-                )
-            except (RuntimeError, MemoryError) as error:
-                shrink_or_raise(error, queue, taken)
-                continue
-            self._count(packed, queue, variants=len(taken))
-            yield from zip(taken, logprobs.split([len(own) for own in targets]), strict=True)
+            logprobs = packed_logprobs(
+                self.model,
+                base,
+                packed.pack,
+                packed.inputs,
+                torch.cat(packed.positions).to(self.model.device),
+                packed.factors,
+                torch.cat(rows).to(self.model.device),
+                torch.cat(targets),
+                mode=self.perturbation.mode,
+                layers=self.perturbation.layers,
+            )
+            self._count(packed, variants=len(taken))
+            return logprobs.split([len(own) for own in targets])
+
+        for taken, logprobs in in_pieces(variants, self.budget, self.work, forward):
+            yield from zip(taken, logprobs, strict=True)
 
     def thinned(self, base: Base, stage: Stage) -> Stage:
         """The stage without the rows that nobody reads.
@@ -141,26 +116,25 @@ class PackedRuns:
     def _grow(self, base: Base, stretches: list[Variant], grown: Base) -> None:
         """Runs stretches of variants; the K/V of number i go to where base number i begins in `grown`."""
         places = {(v.question, v.unit): start for v, start in zip(stretches, grown.starts, strict=True)}
-        queue = VariantQueue(stretches, self.budget)
-        for taken in queue:
+
+        def forward(taken: list[Variant]) -> None:
             packed = self._packed(base, taken)
-            try:
-                grow(
-                    self.model,
-                    base,
-                    packed.pack,
-                    packed.inputs,
-                    packed.positions,
-                    packed.factors,
-                    grown,
-                    [places[v.question, v.unit] for v in taken],
-                    mode=self.perturbation.mode,
-                    layers=self.perturbation.layers,
-                )
-            except (RuntimeError, MemoryError) as error:
-                shrink_or_raise(error, queue, taken)
-                continue
-            self._count(packed, queue, variants=0)
+            grow(
+                self.model,
+                base,
+                packed.pack,
+                packed.inputs,
+                packed.positions,
+                packed.factors,
+                grown,
+                [places[v.question, v.unit] for v in taken],
+                mode=self.perturbation.mode,
+                layers=self.perturbation.layers,
+            )
+            self._count(packed, variants=0)
+
+        for _ in in_pieces(stretches, self.budget, self.work, forward):
+            pass
 
     def _positions(self, variant: Variant, thin: bool) -> Tensor:
         """Where the rows of a variant that are run stand in its sequence; one at least."""
@@ -178,18 +152,17 @@ class PackedRuns:
         positions = [self._positions(v, thin=v.removed > 0) for v in taken]
         factors = pack_factors(taken, positions, self.factors, pack.num_variants, pack.longest)
         suffixes = [
-            self.questions[v.question].inputs[v.prefix : v.length]
+            self.objectives[v.question].inputs[v.prefix : v.length]
             if v.removed == 0
-            else self.questions[v.question].inputs[own]
+            else self.objectives[v.question].inputs[own]
             for v, own in zip(taken, positions, strict=True)
         ]
         positions += [torch.arange(extra, device="cpu")] if extra else []
         return _Packed(pack, concatenated(suffixes, extra), positions, factors.to(self.model.device), extra)
 
-    def _count(self, packed: "_Packed", queue: VariantQueue, variants: int) -> None:
+    def _count(self, packed: "_Packed", variants: int) -> None:
         self.work.add(packed.pack.num_rows, variants)
         self.work.advance(packed.pack.num_rows - packed.padding)
-        self.work.token_budget = queue.token_budget
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,60 +184,13 @@ class _Packed:
     padding: int
 
 
-def _unread(question: Question, factors: Tensor) -> Tensor:
+def _unread(objective: CausalObjective, factors: Tensor) -> Tensor:
     """(n_units, L) bool: tokens that nothing attends to and that predict nothing."""
     unread = factors == 0
-    unread[:, question.prompt_length - 1 :] = False
+    unread[:, objective.prompt_length - 1 :] = False
     return unread
 
 
-def _predicted(question: Question, variant: Variant) -> Tensor:
+def _predicted(objective: CausalObjective, variant: Variant) -> Tensor:
     """The answer tokens that the variant's last rows predict."""
-    return question.targets[max(0, variant.prefix - question.prompt_length + 1) :]
-
-
-def run_full_rows(
-    model: PreTrainedModel,
-    questions: list[Question],
-    factors: list[Tensor],
-    variants: list[Variant],
-    perturbation: Perturbation,
-    budget: int,
-    work: Work,
-) -> Iterator[tuple[Variant, Tensor]]:
-    """As `PackedRuns.run`, with every variant a whole row of a batch of its question."""
-    for index, question in enumerate(questions):
-        own = [Variant(v.question, v.unit, 0, question.cost) for v in variants if v.question == index]
-        queue = VariantQueue(own, max(budget, question.cost))
-        for taken in queue:
-            rows = whole_factors(taken, factors, len(question.inputs)).to(model.device)
-            try:
-                logprobs = full_row_logprobs(
-                    model,
-                    question.whole,
-                    rows,
-                    question.rows,
-                    question.targets,
-                    mode=perturbation.mode,
-                    layers=perturbation.layers,
-                )
-            except (RuntimeError, MemoryError) as error:
-                shrink_or_raise(error, queue, taken)
-                continue
-            work.add(len(taken) * question.cost, len(taken))
-            work.advance(len(taken) * len(question.inputs))
-            work.token_budget = queue.token_budget
-            yield from zip(taken, logprobs, strict=True)
-
-
-def shrink_or_raise(error: BaseException, queue: VariantQueue, taken: list[Variant]) -> None:
-    """Puts variants that ran out of memory back into the queue, with a smaller budget; raises anything else."""
-    if not is_out_of_memory(error):
-        raise error
-    if not queue.put_back(taken):
-        raise MemoryError(
-            f"out of memory on a single variant of {taken[0].suffix} tokens; a shorter prompt, a smaller dtype or a "
-            f"device with more memory is needed ({error})"
-        ) from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return objective.targets[max(0, variant.prefix - objective.prompt_length + 1) :]

@@ -1,26 +1,29 @@
-"""`VariantRunner`: log-probabilities of answers under suppression, by the fastest way that was shown to be exact."""
+"""`Runner`: what a model says to some objectives under suppression, by the fastest way that was shown to be exact."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
-from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, join_and_clear, own_logprobs
-from atman_kernels.hf.forward.full_rows import full_row_logprobs
+from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, join_and_clear
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.models.packability import why_lengths_do_not_mix, why_rows_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype
-from atman_kernels.hf.models.tasks import task_of
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.objective import Objective
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 from atman_kernels.planning.sharing import Content, Stage, share
 from atman_kernels.progress import Meter, Progress
-from atman_kernels.run.packed import PackedRuns, Perturbation, Work, run_full_rows, unit_variants
+from atman_kernels.run.full_rows import run_full_rows
+from atman_kernels.run.packed import PackedRuns, variants_of
+from atman_kernels.run.perturbation import Perturbation
+from atman_kernels.run.work import Work
 
 # Root mean square difference of a target's log-probs between two exact ways to compute them. The floor covers what the
 # order of additions does to a well-behaved model (SmolLM2's packed suffixes differ by up to 0.34 in bfloat16); beyond
@@ -34,31 +37,36 @@ NOISE_MARGIN = 8.0  # packed against base, in units of the noise between the mod
 BATCH_NOISE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.25}
 
 
+Path = Literal["packed", "batched"]
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """Log-probabilities of the answers of some questions, on the CPU.
+    """Values of some objectives, such as the log-probabilities of their answers, on the CPU.
 
     Attributes:
-        unperturbed: per question, (m,) with nothing suppressed.
-        perturbed: per question, (n_variants, m), one row per row of factors.
+        unperturbed: per objective, (m,) with nothing suppressed.
+        perturbed: per objective, (n_rows, m), one row per row of factors.
         work: what it cost.
+        path: how the variants ran, "packed" or "batched" as full rows.
     """
 
     unperturbed: list[Tensor]
     perturbed: list[Tensor]
     work: Work
+    path: Path
 
 
-class VariantRunner:
-    """Runs questions under many rows of factors on one model.
+class Runner:
+    """Runs objectives under many rows of factors on one model.
 
     Variants are packed once a probe showed, on this model and these prompts, that a packed suffix reproduces the
-    model; otherwise full rows are recomputed in batches, and one warning says so. Questions whose images are still to
-    be seen share nothing: their variants are always full rows.
+    model; otherwise full rows are recomputed in batches, and one warning says so. Objectives that are no causal
+    sequence share nothing: their variants are always full rows.
 
     Args:
-        model: a transformers causal language model, in eval mode.
-        perturbation: mode and layers.
+        model: a transformers model, in eval mode.
+        perturbation: what a suppression is.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
         progress: show a progress bar for what takes longer than a second; or who is told, see `Explainer`.
     """
@@ -78,73 +86,87 @@ class VariantRunner:
 
     def run(
         self,
-        questions: Sequence[Question],
+        objectives: Sequence[Objective],
         factors: Sequence[Tensor],
         description: str = "explaining",
-        found: Callable[[int, int, Tensor], object] = lambda question, row, difference: None,
+        found: Callable[[int, int, Tensor], object] = lambda objective, row, difference: None,
     ) -> Outcome:
-        """Every question under every row of its factors.
+        """Every objective under every row of its factors.
 
         Args:
-            questions: what is asked.
-            factors: per question, (n_variants, L) over the positions of its `inputs`, on the CPU.
+            objectives: what is asked.
+            factors: per objective, (n_rows, positions), on the CPU.
             description: what the progress bar says.
-            found: is told of every variant as soon as it is known: question, row, and (m,) the fall of the answer's
-                log-probabilities.
+            found: is told of every variant as soon as it is known: objective, row, and (m,) the fall of the values.
 
         Raises:
             UnsupportedModelError: our attention does not reproduce the model's own, or is never called.
             MemoryError: a single variant does not fit.
         """
-        if task_of(self.model) != "text-generation":
-            name = type(self.model).__name__
-            raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
-        questions, factors = list(questions), list(factors)
-        work = Work()
-        dtype = computing_dtype(self.model)
-        if dtype != self._dtype:  # autocast comes and goes
-            self._dtype, self._tolerance, self.unpackable = dtype, None, None
-        sees = any(question.pictured is not None for question in questions)
-        base = None if sees else self._base(questions, work)
-        suffix_start = int if base is None else _snap(base[0].suffix_starts())
-        variants = unit_variants(questions, [first_suppressed(rows) for rows in factors], suffix_start)
-        budget = self.token_budget or token_budget(
-            free_bytes(self.model.device), activation_bytes_per_token(self.model), self.model.device.type
-        )
-        runs = PackedRuns(self.model, questions, factors, self.perturbation, budget, work)
-        stage = Stage([]) if base is None else runs.thinned(base[0], self._stage(runs, base[0], variants))
-        total = sum(v.length for v in variants) if base is None else stage.tokens
-        finished: Iterable[tuple[Variant, Tensor]]
+        objectives, factors, work = list(objectives), list(factors), Work()
+        self._forget_other_dtypes()
+        packs = self._packs(objectives, factors, work)
+        total = _full_row_tokens(objectives, factors) if packs is None else packs.stage.tokens
         with Meter(self.progress, total, description) as meter:
-            if base is not None:
-                unperturbed = self._probe(runs, *base)
-            if base is None or unperturbed is None:
-                unperturbed, finished = self._full_rows(questions, factors, variants, budget, work, meter)
+            unperturbed = None if packs is None else self._probe(packs)
+            finished: Iterable[tuple[Variant, Tensor]]
+            if packs is None or unperturbed is None:
+                path: Path = "batched"
+                unperturbed, finished = self._full_rows(objectives, factors, self._budget(objectives), work, meter)
             else:
-                work.advance = meter.advance
-                finished = runs.run_stage(base[0], stage)
+                path, work.advance = "packed", meter.advance
+                finished = packs.runs.run_stage(packs.base, packs.stage)
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
-            for variant, logprobs in finished:
+            for variant, values in finished:
                 assert variant.unit is not None  # riders are among themselves
                 row = perturbed[variant.question][variant.unit]
-                row[-len(logprobs) :] = logprobs.cpu()
+                row[-len(values) :] = values.cpu()
                 found(variant.question, variant.unit, unperturbed[variant.question] - row)
-        return Outcome(unperturbed, perturbed, work)
+        return Outcome(unperturbed, perturbed, work, path)
+
+    def _forget_other_dtypes(self) -> None:
+        """Autocast comes and goes: what was found out about the model is about one dtype."""
+        dtype = computing_dtype(self.model)
+        if dtype != self._dtype:
+            self._dtype, self._tolerance, self.unpackable = dtype, None, None
+
+    def _budget(self, objectives: list[Objective]) -> int:
+        """Tokens per forward, of the memory that base runs leave."""
+        if self.token_budget is not None:
+            return self.token_budget
+        part = objectives[0].part(self.model)
+        device = part.device
+        return token_budget(free_bytes(device), activation_bytes_per_token(part), device.type)
+
+    # Packs ----------------------------------------------------------------------------------------------------
+
+    def _packs(self, objectives: list[Objective], factors: list[Tensor], work: Work) -> "_Packs | None":
+        """The base runs, and what is to run over them; None if these objectives do not pack."""
+        sequences = [each for objective in objectives if (each := objective.sequence) is not None]
+        if len(sequences) < len(objectives):
+            return None
+        found = self._base(sequences, work)
+        if found is None:
+            return None
+        base, own = found
+        runs = PackedRuns(self.model, sequences, factors, self.perturbation, self._budget(objectives), work)
+        variants = variants_of(sequences, [first_suppressed(rows) for rows in factors], _snap(base.suffix_starts()))
+        return _Packs(runs, base, own, runs.thinned(base, self._stage(runs, base, variants)))
 
     def _stage(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> Stage:
         """The variants, and what several of them have in common."""
         if base.patterns:
             return Stage(variants)  # what a row sees depends on the rows after it
         contents = [
-            Content(None if question.embedded is not None else question.ids, rows, question.prompt_length - 1)
-            for question, rows in zip(runs.questions, runs.factors, strict=True)
+            Content(None if objective.embedded is not None else objective.ids, rows, objective.prompt_length - 1)
+            for objective, rows in zip(runs.objectives, runs.factors, strict=True)
         ]
         return share(variants, contents, runs.budget // FORWARD_SHARE)
 
-    def _base(self, questions: list[Question], work: Work) -> tuple[Base, list[Tensor]] | None:
+    def _base(self, objectives: list[CausalObjective], work: Work) -> tuple[Base, list[Tensor]] | None:
         """The unperturbed runs, (K/V, log-probs); None if this model is known not to pack."""
-        mixed = why_lengths_do_not_mix(self.model, [len(question.inputs) for question in questions])
+        mixed = why_lengths_do_not_mix(self.model, [len(objective.inputs) for objective in objectives])
         if self.unpackable is not None:
             return None
         if self._mixing is not None:
@@ -154,14 +176,14 @@ class VariantRunner:
             self._fall_back(mixed)
             return None
         bases, logprobs = [], []
-        for question in questions:
+        for objective in objectives:
             try:
-                base, own = base_run(self.model, question.inputs, question.rows, question.targets)
+                base, own = base_run(self.model, objective.inputs, objective.rows, objective.targets)
             except PackingUnsupportedError as error:
                 self._fall_back(str(error))
                 return None
-            work.add(len(question.inputs), 1)
-            self._check_attention(question, own, work)
+            work.add(len(objective.inputs), 1)
+            self._check_attention(objective, own, work)
             bases.append(base)
             logprobs.append(own)
             del base  # the list alone holds it, so that joining frees what it has copied
@@ -171,37 +193,42 @@ class VariantRunner:
             self._fall_back(str(error))
             return None
 
-    def _check_attention(self, question: Question, ours: Tensor, work: Work) -> None:
-        """The model with our attention is the model with its own; once per explainer where that has to be computed."""
-        own = question.own_logprobs
-        if own is None and self._tolerance is not None:
+    def _check_attention(self, objective: Objective, ours: Tensor, work: Work) -> None:
+        """The model with our attention is the model with its own.
+
+        Of causal sequences it is found out once per runner, unless the model's own values are there anyway.
+        """
+        own = objective.own_values
+        if own is None and objective.sequence is not None and self._tolerance is not None:
             return
         if own is None:
-            own = own_logprobs(self.model, question.inputs, question.rows, question.targets)
-        work.add(len(question.inputs), 1)
-        name, dtype = type(self.model).__name__, computing_dtype(self.model)
+            own = objective.values_as_it_is(self.model)
+        work.add(objective.cost, 1)
+        part = objective.part(self.model)
+        name, dtype = type(part).__name__, computing_dtype(part)
         if not bool(own.isfinite().all()):
-            raise UnsupportedModelError(f"{name} gives the target no finite log-probability in {dtype}")
+            raise UnsupportedModelError(f"{name} gives the target no finite {objective.value} in {dtype}")
         noise = _rms(own - ours)
         ceiling = NOISE_CEILING.get(dtype, 1.0)
         if not noise <= ceiling:
             raise UnsupportedModelError(
-                f"{name} cannot be explained: our attention does not reproduce its own (log-probs of the target differ "
-                f"by {noise:.2g}, {ceiling:g} is the most that {dtype} explains)"
+                f"{name} cannot be explained: our attention does not reproduce its own (the target's "
+                f"{objective.value} differs by {noise:.2g}, {ceiling:g} is the most that {dtype} explains)"
             )
         self._tolerance = NOISE_FLOOR.get(dtype, 1e-2) + NOISE_MARGIN * noise
 
-    def _probe(self, runs: PackedRuns, base: Base, expected: list[Tensor]) -> list[Tensor] | None:
+    def _probe(self, packs: "_Packs") -> list[Tensor] | None:
         """Unsuppressed variants, packed: their log-probs, or None if they are not those of the base runs.
 
         One begins in the middle of the prompt, to see that packing works on this model and prompt; one with the
         answer, which is what suppressed variants are then compared with: the same arithmetic on both sides.
         """
+        runs, base, expected = packs.runs, packs.base, packs.own
         suffix_start = _snap(base.suffix_starts())
         variants = [
-            Variant(q, None, suffix_start(prefix), len(question.inputs))
-            for q, question in enumerate(runs.questions)
-            for prefix in (question.prompt_length // 2, question.prompt_length - 1)
+            Variant(q, None, suffix_start(prefix), len(objective.inputs))
+            for q, objective in enumerate(runs.objectives)
+            for prefix in (objective.prompt_length // 2, objective.prompt_length - 1)
         ]
         unperturbed: list[Tensor] = list(expected)
         try:
@@ -218,7 +245,7 @@ class VariantRunner:
                     f"{self._tolerance:.2g} would be rounding"
                 )
                 return None
-            if variant.prefix == suffix_start(runs.questions[variant.question].prompt_length - 1):
+            if variant.prefix == suffix_start(runs.objectives[variant.question].prompt_length - 1):
                 unperturbed[variant.question] = logprobs.cpu()
         return unperturbed
 
@@ -230,61 +257,54 @@ class VariantRunner:
             stacklevel=2,
         )
 
+    # Full rows ------------------------------------------------------------------------------------------------
+
     def _full_rows(
         self,
-        questions: list[Question],
+        objectives: list[Objective],
         factors: list[Tensor],
-        variants: list[Variant],
         budget: int,
         work: Work,
         meter: Meter,
     ) -> tuple[list[Tensor], list[tuple[Variant, Tensor]]]:
-        """Every variant as a whole row: (m,) log-probs per question with nothing suppressed, and those of the variants.
+        """Every variant as a full row: (m,) values per objective with nothing suppressed, and those of the variants.
 
-        An unsuppressed rider goes in the first batch of each question. It shows whether rows may share a forward, and
+        An unsuppressed rider goes in the first batch of each objective. It shows whether rows may share a forward, and
         is what suppressed ones are compared with. Where they may not, every row runs alone, from the beginning.
         """
-        alone = self._full_row_baseline(questions, work)
-        riders = [Variant(q, None, 0, len(question.inputs)) for q, question in enumerate(questions)]
-        everything, unperturbed, finished = [*variants, *riders], list(alone), []
-        meter.restart(sum(variant.length for variant in everything))
+        variants = variants_of(objectives, [first_suppressed(rows) for rows in factors])
+        riders = [Variant(number, None, 0, objective.positions) for number, objective in enumerate(objectives)]
+        everything = [*variants, *riders]
+        meter.restart(_full_row_tokens(objectives, factors))
         work.advance = meter.advance
+        alone = self._rows_alone(objectives, work)
+        unperturbed, finished = list(alone), []
         if self._mixing is not None:
-            self.tell_that_rows_mix()
+            self._tell_that_rows_mix()
             budget = 1  # a variant longer than the budget gets a forward of its own
-        found = run_full_rows(self.model, questions, factors, everything, self.perturbation, budget, work)
-        for variant, logprobs in found:
+        for variant, values in run_full_rows(
+            self.model, objectives, factors, everything, self.perturbation, budget, work
+        ):
             if variant.unit is not None:
-                finished.append((variant, logprobs))
-            elif self._mixing is not None or not self.rows_mix(logprobs.cpu(), alone[variant.question]):
-                unperturbed[variant.question] = logprobs.cpu()
+                finished.append((variant, values.cpu()))
+            elif self._mixing is not None or not self._rows_mix(values.cpu(), alone[variant.question]):
+                unperturbed[variant.question] = values.cpu()
             else:
-                return self._full_rows(questions, factors, variants, budget, work, meter)
+                return self._full_rows(objectives, factors, budget, work, meter)
         return unperturbed, finished
 
-    def _full_row_baseline(self, questions: list[Question], work: Work) -> list[Tensor]:
-        """Unsuppressed log-probs of each question's row alone."""
-        unperturbed = []
-        for question in questions:
-            logprobs = full_row_logprobs(
-                self.model,
-                question.whole,
-                torch.ones(1, len(question.inputs), device=self.model.device, dtype=torch.float32),
-                question.rows,
-                question.targets,
-                mode=self.perturbation.mode,
-            )[0]
-            work.add(question.cost, 1)
-            self._check_attention(question, logprobs, work)
-            unperturbed.append(logprobs.cpu())
-        return unperturbed
+    def _rows_alone(self, objectives: list[Objective], work: Work) -> list[Tensor]:
+        """Unsuppressed values of each objective's row alone."""
+        found = []
+        for objective in objectives:
+            how = self.perturbation
+            values = objective.values(self.model, None, mode=how.mode, layers=how.layers)[0]
+            work.add(objective.cost, 1)
+            self._check_attention(objective, values, work)
+            found.append(values.cpu())
+        return found
 
-    @property
-    def runs_rows_alone(self) -> bool:
-        """Whether it is known that rows must not share a forward."""
-        return self._mixing is not None
-
-    def rows_mix(self, beside: Tensor, alone: Tensor) -> bool:
+    def _rows_mix(self, beside: Tensor, alone: Tensor) -> bool:
         """Whether a row depends on the rows beside it, as where activations are quantised over all rows at once.
 
         Args:
@@ -300,7 +320,7 @@ class VariantRunner:
         )
         return True
 
-    def tell_that_rows_mix(self) -> None:
+    def _tell_that_rows_mix(self) -> None:
         """Warns, once, that rows run one by one."""
         if self._told:
             return
@@ -310,6 +330,29 @@ class VariantRunner:
             "exact but much slower",
             stacklevel=2,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Packs:
+    """What is known before the first pack.
+
+    Attributes:
+        runs: runs packs.
+        base: K/V of the objectives with nothing suppressed.
+        own: per objective, (m,) its values then.
+        stage: the variants, and what several of them have in common.
+    """
+
+    runs: PackedRuns
+    base: Base
+    own: list[Tensor]
+    stage: Stage
+
+
+def _full_row_tokens(objectives: list[Objective], factors: list[Tensor]) -> int:
+    """Tokens of all variants as full rows, with an unsuppressed one for each objective."""
+    rows = [int((first_suppressed(each) < each.shape[1]).sum()) + 1 for each in factors]
+    return sum(count * objective.cost for count, objective in zip(rows, objectives, strict=True))
 
 
 def _snap(starts: Tensor | None) -> Callable[[int], int]:

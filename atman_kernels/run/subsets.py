@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atman_kernels.arguments import entries
 from atman_kernels.errors import InputError
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.objective import Objective
 from atman_kernels.planning.factors import subset_rows
 from atman_kernels.planning.units import Unit
-from atman_kernels.run.runner import Outcome
-
-if TYPE_CHECKING:
-    from atman_kernels.explain.methods import MethodContext
+from atman_kernels.run.runner import Outcome, Runner
 
 Masks = Tensor | Sequence[Sequence[bool]] | Callable[[tuple[Unit, ...]], Tensor]
 
 
-def run_subsets(
-    context: MethodContext, questions: Sequence[Question], masks: Sequence[Tensor], description: str
-) -> Outcome:
-    """Every question under every row of its masks; equal rows run once.
+def run_subsets(runner: Runner, objectives: Sequence[Objective], masks: Sequence[Tensor], description: str) -> Outcome:
+    """Every objective under every row of its masks; equal rows run once.
 
     Args:
-        context: what runs, and how a unit is suppressed.
-        questions: what is asked.
-        masks: per question, (n_variants, n_units) bool, True = suppressed.
+        runner: what runs, and how a unit is suppressed.
+        objectives: what is asked.
+        masks: per objective, (n_variants, n_units) bool, True = suppressed.
         description: what the progress bar says.
 
     Returns:
@@ -37,11 +33,12 @@ def run_subsets(
     """
     distinct = [torch.unique(rows, dim=0, return_inverse=True) for rows in masks]
     factors = [
-        subset_rows(context.factors(question), rows) for question, (rows, _) in zip(questions, distinct, strict=True)
+        subset_rows(runner.perturbation.factors(runner.model, objective), rows)
+        for objective, (rows, _) in zip(objectives, distinct, strict=True)
     ]
-    outcome = context.runner.run(questions, factors, description)
+    outcome = runner.run(objectives, factors, description)
     perturbed = [found[places] for found, (_, places) in zip(outcome.perturbed, distinct, strict=True)]
-    return Outcome(outcome.unperturbed, perturbed, outcome.work)
+    return replace(outcome, perturbed=perturbed)
 
 
 def checked_masks(masks: Any, units: tuple[Unit, ...]) -> Tensor:

@@ -6,6 +6,7 @@ with it suppressed, so that a score says what the unit does under the controls.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
-from atman_kernels.explain.methods import MethodContext
-from atman_kernels.inputs.text_generation import Question, encode_prompt
+from atman_kernels.inputs.objective import Objective
+from atman_kernels.inputs.text_generation import CausalObjective
+from atman_kernels.inputs.tokenization import encode_prompt
 from atman_kernels.planning.factors import factor_rows
 from atman_kernels.planning.units import Unit
-from atman_kernels.run.runner import Outcome, VariantRunner
+from atman_kernels.run.perturbation import Perturbation
+from atman_kernels.run.runner import Outcome, Runner
 from atman_kernels.serve.requests import Control, Overlap, TextControl
 
 
@@ -27,7 +30,7 @@ class ControlledExplainer(Explainer):
     Args:
         controls: of the one prompt that is explained.
         overlap: what becomes of tokens that a unit holds in part.
-        patches: the question's image tokens, each as a unit with its place; called only if a control needs them.
+        patches: the objective's image tokens, each as a unit with its place; called only if a control needs them.
         settings: see `Explainer`.
     """
 
@@ -41,37 +44,39 @@ class ControlledExplainer(Explainer):
     ) -> None:
         super().__init__(*given, **settings)
         self.controls, self.overlap, self._patches = controls, overlap, patches
+        plain = self.runner.perturbation
+        self.runner.perturbation = _ControlledPerturbation(**vars(plain), under_controls=self._under_controls)
+        self.runner = _ControlledRunner(self.runner, self.controls_of)
 
-    def factors_of(self, question: Question) -> Tensor:
-        rows = super().factors_of(question)
-        if self.overlap == "partial" and question.embedded is None:
-            offsets = self._offsets(question)
-            for row, unit in zip(rows, question.units, strict=True):
+    def _under_controls(self, objective: CausalObjective, rows: Tensor) -> Tensor:
+        if self.overlap == "partial" and objective.embedded is None:
+            offsets = self._offsets(objective)
+            for row, unit in zip(rows, objective.units, strict=True):
                 if unit.source == "prompt" and unit.start < unit.end:
-                    for token, share in self._shares(question, offsets, unit.start, unit.end).items():
+                    for token, share in self._shares(objective, offsets, unit.start, unit.end).items():
                         row[token] = 1 + (self.factor - 1) * share
-        return rows * self.controls_of(question)
+        return rows * self.controls_of(objective)
 
-    def controls_of(self, question: Question) -> Tensor:
+    def controls_of(self, objective: CausalObjective) -> Tensor:
         """(L,) what the attention to each token is scaled by all the time."""
-        scaled = torch.ones(len(question.inputs))
+        scaled = torch.ones(len(objective.inputs))
         for control in self.controls:
-            scaled *= self._scaled_by(question, control)
+            scaled *= self._scaled_by(objective, control)
         return scaled
 
-    def _scaled_by(self, question: Question, control: Control) -> Tensor:
-        shares = self._shares_of(question, control)
+    def _scaled_by(self, objective: CausalObjective, control: Control) -> Tensor:
+        shares = self._shares_of(objective, control)
         if not shares:
             raise InputError(f"controls: no token lies in {control}")
         unit = Unit("", 0, 0, tuple(shares))
-        row = factor_rows([unit], len(question.inputs), control.factor)[0]
-        if self.similarity_threshold is not None and question.embedded is None:
+        row = factor_rows([unit], len(objective.inputs), control.factor)[0]
+        if self.similarity_threshold is not None and objective.embedded is None:
             with torch.inference_mode():
                 table = self.model.get_input_embeddings()
-                embeddings = table(question.inputs).float().cpu()
+                embeddings = table(objective.inputs).float().cpu()
             row = factor_rows(
                 [unit],
-                len(question.inputs),
+                len(objective.inputs),
                 control.factor,
                 embeddings=embeddings,
                 similarity_threshold=self.similarity_threshold,
@@ -80,10 +85,10 @@ class ControlledExplainer(Explainer):
             row[token] = 1 + (control.factor - 1) * (share if control.overlap == "partial" else 1)
         return row
 
-    def _shares_of(self, question: Question, control: Control) -> dict[int, float]:
+    def _shares_of(self, objective: CausalObjective, control: Control) -> dict[int, float]:
         """Tokens that a control holds, and how much of each."""
         if isinstance(control, TextControl):
-            return self._shares(question, self._offsets(question), control.start, control.end)
+            return self._shares(objective, self._offsets(objective), control.start, control.end)
         places = [unit for unit in self._patches() if unit.image == control.image and unit.box is not None]
         shares: dict[int, float] = {}
         for unit in places:
@@ -91,19 +96,19 @@ class ControlledExplainer(Explainer):
             shares |= dict.fromkeys(unit.token_indices, share) if share > 0 else {}
         return shares
 
-    def _offsets(self, question: Question) -> list[tuple[int, int]]:
+    def _offsets(self, objective: CausalObjective) -> list[tuple[int, int]]:
         """Characters of every token of the prompt."""
-        if question.embedded is not None:
+        if objective.embedded is not None:
             raise InputError("controls: the text of a prompt with images takes none")
-        _, encoded = encode_prompt(self.model, self.tokenizer, question.prompt, chat=False)
+        _, encoded = encode_prompt(self.model, self.tokenizer, objective.prompt, chat=False)
         return [(start, end) for start, end in encoded["offset_mapping"]]
 
     @staticmethod
-    def _shares(question: Question, offsets: list[tuple[int, int]], start: int, end: int) -> dict[int, float]:
+    def _shares(objective: CausalObjective, offsets: list[tuple[int, int]], start: int, end: int) -> dict[int, float]:
         """Tokens that share characters with [start, end), and which part of each lies there; white space counts not."""
         shares = {}
         for token, (first, last) in enumerate(offsets):
-            piece = question.prompt[first:last]
+            piece = objective.prompt[first:last]
             if piece.strip():
                 first, last = first + len(piece) - len(piece.lstrip()), last - len(piece) + len(piece.rstrip())
             common = min(end, last) - max(start, first)
@@ -111,26 +116,34 @@ class ControlledExplainer(Explainer):
                 shares[token] = common / (last - first)
         return shares
 
-    def _context(self) -> MethodContext:
-        context = super()._context()
-        runner = _ControlledRunner(context.runner, self.controls_of)
-        return MethodContext(context.model, runner, context.factors, context.factor, context.similarity_threshold)  # type: ignore[arg-type]
+
+@dataclass(frozen=True)
+class _ControlledPerturbation(Perturbation):
+    """What is done to units while the controls hold."""
+
+    under_controls: Callable[[CausalObjective, Tensor], Tensor] = field(kw_only=True)
+
+    def factors(self, model: Any, objective: Objective) -> Tensor:
+        assert isinstance(objective, CausalObjective)
+        return self.under_controls(objective, super().factors(model, objective))
 
 
-class _ControlledRunner:
-    """A `VariantRunner` whose unsuppressed run is one under controls."""
+class _ControlledRunner(Runner):
+    """A `Runner` whose unsuppressed run is one under controls."""
 
-    def __init__(self, runner: VariantRunner, controls: Callable[[Question], Tensor]) -> None:
-        self._runner, self._controls = runner, controls
+    def __init__(self, runner: Runner, controls: Callable[[CausalObjective], Tensor]) -> None:
+        super().__init__(runner.model, runner.perturbation, runner.token_budget, runner.progress)
+        self._controls = controls
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def run(self, questions: Sequence[Question], factors: Sequence[Tensor], **options: Any) -> Outcome:
+    def run(self, objectives: Sequence[Objective], factors: Sequence[Tensor], *given: Any, **options: Any) -> Outcome:
         options.pop("found", None)  # what a variant means is known once that run is there
-        rows = [torch.cat([self._controls(q)[None], own]) for q, own in zip(questions, factors, strict=True)]
-        outcome = self._runner.run(questions, rows, **options)
-        return Outcome([each[0] for each in outcome.perturbed], [each[1:] for each in outcome.perturbed], outcome.work)
+        rows = []
+        for objective, own in zip(objectives, factors, strict=True):
+            assert isinstance(objective, CausalObjective)
+            rows.append(torch.cat([self._controls(objective)[None], own]))
+        outcome = super().run(objectives, rows, *given, **options)
+        unperturbed, perturbed = ([each[0] for each in outcome.perturbed], [each[1:] for each in outcome.perturbed])
+        return replace(outcome, unperturbed=unperturbed, perturbed=perturbed)
 
 
 def _area(box: Sequence[float]) -> float:

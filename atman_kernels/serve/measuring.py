@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from atman_kernels.explain import methods
-from atman_kernels.inputs.text_generation import PromptTokens, encode, read_prompt, special_flags, target_ids
 from atman_kernels.inputs.token_texts import token_texts_of
+from atman_kernels.inputs.tokenization import PromptTokens, encode, read_prompt, special_flags, target_ids
 from atman_kernels.planning.units import GRANULARITIES, split_units
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest

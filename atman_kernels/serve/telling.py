@@ -15,7 +15,7 @@ from atman_kernels.serve.requests import ExplainRequest
 from atman_kernels.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from atman_kernels.inputs.text_generation import Question
+    from atman_kernels.inputs.objective import Objective
 
 
 class ToldJob:
@@ -47,7 +47,7 @@ class ToldJob:
         self.job.tell("answer", {"text": text[len(self._said) :]})
         self._said = text
 
-    def ask(self, question: "Question", total_tokens: int) -> None:
+    def ask(self, question: "Objective", total_tokens: int) -> None:
         if self._asked or not self.job.streamed:
             return
         self._asked = True
@@ -95,16 +95,16 @@ class Telling(Listener):
 
         return say
 
-    def asked(self, questions: "Sequence[Question]") -> None:
+    def asked(self, questions: "Sequence[Objective]") -> None:
         self._look()
         requests = [each.job.request for each in self._told]
         contrasted = [number for number, each in enumerate(requests) if getattr(each, "versus", None) is not None]
         self._versus = dict(zip(range(len(self._told), len(questions)), contrasted, strict=True))
         for number, (each, question) in enumerate(zip(self._told, questions, strict=False)):
             self._check_size(question)
-            self._cost[number] = [len(question.ids) - min(unit.token_indices) for unit in question.units]
+            self._cost[number] = [question.positions - min(unit.token_indices) for unit in question.units]
             self._left[number] = sum(self._cost[number])
-            each.ask(question, len(question.ids))
+            each.ask(question, question.positions)
 
     def progressed(self, done: int, total: int) -> None:
         self._done = done
@@ -130,10 +130,10 @@ class Telling(Listener):
             scores = (other + scores.double().sum() * (1 if question == number else -1))[None]
         each.job.tell("unit", {"index": unit, "scores": scores.tolist(), "exact": True})
 
-    def _check_size(self, question: "Question") -> None:
+    def _check_size(self, question: "Objective") -> None:
         """What could not be known before the images were seen."""
         limits = {
-            "tokens": (len(question.ids), self._settings.max_tokens),
+            "tokens": (question.positions, self._settings.max_tokens),
             "units": (len(question.units), self._settings.max_units),
         }
         for what, (count, most) in limits.items():

@@ -17,7 +17,7 @@ from atman_kernels.hf.models.parts import is_encoder_decoder
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.hf.scope import Scope
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
-from atman_kernels.inputs.text_generation import Prompt, encode_prompt
+from atman_kernels.inputs.tokenization import Prompt, encode_prompt
 from atman_kernels.steering.spans import Spans, SteeredSpan, TokenizedText, resolve, spans_by_prompt
 
 

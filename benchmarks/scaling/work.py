@@ -10,7 +10,7 @@ import torch
 import atman_kernels as ak
 from atman_kernels.explain.methods import attention, gradients
 from atman_kernels.explain.methods.attnlrp import attnlrp
-from atman_kernels.inputs.text_generation import Question, ask
+from atman_kernels.inputs.text_generation import CausalObjective, ask
 from benchmarks.peers import DenseEager
 from benchmarks.prompts import Case, sample_positions
 from benchmarks.scaling.models import text, tokenizer
@@ -114,7 +114,7 @@ def _integrated_gradients(model: Any, case: Case) -> Work:
     return Work(IG_STEPS, run, lambda steps: float(per_step * steps + 2))  # log-probs of both ends at last
 
 
-def _question(model: Any, case: Case) -> Question:
+def _question(model: Any, case: Case) -> CausalObjective:
     return ask(
         model, tokenizer(), case.prompt, case.target, "token",
         include_target=False, chat=False, max_new_tokens=1, language="en",

@@ -11,18 +11,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from atman_kernels import UnsupportedModelError, suppress
 from atman_kernels.explain.methods.attnlrp import FAMILIES, attnlrp, rules
 from atman_kernels.hf.forward.base import own_logprobs
-from atman_kernels.inputs.text_generation import Question, ask
+from atman_kernels.inputs.text_generation import CausalObjective, ask
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
 ANSWER = "w20 w21 w22"
 
 
-def question_for(model) -> Question:
+def question_for(model) -> CausalObjective:
     options = {"include_target": False, "chat": False, "max_new_tokens": 1, "language": "en"}
     return ask(model, tiny_models.tokenizer(), PROMPT, ANSWER, "token", **options)
 
 
-def explicit(model, question: Question) -> list[explicit_lrp.Relevance]:
+def explicit(model, question: CausalObjective) -> list[explicit_lrp.Relevance]:
     pairs = zip(question.rows.tolist(), question.targets.tolist(), strict=True)
     return [explicit_lrp.attnlrp(model, question.inputs, row, target) for row, target in pairs]
 

@@ -16,7 +16,7 @@ from atman_kernels.explain.methods.attention import chefer, gradcam, raw_attenti
 from atman_kernels.explain.methods.attnlrp import attnlrp
 from atman_kernels.explain.methods.gradients import input_x_gradient, integrated_gradients
 from atman_kernels.hf.attention import weights as attention_weights
-from atman_kernels.inputs.text_generation import Question, ask
+from atman_kernels.inputs.text_generation import CausalObjective, ask
 
 PROMPT = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
 ANSWER = "w20 w21 w22"
@@ -25,7 +25,7 @@ FAMILIES = ["llama", "gemma2", "mistral", "gpt2", "gpt_neox", "gpt_oss"]  # soft
 METHODS = [raw_attention, rollout, chefer, gradcam, input_x_gradient, integrated_gradients]
 
 
-def question_for(model, units="token", include_target=False) -> Question:
+def question_for(model, units="token", include_target=False) -> CausalObjective:
     options = {"include_target": include_target, "chat": False, "max_new_tokens": 1, "language": "en"}
     return ask(model, tiny_models.tokenizer(), PROMPT, ANSWER, units, **options)
 

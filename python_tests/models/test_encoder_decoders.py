@@ -253,12 +253,9 @@ def test_suppress_says_what_it_cannot_do():
 
 
 def test_nothing_takes_source_and_target_for_one_sequence():
-    from atman_kernels.run.packed import Perturbation
-    from atman_kernels.run.runner import VariantRunner
-
-    runner = VariantRunner(build("bart"), Perturbation("log_additive", None), None, False)
+    explainer = ak.Explainer(build("bart"), tiny_models.tokenizer(), progress=False)
     with pytest.raises(ak.UnsupportedModelError, match="BartForConditionalGeneration is no language model"):
-        runner.run([], [])
+        explainer.ablate("Anna", "Bert", masks=torch.ones(1, 4, dtype=torch.bool))
 
 
 def test_encoder_decoders_for_anything_else_are_refused():

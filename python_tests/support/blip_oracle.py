@@ -1,6 +1,7 @@
 """Tiny BLIP models, and their attention under factors, written independently of the package."""
 
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import tiny_image_models as tiny
@@ -39,6 +40,7 @@ def processor():
     return hf.BlipProcessor(image_processor, tiny.tokenizer(named=False))
 
 
+@contextmanager
 def changed(model, factor_of, mode):
     """Modules whose name `factor_of` gives factors (S,) have their scores changed; later keys count as 1."""
     current, finished, hooks, real = [], SimpleNamespace(), [], torch.nn.functional.softmax

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from atman_kernels.arguments import flag, integer, real
 from atman_kernels.errors import InputError
 from atman_kernels.hf.models.parts import decoder_of
-from atman_kernels.inputs.text_generation import Question
-from atman_kernels.run.runner import VariantRunner
+from atman_kernels.inputs.objective import Objective
+from atman_kernels.run.perturbation import Perturbation
+from atman_kernels.run.runner import Outcome, Runner
 
 # name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
 OF_UNITS: dict[str, tuple[str, str | None]] = {
@@ -66,27 +67,26 @@ class MethodContext:
     """What a method may use of its explainer.
 
     Attributes:
-        model, runner: see `VariantRunner`.
-        factors: the (n_units, L) factors that suppress each unit of a question.
-        factor, similarity_threshold: of the explainer, which `factors` goes by.
+        model: what is explained.
+        runner: runs objectives under factors.
     """
 
     model: PreTrainedModel
-    runner: VariantRunner
-    factors: Callable[[Question], Tensor]
-    factor: float
-    similarity_threshold: float | None
+    runner: Runner
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """How units are suppressed."""
+        return self.runner.perturbation
 
     @property
     def suppression(self) -> dict[str, Any]:
-        """How units are suppressed, defaults written out: JSON types, for records of what was measured."""
-        how = self.runner.perturbation
-        return {
-            "mode": how.mode,
-            "factor": self.factor,
-            "similarity_threshold": self.similarity_threshold,
-            "layers": None if how.layers is None else list(how.layers),
-        }
+        """The same, defaults written out: JSON types, for records of what was measured."""
+        return self.perturbation.settings
+
+    def factors(self, objective: Objective) -> Tensor:
+        """(n_units, positions) the factors that suppress each unit."""
+        return self.perturbation.factors(self.model, objective)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,14 @@ class MethodOutcome:
     stats: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     draws: list[Tensor] | None = None
+
+    @classmethod
+    def of_run(
+        cls, context: MethodContext, outcome: Outcome, scores: list[Tensor], draws: list[Tensor] | None = None
+    ) -> "MethodOutcome":
+        """Scores that were made of one run of variants."""
+        settings = context.suppression | {"path": outcome.path}
+        return cls(scores, outcome.unperturbed, outcome.work.stats, settings, draws)
 
 
 class TokenScores(NamedTuple):
@@ -150,12 +158,12 @@ class Method:
             vocabulary = int(model.get_input_embeddings().weight.shape[0])
             integer(baseline, "baseline", most=vocabulary - 1, expected=f"None or a token id below {vocabulary}")
 
-    def run(self, context: MethodContext, questions: Sequence[Question]) -> MethodOutcome:
+    def run(self, context: MethodContext, objectives: Sequence[Objective]) -> MethodOutcome:
         if self.name in OF_UNITS:
-            return self.function(context, questions, **self.options)  # type: ignore[no-any-return]
-        found = [self.function(context.model, question, **self.options) for question in questions]
+            return self.function(context, objectives, **self.options)  # type: ignore[no-any-return]
+        found = [self.function(context.model, objective, **self.options) for objective in objectives]
         return MethodOutcome(
-            scores=[unit_scores(question, each.scores) for question, each in zip(questions, found, strict=True)],
+            scores=[unit_scores(objective, each.scores) for objective, each in zip(objectives, found, strict=True)],
             logprobs=[each.logprobs.cpu() for each in found],
             stats={name: [each.stats[name] for each in found] for name in found[0].stats},
         )
@@ -205,7 +213,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def unit_scores(question: Question, scores: Tensor) -> Tensor:
+def unit_scores(objective: Objective, scores: Tensor) -> Tensor:
     """(L, m) of tokens -> (n_units, m) of units: the sum over each unit's tokens, in the scores' dtype, on the CPU."""
     scores = scores.detach().cpu()
-    return torch.stack([scores[list(unit.token_indices)].sum(0) for unit in question.units])
+    return torch.stack([scores[list(unit.token_indices)].sum(0) for unit in objective.units])

@@ -28,12 +28,12 @@ from atman_kernels.hf.forward.gradients import (
     target_gradients,
 )
 from atman_kernels.hf.models.parts import decoder_of
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.text_generation import CausalObjective
 
 Attend = Callable[[int, AttentionCall, Tensor], Tensor]
 
 
-def raw_attention(model: PreTrainedModel, question: Question, *, layer: int = -1) -> TokenScores:
+def raw_attention(model: PreTrainedModel, question: CausalObjective, *, layer: int = -1) -> TokenScores:
     """What the predicting position attends to in one layer, the mean over its heads.
 
     Cost: one forward.
@@ -59,7 +59,7 @@ def raw_attention(model: PreTrainedModel, question: Question, *, layer: int = -1
     return TokenScores(found[0].mean(0).T, run.logprobs[0])
 
 
-def rollout(model: PreTrainedModel, question: Question) -> TokenScores:
+def rollout(model: PreTrainedModel, question: CausalObjective) -> TokenScores:
     """Attention followed through the layers (Abnar & Zuidema, arXiv 2005.00928).
 
     R = Â_N · … · Â_1, with Â = (A + I) / 2 for the residual stream and A the mean over heads.
@@ -85,7 +85,7 @@ def rollout(model: PreTrainedModel, question: Question) -> TokenScores:
     return TokenScores(relevance.T, run.logprobs[0])
 
 
-def chefer(model: PreTrainedModel, question: Question, *, checkpointing: bool = True) -> TokenScores:
+def chefer(model: PreTrainedModel, question: CausalObjective, *, checkpointing: bool = True) -> TokenScores:
     """Attention followed through the layers, weighted by the gradient (Chefer et al., arXiv 2103.15679, eq. 5 and 6).
 
     R ← R + Ā · R from the first layer to the last, from R = I, with Ā the mean over heads of max(A ⊙ ∂y/∂A, 0) and y
@@ -122,7 +122,7 @@ def chefer(model: PreTrainedModel, question: Question, *, checkpointing: bool = 
     return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
 
 
-def gradcam(model: PreTrainedModel, question: Question) -> TokenScores:
+def gradcam(model: PreTrainedModel, question: CausalObjective) -> TokenScores:
     """GradCAM with the last layer's attention heads as its maps (Selvaraju et al., arXiv 1610.02391).
 
     max(mean over heads of α_h A_h, 0), with α_h the mean of ∂y/∂A_h over the keys that head h sees, and y the target
@@ -177,7 +177,7 @@ def _followed(relevance: Tensor, call: AttentionCall, gradient: Tensor | None = 
     return found
 
 
-def _weights(call: AttentionCall, question: Question) -> Tensor:
+def _weights(call: AttentionCall, question: CausalObjective) -> Tensor:
     """(Hq, m, L) of the rows that predict the target."""
     rows = question.rows.tolist()
     blocks = list(row_blocks(call, rows[0], rows[-1] + 1))
@@ -188,7 +188,9 @@ def _weights(call: AttentionCall, question: Question) -> Tensor:
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, question: Question, attend: Attend) -> Iterator[Callable[..., Differentiable]]:
+def _attention(
+    model: PreTrainedModel, question: CausalObjective, attend: Attend
+) -> Iterator[Callable[..., Differentiable]]:
     """Yields the forward. `attend` gets index, call and output of every layer's attention, and says what is its output.
 
     Raises:
@@ -199,7 +201,7 @@ def _attention(model: PreTrainedModel, question: Question, attend: Attend) -> It
         yield partial(_forward, model, question, run)
 
 
-def _forward(model: PreTrainedModel, question: Question, run: "_Attending", **options: Any) -> Differentiable:
+def _forward(model: PreTrainedModel, question: CausalObjective, run: "_Attending", **options: Any) -> Differentiable:
     found = differentiable_run(model, question.ids[:-1], question.rows, question.targets, **options)
     layers = _num_layers(model)
     if len(run.seen) != layers:
@@ -229,6 +231,6 @@ def _num_layers(model: PreTrainedModel) -> int:
     return int(decoder_of(model).config.num_hidden_layers)
 
 
-def _one_hot_rows(question: Question, run: Differentiable) -> Tensor:
+def _one_hot_rows(question: CausalObjective, run: Differentiable) -> Tensor:
     """(m, L) float32 (float64 for float64 models): 1 at the position that predicts each target token."""
     return torch.nn.functional.one_hot(question.rows, len(question.ids[:-1])).to(run.logprobs.dtype)

@@ -35,7 +35,7 @@ from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.replacement import replaced
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.text_generation import CausalObjective
 
 # model_type of the decoder -> name of the linear map that reads a gated product; None where nothing is gated
 FAMILIES: dict[str, str | None] = {
@@ -58,7 +58,7 @@ ROUNDING = 8  # how many epsilons of its dtype a normalisation may differ from w
 
 
 def attnlrp(
-    model: PreTrainedModel, question: Question, *, whole_answer: bool = False, checkpointing: bool = False
+    model: PreTrainedModel, question: CausalObjective, *, whole_answer: bool = False, checkpointing: bool = False
 ) -> TokenScores:
     """Relevance of each input token for each target token's logit.
 

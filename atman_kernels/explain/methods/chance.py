@@ -6,10 +6,10 @@ import torch
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
 from atman_kernels.hf.forward.base import own_logprobs
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.text_generation import CausalObjective
 
 
-def random(context: MethodContext, questions: Sequence[Question], *, seed: int = 0) -> MethodOutcome:
+def random(context: MethodContext, questions: Sequence[CausalObjective], *, seed: int = 0) -> MethodOutcome:
     """A number from [0, 1) for each unit and target token. Cost: one forward, for the log-probs.
 
     Args:

@@ -19,14 +19,14 @@ from atman_kernels.hf.forward.gradients import (
     input_embeddings,
     target_gradients,
 )
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.text_generation import CausalObjective
 
 UNCONVERGED = 0.1  # of the distance that integrated gradients should add up to
 NEGLIGIBLE = 0.01  # nats
 
 
 def input_x_gradient(
-    model: PreTrainedModel, question: Question, *, whole_answer: bool = False, checkpointing: bool = False
+    model: PreTrainedModel, question: CausalObjective, *, whole_answer: bool = False, checkpointing: bool = False
 ) -> TokenScores:
     """x · ∂ log p / ∂x, summed over the features of each token's embedding x (Shrikumar et al., arXiv 1605.01713).
 
@@ -48,7 +48,7 @@ def input_x_gradient(
 
 def integrated_gradients(
     model: PreTrainedModel,
-    question: Question,
+    question: CausalObjective,
     *,
     steps: int = 32,
     baseline: int | None = None,
@@ -110,7 +110,7 @@ def _batches(points: np.ndarray, shares: np.ndarray, size: int) -> Iterator[tupl
     return zip(torch.from_numpy(points).split(size), torch.from_numpy(shares).split(size), strict=True)
 
 
-def _baseline_embeddings(model: PreTrainedModel, question: Question, baseline: int | None) -> Tensor:
+def _baseline_embeddings(model: PreTrainedModel, question: CausalObjective, baseline: int | None) -> Tensor:
     """(L, H)"""
     if baseline is None:
         return torch.zeros_like(input_embeddings(model, question.ids[:-1]))

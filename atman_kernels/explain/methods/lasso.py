@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
-from atman_kernels.explain.methods.perturbation import cost, suppression
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.objective import Objective
 from atman_kernels.run.subsets import run_subsets
 
 
 def lasso(
     context: MethodContext,
-    questions: Sequence[Question],
+    objectives: Sequence[Objective],
     *,
     samples: int = 64,
     alpha: float = 0.01,
@@ -41,15 +40,15 @@ def lasso(
     """
     _scikit_learn()  # before the model runs for nothing
     masks = [
-        torch.rand(samples, len(question.units), generator=seeded(seed), dtype=torch.float32, device="cpu") >= keep
-        for question in questions
+        torch.rand(samples, len(objective.units), generator=seeded(seed), dtype=torch.float32, device="cpu") >= keep
+        for objective in objectives
     ]
-    outcome = run_subsets(context, questions, masks, "sampling sets")
+    outcome = run_subsets(context.runner, objectives, masks, "sampling sets")
     scores = [
         _weights(~suppressed, _logit(logprobs.double().sum(dim=1)), logprobs.shape[1], alpha)
         for suppressed, logprobs in zip(masks, outcome.perturbed, strict=True)
     ]
-    return MethodOutcome(scores, outcome.unperturbed, cost(outcome.work), suppression(context))
+    return MethodOutcome.of_run(context, outcome, scores)
 
 
 def _weights(kept: Tensor, response: Tensor, tokens: int, alpha: float) -> Tensor:

@@ -22,14 +22,18 @@ from atman_kernels.hf.attention.layers import LayerSelection
 from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.attention.weights import RowBlock, by_group, grouped, noted, row_blocks
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.text_generation import CausalObjective
 
 NOTHING_LEFT = 1e-6  # of a row's weight: its output is taken to vanish then
 LARGEST_EXPONENT = 80.0
 
 
 def linear(
-    context: MethodContext, questions: Sequence[Question], *, whole_answer: bool = False, checkpointing: bool = False
+    context: MethodContext,
+    questions: Sequence[CausalObjective],
+    *,
+    whole_answer: bool = False,
+    checkpointing: bool = False,
 ) -> MethodOutcome:
     """The rise of each target token's loss, in nats, with the attention to a unit turned down, to first order.
 
@@ -53,10 +57,10 @@ def linear(
 
 
 def _linear(
-    context: MethodContext, question: Question, whole_answer: bool, checkpointing: bool
+    context: MethodContext, question: CausalObjective, whole_answer: bool, checkpointing: bool
 ) -> tuple[Tensor, Tensor]:
     """(n_units, m or 1) scores and (m,) log-probabilities, on the CPU."""
-    how = context.runner.perturbation
+    how = context.perturbation
     ids = question.ids[:-1]
     run = _EffectsRun(context.factors(question)[:, : len(ids)], how.mode, LayerSelection(how.layers))
     with differentiation(context.model, checkpointing=checkpointing), run.installed(context.model):

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome, seeded
-from atman_kernels.explain.methods.perturbation import cost, suppression
-from atman_kernels.inputs.text_generation import Question
+from atman_kernels.inputs.objective import Objective
 from atman_kernels.run.subsets import run_subsets
 
 
 def shapley(
-    context: MethodContext, questions: Sequence[Question], *, permutations: int = 10, seed: int = 0
+    context: MethodContext, objectives: Sequence[Objective], *, permutations: int = 10, seed: int = 0
 ) -> MethodOutcome:
     """The mean gain in a target token's log-prob, in nats, when a unit's suppression ends, over random orders.
 
@@ -27,8 +26,8 @@ def shapley(
         permutations: orders to draw, in pairs of opposite ones: even, at least 4. Standard errors fall with their root.
         seed: equal seeds give equal orders for equal numbers of units.
     """
-    orders = [_orders(len(question.units), permutations, seeded(seed)) for question in questions]
-    outcome = run_subsets(context, questions, [_suppressed_along(each) for each in orders], "sampling orders")
+    orders = [_orders(len(objective.units), permutations, seeded(seed)) for objective in objectives]
+    outcome = run_subsets(context.runner, objectives, [_suppressed_along(each) for each in orders], "sampling orders")
     scores, draws = [], []
     for order, perturbed in zip(orders, outcome.perturbed, strict=True):
         n_orders, n_units = order.shape
@@ -37,7 +36,7 @@ def shapley(
         gains.scatter_(1, order[..., None].expand_as(gains), worth.diff(dim=1))
         scores.append(gains.mean(dim=0))
         draws.append(gains.sum(dim=-1).unflatten(0, (-1, 2)).mean(dim=1))
-    return MethodOutcome(scores, outcome.unperturbed, cost(outcome.work), suppression(context), draws)
+    return MethodOutcome.of_run(context, outcome, scores, draws)
 
 
 def _orders(n_units: int, permutations: int, generator: torch.Generator) -> Tensor:
