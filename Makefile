@@ -60,7 +60,7 @@ test-oldest:
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-oldest PINS=constraints-oldest.txt
 
 sanitize: $(STAMPS)/dev
-	$(BIN)/python csrc/sanitize.py
+	$(BIN)/python csrc/checks/sanitize.py
 
 bench: $(STAMPS)/bench $(STAMPS)/demo
 	$(BIN)/python -m benchmarks

@@ -39,7 +39,8 @@ INSTRUCTION_SETS = {
 # The CUDA part: what runs on every GPU, and what only one architecture has.
 ARCHS = [arch.strip() for arch in os.environ.get("ATMAN_KERNELS_ARCHS", "90a").split(",") if arch.strip()]
 CUDA_SOURCES = ("plan", "plain", "merge")
-HOPPER_SOURCES = ("attend", "maps", *(f"attend_{dtype}_d{dim}" for dtype in ("bf16", "fp16") for dim in (64, 128, 256)))
+INSTANTIATIONS = [f"instantiations/{dtype}_d{dim}" for dtype in ("bf16", "fp16") for dim in (64, 128, 256)]
+HOPPER_SOURCES = ("attend", "maps", *INSTANTIATIONS)
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 

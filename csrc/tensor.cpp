@@ -270,10 +270,10 @@ AttentionParams make_params(const AttentionArguments& a, Memory memory) {
     return p;
 }
 
-GradientParams make_gradient_params(const GradientArguments& a) {
+GradientParams make_gradient_params(const AttentionParams& call, const GradientArguments& a) {
     GradientParams g;
-    AttentionParams& p = g.forward = make_params(a.forward);
-    if (!a.forward.lse) fail("lse", "is needed for gradients");
+    AttentionParams& p = g.forward = call;
+    if (!p.lse && p.batch > 0 && p.rows > 0) fail("lse", "is needed for gradients");
     g.grad_output = p.output;
     g.lse = p.lse;
     p.output = nullptr;
@@ -282,25 +282,27 @@ GradientParams make_gradient_params(const GradientArguments& a) {
     expect_type("delta", a.delta, ElementType::float32);
     expect_contiguous("delta", a.delta);
     g.delta = a.delta.as<const float>();
-    const auto wanted = [&](const char* name, const std::optional<Tensor>& tensor, ElementType type,
-                            const std::vector<std::int64_t>& shape) -> void* {
+    const auto wanted = [](const char* name, const std::optional<Tensor>& tensor, ElementType type,
+                           const std::vector<std::int64_t>& shape) -> void* {
         if (!tensor) return nullptr;
         expect_shape(name, *tensor, shape);
         expect_type(name, *tensor, type);
         expect_contiguous(name, *tensor);
         return tensor->as<void>();
     };
-    const ElementType type = a.forward.query.type;
-    g.grad_query = wanted("grad_query", a.grad_query, type, a.forward.query.shape);
-    g.grad_key = wanted("grad_key", a.grad_key, type, a.forward.key.shape);
-    g.grad_value = wanted("grad_value", a.grad_value, type, a.forward.value.shape);
-    if ((a.grad_own_key || a.grad_own_value) && p.variants == 0) fail("grad_own_key and grad_own_value", "are for packs");
-    if (a.grad_own_key) g.grad_own_key = wanted("grad_own_key", a.grad_own_key, type, a.forward.own_key->shape);
-    if (a.grad_own_value) g.grad_own_value = wanted("grad_own_value", a.grad_own_value, type, a.forward.own_value->shape);
+    const auto type = static_cast<ElementType>(p.dtype);
+    g.grad_query = wanted("grad_query", a.grad_query, type, {p.batch, p.query_heads, p.rows, p.head_dim});
+    g.grad_key = wanted("grad_key", a.grad_key, type, {p.key_batch, p.key_heads, p.keys, p.head_dim});
+    g.grad_value = wanted("grad_value", a.grad_value, type, {p.key_batch, p.key_heads, p.keys, p.value_dim});
+    if ((a.grad_own_key || a.grad_own_value) && p.variants == 0)
+        fail("grad_own_key and grad_own_value", "are for packs");
+    g.grad_own_key = wanted("grad_own_key", a.grad_own_key, type, {p.key_heads, p.rows, p.head_dim});
+    g.grad_own_value = wanted("grad_own_value", a.grad_own_value, type, {p.key_heads, p.rows, p.value_dim});
     if (a.grad_factor) {
-        if (!a.forward.factor) fail("grad_factor", "is for calls with a factor");
-        g.grad_factor = static_cast<float*>(
-            wanted("grad_factor", a.grad_factor, ElementType::float32, a.forward.factor->shape));
+        if (!p.factor && !a.grad_factor->empty()) fail("grad_factor", "is for calls with a factor");
+        const std::int64_t lines = p.variants > 0 ? p.variants : p.batch;
+        g.grad_factor = static_cast<float*>(wanted("grad_factor", a.grad_factor, ElementType::float32,
+                                                   {lines, p.factor_heads, p.factor_keys}));
     }
     return g;
 }

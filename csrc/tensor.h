@@ -34,18 +34,17 @@ struct Tensor {
 struct AttentionArguments {
     Tensor query, key, value, output;
     std::optional<Tensor> lse, own_key, own_value, suffix_starts, prefix_lengths, base_starts;
+    std::optional<Tensor> row_variant;  // what follows from suffix_starts, for those who look it up
     std::optional<Tensor> factor, key_mask, sinks, position_bias;
     std::string mode;
     bool is_causal = false;
     double scale = 1.0;
     std::int64_t sliding_window = 0;
     double softcap = 0.0;
-    std::optional<Tensor> row_variant = std::nullopt;  // what follows from suffix_starts, for those who look it up
 };
 
-// The arguments of a backward. `forward.output` is the gradient by the output, `forward.lse` what the forward gave.
+// What a backward takes beside the call, whose `output` is the gradient by the output, `lse` what the forward gave.
 struct GradientArguments {
-    AttentionArguments forward;
     Tensor delta;
     std::optional<Tensor> grad_query, grad_key, grad_value, grad_own_key, grad_own_value, grad_factor;
 };
@@ -54,6 +53,6 @@ enum class Memory { host, device };
 
 // Throws std::invalid_argument that names the argument. In host memory the pack's integers are read and checked too.
 AttentionParams make_params(const AttentionArguments& arguments, Memory memory = Memory::host);
-GradientParams make_gradient_params(const GradientArguments& arguments);
+GradientParams make_gradient_params(const AttentionParams& call, const GradientArguments& arguments);
 
 }  // namespace atman

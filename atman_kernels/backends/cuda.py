@@ -104,16 +104,17 @@ def _attend(tensors: native.Tensors, options: ScoreOptions, kernel: str | None) 
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
     tensors |= {"output": output, "lse": lse if options.return_lse else None}
-    call = module.Call(**native.described(module, tensors), **native.score_arguments(options))
-    kernel = kernel or _measured_kernel(call, query, "suffix_starts" in tensors)
-    refusal = call.refusal(kernel)
+    call = native.native_call(module, tensors, options)
+    kernel = kernel or _measured_kernel(module, call, query, "suffix_starts" in tensors)
+    refusal = module.refusal(call, kernel)
     if refusal:
         raise BackendUnavailableError(
             f"backend 'cuda:{kernel}' cannot do this call: it {refusal}; 'cuda:plain', 'triton' and 'reference' may"
         )
     multiprocessors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    workspace = query.new_empty(call.workspace_bytes(kernel, multiprocessors), dtype=torch.uint8)
-    call.attend(
+    workspace = query.new_empty(module.workspace_bytes(call, kernel, multiprocessors), dtype=torch.uint8)
+    module.attend(
+        call,
         kernel=kernel,
         workspace=native.describe(module, workspace),
         device=_device_index(query),
@@ -123,10 +124,10 @@ def _attend(tensors: native.Tensors, options: ScoreOptions, kernel: str | None) 
     return output, lse
 
 
-def _measured_kernel(call: Any, query: Tensor, packed: bool) -> str:
+def _measured_kernel(module: ModuleType, call: Any, query: Tensor, packed: bool) -> str:
     capability = torch.cuda.get_device_capability(query.device)
     measured = MEASURED.get((capability, query.shape[-1], "packed" if packed else "dense"), "plain")
-    return "plain" if call.refusal(measured) else measured
+    return "plain" if module.refusal(call, measured) else measured
 
 
 def aligned(tensor: Tensor) -> Tensor:

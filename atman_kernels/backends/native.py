@@ -76,15 +76,16 @@ def packed_tensors(call: PackedCall) -> Tensors:
     }
 
 
-def score_arguments(options: ScoreOptions) -> dict[str, Any]:
-    """What turns products into scores, in the modules' terms: 0 where there is no window or softcap."""
-    return {
-        "mode": options.mode,
-        "is_causal": options.is_causal,
-        "scale": options.scale,
-        "sliding_window": options.sliding_window or 0,
-        "softcap": options.softcap or 0.0,
-    }
+def native_call(module: ModuleType, tensors: Tensors, options: ScoreOptions) -> Any:
+    """The module's `Call`, for which there is no window or softcap where they are 0; it keeps no tensor alive."""
+    return module.Call(
+        **described(module, tensors),
+        mode=options.mode,
+        is_causal=options.is_causal,
+        scale=options.scale,
+        sliding_window=options.sliding_window or 0,
+        softcap=options.softcap or 0.0,
+    )
 
 
 def _factor(factor: Tensor | None) -> Tensor | None:

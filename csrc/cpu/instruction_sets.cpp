@@ -56,7 +56,7 @@ bool has_amx() {
     __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
     constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
 #if defined(ATMAN_ASSUME_AMX)
-    if ((d & bf16) == 0 || (d & tile) == 0) return true;  // the instructions trap: see csrc/amx_trap.c
+    if ((d & bf16) == 0 || (d & tile) == 0) return true;  // the instructions trap: see csrc/checks/amx_trap.c
 #endif
     if ((d & bf16) == 0 || (d & tile) == 0) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;

@@ -5,6 +5,7 @@ that the address sanitizer (`make sanitize`) sees a step beyond it.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -44,11 +45,17 @@ class Description:
 def attend(call: dict[str, Any]) -> None:
     from atman_kernels import _C
 
-    def made(x: Any) -> Any:
-        return _C.Tensor(x.address, x.bytes, x.dtype, x.shape, x.strides) if isinstance(x, Description) else x
+    def made(names: Iterable[str]) -> dict[str, Any]:
+        found = ((name, call[name]) for name in names)
+        return {
+            name: _C.Tensor(x.address, x.bytes, x.dtype, x.shape, x.strides) if isinstance(x, Description) else x
+            for name, x in found
+        }
 
+    of_run = [name for name in call if name in ("instruction_set", "threads", "delta") or name[:5] == "grad_"]
+    described = _C.Call(**made(call.keys() - of_run))
     run = _C.differentiate_cpu if "delta" in call else _C.attend_cpu
-    run(**{name: made(x) for name, x in call.items()})
+    run(described, **made(of_run))
 
 
 # --- calls that are right ---
@@ -110,7 +117,6 @@ def right_call(random: Random, packed: bool | None = None) -> dict[str, Any]:
 
 def right_backward(random: Random, packed: bool | None = None) -> dict[str, Any]:
     call = right_call(random, packed)
-    call["grad_output"] = call.pop("output")
     shape = call["query"].shape[:-1]
     call |= {name: Description.of(torch.randn(shape)) for name in ("lse", "delta")}
     places = {"grad_query": "query", "grad_key": "key", "grad_value": "value", "grad_own_key": "own_key",
@@ -355,7 +361,7 @@ def test_refusals_name_the_argument(packed: bool, name: str, argument: Any, mess
 )
 def test_refusals_of_a_backward(packed: bool, changes: dict[str, Any], message: str) -> None:
     call = small_call(packed)
-    call["grad_output"], call["delta"] = call.pop("output"), described(1, 4, 6)
+    call["delta"] = described(1, 4, 6)
     attend(call)
     with pytest.raises(ValueError, match=message):
         attend(call | changes)

@@ -162,10 +162,8 @@ def test_every_instantiation(name: str, head_dim: int, dtype: torch.dtype, mode:
 def test_split_over_keys(name: str, mode: str, modelled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Properties, "multi_processor_count", 132)
     sizes = []
-    real = modelled.Call.workspace_bytes
-    monkeypatch.setattr(
-        modelled.Call, "workspace_bytes", lambda call, *shape: sizes.append(real(call, *shape)) or sizes[-1]
-    )
+    real = modelled.workspace_bytes
+    monkeypatch.setattr(modelled, "workspace_bytes", lambda *shape: sizes.append(real(*shape)) or sizes[-1])
     case = fitting(SPLIT[name])
     check_packed("cuda:hopper", case, mode, "keys", torch.bfloat16)
     partial = 4 * 64 * case.query_heads * sum(case.suffix_lengths)  # of one part; "shifted" keeps its keys together
@@ -326,7 +324,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[P
 
     def build(name: str) -> tuple[Path, str]:
         if name not in built:
-            target = folder / f"{name}.o"
+            target = folder / f"{Path(name).name}.o"
             flags = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
             source = str(CSRC / "cuda" / "hopper" / f"{name}.cu")
             built[name] = target, run([str(NVCC), *flags, "-c", source, "-o", str(target)])
@@ -351,7 +349,7 @@ def disassemble(target: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "head_dim"), HOPPER)
 def test_nothing_spills(dtype: str, head_dim: int, objects: Callable[[str], tuple[Path, str]]) -> None:
-    _, said = objects(f"attend_{dtype}_d{head_dim}")
+    _, said = objects(f"instantiations/{dtype}_d{head_dim}")
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said) == [
         ("0", "0", "0")
     ], said
@@ -363,7 +361,7 @@ def test_nothing_spills(dtype: str, head_dim: int, objects: Callable[[str], tupl
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "head_dim"), HOPPER)
 def test_machine_code(dtype: str, head_dim: int, objects: Callable[[str], tuple[Path, str]]) -> None:
-    target, _ = objects(f"attend_{dtype}_d{head_dim}")
+    target, _ = objects(f"instantiations/{dtype}_d{head_dim}")
     code = disassemble(target)
     keys = 64 if head_dim == 256 else 128
     products = re.findall(r"HGMMA\.(64x\d+x16)", code)

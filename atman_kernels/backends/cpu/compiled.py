@@ -109,12 +109,8 @@ def _attend(tensors: native.Tensors, options: ScoreOptions, instruction_set: str
     output = query.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1] if options.return_lse else (0,), dtype=torch.float32)
     tensors |= {"output": output, "lse": lse if options.return_lse else None}
-    module.attend_cpu(
-        **native.described(module, tensors),
-        **native.score_arguments(options),
-        instruction_set=instruction_set,
-        threads=torch.get_num_threads(),
-    )
+    call = native.native_call(module, tensors, options)
+    module.attend_cpu(call, instruction_set, torch.get_num_threads())
     return output, lse
 
 
@@ -168,17 +164,13 @@ def _differentiate(
         for place in found.values():
             place.zero_()
     elif found:
-        tensors |= {
-            "grad_output": saved.grad_output.contiguous(),
-            "lse": saved.lse.contiguous(),
-            "delta": delta.contiguous(),
-            **{f"grad_{names[name]}": place for name, place in found.items()},
-        }
+        tensors |= {"output": saved.grad_output.contiguous(), "lse": saved.lse.contiguous()}
+        places = {"delta": delta.contiguous(), **{f"grad_{names[name]}": place for name, place in found.items()}}
         module.differentiate_cpu(
-            **native.described(module, tensors),
-            **native.score_arguments(call.options),
-            instruction_set=instruction_set,
-            threads=torch.get_num_threads(),
+            native.native_call(module, tensors, call.options),
+            instruction_set,
+            torch.get_num_threads(),
+            **native.described(module, places),
         )
     like = {name: getattr(call, name) for name in found}
     gradients = {name: place.reshape(like[name].shape).to(like[name].dtype) for name, place in found.items()}

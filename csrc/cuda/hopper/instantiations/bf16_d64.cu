@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "../launch.h"
 
 namespace atman::cuda::hopper {
 

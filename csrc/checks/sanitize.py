@@ -1,6 +1,6 @@
 """Builds the compiled module with sanitizers, each build in a directory of its own, and runs its tests on it.
 
-    python csrc/sanitize.py [address] [thread] [amx]
+    python csrc/checks/sanitize.py [address] [thread] [amx]
 
 address: AddressSanitizer and UndefinedBehaviorSanitizer, with AMX emulated, so that its kernel is tested as well.
 thread: ThreadSanitizer, with std::thread for OpenMP, whose barriers it does not understand.
@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def runtime(name: str, target: Path) -> str:
     if name.endswith(".c"):
         library = target.parent / f"{Path(name).stem}.so"
         flags = ("-O2", "-Wall", "-Wextra", "-shared", "-fPIC")
-        source = REPOSITORY / "csrc" / name
+        source = Path(__file__).with_name(name)
         subprocess.run([*compiler(), *flags, "-x", "c", source, "-o", library], check=True)
         return str(library)
     paths = []
