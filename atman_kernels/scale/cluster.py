@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.scale import extra
 
 OBJECT_STORE_BYTES = 200 << 20  # tasks and results are small: Ray's default is a third of the machine's memory
+STARTS = 4  # tries: Ray gives itself 30 seconds, which a busy machine may need more than once
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Settled:
     workers: int
     gpus: float
     cpus: int
+
+    def placed(self, loading: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of `load_model`, which would take a GPU that it was not given."""
+        no_gpu = self.gpus == 0 and loading.get("device") is None
+        return {**loading, "device": "cpu"} if no_gpu else dict(loading)
 
 
 @contextmanager
@@ -106,8 +112,16 @@ def _start(ray: Any, share: Share, folder: str) -> Settled:
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": folder,
     }
-    with _loopback_alone():
-        ray.init(**options)
+    for remaining in reversed(range(STARTS)):
+        try:
+            with _loopback_alone():
+                ray.init(**options)
+            break
+        except Exception as error:  # Ray has many of its own
+            with suppress(Exception):
+                ray.shutdown()
+            if not remaining:
+                raise RuntimeError(f"Ray does not start on this machine: {type(error).__name__}: {error}") from error
     return settled
 
 

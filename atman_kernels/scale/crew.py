@@ -11,7 +11,7 @@ import atman_kernels
 from atman_kernels.errors import InputError
 from atman_kernels.scale import extra
 from atman_kernels.scale.cluster import Settled
-from atman_kernels.scale.worker import Worker
+from atman_kernels.scale.worker import DeviceLostError, Worker
 
 MOST_LOADING_DEATHS = 3  # of one worker in a row, after which it is given up
 MOST_FRUITLESS_DEATHS = 30  # of all workers, with nothing finished in between
@@ -144,9 +144,12 @@ class Crew:
             value = self._ray.get(reference)
         except errors.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            if task is not None:
+            if isinstance(cause, DeviceLostError):
+                yield from self._replace(member, task, str(cause))
+            elif task is not None:
                 raise cause from None
-            self._give_up(member, cause)
+            else:
+                self._give_up(member, cause)
         except (
             errors.RayActorError, errors.OutOfMemoryError, errors.NodeDiedError, errors.WorkerCrashedError,
             errors.ObjectLostError,

@@ -4,11 +4,11 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
@@ -121,19 +121,19 @@ def explain_dataset(
         "atman_kernels": atman_kernels.__version__,
     }  # fmt: skip
     with closing(Output(output, settings, type(next(iter(fingerprints))))) as results:
-        left = _left(fingerprints, results.fingerprints)
+        left = rows_left(fingerprints, results.fingerprints)
         if left:
-            with cluster(address, share, "explain_dataset") as settled:
-                loading = {"device": "cpu"} | chosen.loading if settled.gpus == 0 else chosen.loading
-                crew = Crew(settled, name, loading, chosen.explaining)
-                with closing(crew):
-                    rows = (row for row in data.rows() if row.id in left)
-                    _Run(crew, results, _Queue(rows, size, chosen.asking), len(left), len(fingerprints)).go(progress)
+            rows = (row for row in data.rows() if row.id in left)
+            with (
+                cluster(address, share, "explain_dataset") as settled,
+                closing(Crew(settled, name, settled.placed(chosen.loading), chosen.explaining)) as crew,
+            ):
+                Run(crew, results, Queue(rows, size, chosen.asking), len(left), len(fingerprints)).go(progress)
     seconds = time.perf_counter() - started
     return DatasetRun(os.fspath(output), len(fingerprints), len(left), results.failed, seconds)
 
 
-def _left(there: Mapping[Id, str], done: Mapping[Id, str]) -> set[Id]:
+def rows_left(there: Mapping[Id, str], done: Mapping[Id, str]) -> set[Id]:
     """Ids of the rows to do.
 
     Raises:
@@ -147,8 +147,28 @@ def _left(there: Mapping[Id, str], done: Mapping[Id, str]) -> set[Id]:
     return there.keys() - done.keys()
 
 
+class Workers(Protocol):
+    """What does tasks: a `Crew`, or this process."""
+
+    facts: dict[str, Any] | None
+
+    def run(self, next_task: Callable[[], Task | None], most: int | None = None) -> Iterator[tuple[Task, Any]]: ...
+
+
+class Results(Protocol):
+    """Where rows go: an `Output`, or nowhere."""
+
+    id_column: str
+    failed: int
+    fingerprints: dict[Id, str]
+
+    def begin(self, facts: Mapping[str, Any]) -> None: ...
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+
 @dataclass
-class _Queue:
+class Queue:
     """Rows as tasks: some at a time from the data set, and one by one what came back."""
 
     rows: Iterator[Row]
@@ -164,12 +184,12 @@ class _Queue:
 
 
 @dataclass
-class _Run:
+class Run:
     """The rows that are left, on their way through the crew into the results."""
 
-    crew: Crew
-    results: Output
-    queue: _Queue
+    crew: Workers
+    results: Results
+    queue: Queue
     left: int
     total: int
     held: list[dict[str, Any]] | None = field(default_factory=list)  # first failures, until a row is explained

@@ -60,8 +60,7 @@ class Pool:
         name = model_name(model)
         self._stack = ExitStack()
         self.settled = self._stack.enter_context(cluster(address, share, "Pool"))
-        loading = {"device": "cpu"} | chosen.loading if self.settled.gpus == 0 else chosen.loading
-        self._crew = Crew(self.settled, name, loading, chosen.explaining)
+        self._crew = Crew(self.settled, name, self.settled.placed(chosen.loading), chosen.explaining)
         self._stack.callback(self._crew.close)
 
     def explain(

@@ -46,7 +46,7 @@ class Result(NamedTuple):
 
 
 def read_results(output: str | os.PathLike[str]) -> Iterator[Result]:
-    """What `explain_dataset` wrote, row by row, in the order in which it was finished.
+    """What `explain_dataset` wrote, row by row, in the order in which it was finished; or every `explain_part` in it.
 
     The files can be read with anything that reads Parquet, too; docs/deployment.md describes the columns.
 
@@ -59,6 +59,11 @@ def read_results(output: str | os.PathLike[str]) -> Iterator[Result]:
         ...     print(found.id, found.error or found.explanation.top(1))
     """
     folder = Path(output)
+    inner = sorted(file.parent for file in folder.glob(f"*/{SETTINGS}"))
+    if inner and not (folder / SETTINGS).exists():
+        for part in inner:
+            yield from read_results(part)
+        return
     name = _settings_of(folder)["id_column"]
     parquet = needed("pyarrow.parquet", "reading results")
     for file in _parts(folder):

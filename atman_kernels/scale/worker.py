@@ -12,7 +12,7 @@ import torch
 
 import atman_kernels
 from atman_kernels import Ablation, Explainer, Unit, load_model
-from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.scale.results import row_of
 from atman_kernels.scale.shares import deal
 from atman_kernels.scale.source import Row
@@ -20,10 +20,20 @@ from atman_kernels.scale.source import Row
 SAMPLE = 64  # values of each parameter that tell models apart
 
 
+class DeviceLostError(RuntimeError):
+    """Nothing can be computed on the model's device any more until the process ends."""
+
+
 class Worker:
-    """Lives in a process of its own; `load` comes first."""
+    """Lives in a process of its own; `load` comes first.
+
+    Attributes:
+        in_step: other processes compute the same rows with other parts of the model, so that nothing may be tried again
+            but what all of them refuse before they compute.
+    """
 
     explainer: Explainer
+    in_step: bool = False
 
     def load(
         self, model: str, threads: int, loading: Mapping[str, Any], explaining: Mapping[str, Any]
@@ -67,13 +77,13 @@ class Worker:
         return [_origin(row) | row_of(found) for row, found in zip(rows, explanations, strict=True)]
 
     def _raise_if_not_a_row_s(self, error: Exception) -> None:
-        """Raises what would come of any row: the model is at fault, or its device is gone until the process ends."""
-        if isinstance(error, UnsupportedModelError):
+        """Raises what is not one row's fault: the model's, or its device's, which may be lost to this process."""
+        if isinstance(error, UnsupportedModelError) or (self.in_step and not isinstance(error, InputError)):
             raise error
         try:
-            torch.ones(1, device=self.explainer.model.device).add_(1).item()
-        except RuntimeError:
-            os._exit(1)  # another process takes over; this one's context on the device is lost
+            torch.ones(1, device=self.explainer.model.device).add_(1).sum().cpu()
+        except RuntimeError as lost:
+            raise DeviceLostError(f"{type(error).__name__}: {error}") from lost
 
     def share(
         self, number: int, of: int, prompt: Any, target: str | None, options: Mapping[str, Any]
@@ -127,7 +137,7 @@ def _digest(model: Any) -> str | None:
     digest = hashlib.blake2b(digest_size=8)
     try:
         for name, parameter in model.named_parameters():
-            values = parameter.detach().flatten()
+            values = getattr(parameter, "to_local", parameter.detach)().flatten()  # of a sharded one, what is here
             values = values[:: max(1, values.numel() // SAMPLE)][:SAMPLE]
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(values.double().cpu().numpy().tobytes())
