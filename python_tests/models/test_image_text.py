@@ -7,6 +7,7 @@ import eager_oracle
 import pytest
 import tiny_image_models as tiny
 import torch
+from attention_cases import every_mode_for
 from image_text_cases import ANSWER, PICTURE, TEXTS, explainer_of, made_by_hand, rows_of
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -19,8 +20,6 @@ from atman_kernels.hf.forward.base import Base, PackingUnsupportedError
 from atman_kernels.hf.images import layouts as image_layouts
 from atman_kernels.hf.images import places
 from atman_kernels.run import packed as execution
-
-MODES = ("log_additive", "multiplicative", "shifted")
 
 
 def expected_scores(family, model, images, text, rows, mode, layers=None):
@@ -35,8 +34,7 @@ def expected_scores(family, model, images, text, rows, mode, layers=None):
     return torch.stack([base - run(row[:length]) for row in rows])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", tiny.MODELS)
+@pytest.mark.parametrize(("family", "mode"), every_mode_for(tiny.MODELS, "llava", "qwen2_vl", "gemma3"))
 def test_packed_equals_whole_forwards_of_the_whole_model(family, mode):
     explainer = explainer_of(family, mode=mode)
     images = [tiny.picture(40, 30)]

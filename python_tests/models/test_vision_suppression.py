@@ -11,6 +11,7 @@ import eager_oracle
 import pytest
 import tiny_image_models as tiny
 import torch
+from attention_cases import every_mode_for
 from image_text_cases import ANSWER, TEXTS, explainer_of, made_by_hand, rows_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -138,8 +139,7 @@ def loud(family):
     return model
 
 
-@pytest.mark.parametrize("mode", ["log_additive", "multiplicative", "shifted"])
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(("family", "mode"), every_mode_for(SIZES, "llava", "qwen2_5_vl"))
 def test_scores_are_those_of_eager_attention_in_both_parts(family, mode):
     explainer, images = explainer_of(family, loud(family), mode=mode, vision=True), [tiny.picture(*SIZES[family])]
     explanation = explainer.explain(TEXTS[family], ANSWER, images=images)

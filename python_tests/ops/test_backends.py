@@ -233,10 +233,11 @@ def test_inputs_are_not_modified(mode: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lse_is_only_an_extra(backend: str) -> None:
+@pytest.mark.parametrize("name", ["causal_fewer_queries", "sinks", "everything"])
+def test_lse_is_only_an_extra(name: str, backend: str) -> None:
     dtype = first_dtype(backend)
     device = device_for(backend, dtype)
-    call = DENSE_CASES["causal_fewer_queries"].build(dtype, "keys", device)
+    call = DENSE_CASES[name].build(dtype, "keys", device)
     alone = suppressed_attention(**call, backend=backend)
     assert isinstance(alone, Tensor)
     assert_within(alone, run_dense(backend, call)[0], few_roundings(dtype))

@@ -257,13 +257,12 @@ def test_a_lone_factor_per_variant(mode: str, backend: str, dtype: torch.dtype) 
 
 
 @every_kernel
-@pytest.mark.parametrize("mode", MODES)
-def test_thousands_of_tiny_variants(mode: str, backend: str, dtype: torch.dtype) -> None:
-    suffixes = tuple(1 + v % 2 for v in range(3000))
-    prefixes = tuple((7 * v) % 50 for v in range(3000))
-    starts = tuple(v // 900 * 3 for v in range(3000))
+def test_thousands_of_tiny_variants(backend: str, dtype: torch.dtype) -> None:
+    suffixes = tuple(1 + v % 2 for v in range(2000))
+    prefixes = tuple((7 * v) % 50 for v in range(2000))
+    starts = tuple(v // 700 * 3 for v in range(2000))
     case = PackCase(suffixes, prefixes, starts, query_heads=2, kv_heads=1, factor_values="sparse")
-    check_packed(backend, case, mode, "keys", dtype)
+    check_packed(backend, case, MODES[FLOATS.index(dtype)], "keys", dtype)
 
 
 @needs_module

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DENSE_CASES, MODES, PACK_CASES, PackCase, poisoned_memory
+from attention_cases import DENSE_CASES, MODES, PACK_CASES, PackCase, every_mode_for, poisoned_memory
 from comparison import assert_same_bits
 from op_checks import check_dense, check_packed
 from torch import Tensor
@@ -32,6 +32,7 @@ from atman_kernels.ops import packed_suppressed_attention
 CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc") or ("/usr/local/cuda/bin/nvcc" if Path("/usr/local/cuda/bin/nvcc").exists() else None)
 HOPPER = [(dtype, dim) for dtype in ("bf16", "fp16") for dim in (64, 128, 256)]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
@@ -134,25 +135,26 @@ SPLIT = {  # few rows over many keys
 
 
 @pytest.mark.usefixtures("on_the_model")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    ("name", "mode"), every_mode_for(PACKED, "few_tokens_each", "window_several_bases", "softcap")
+)
 def test_packed(name: str, mode: str) -> None:
     check_packed("cuda:hopper", PACKED[name], mode, "keys", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("on_the_model")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "mode"), every_mode_for(DENSE, "causal", "sinks_dead_rows", "shared_keys"))
 def test_dense(name: str, mode: str) -> None:
     check_dense("cuda:hopper", DENSE[name], mode, "heads", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("on_the_model")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("instantiation", HOPPER, ids=str)
 @pytest.mark.parametrize("name", LONG)
-def test_every_instantiation(name: str, head_dim: int, dtype: torch.dtype, mode: str) -> None:
+def test_every_instantiation(name: str, instantiation: tuple[str, int]) -> None:
+    """Each with every case, and two of the cases in each of the modes."""
+    dtype, head_dim = DTYPES[instantiation[0]], instantiation[1]
+    mode = MODES[(list(LONG).index(name) + HOPPER.index(instantiation)) % len(MODES)]
     check_packed("cuda:hopper", fitting(LONG[name], head_dim), mode, "keys", dtype)
 
 
@@ -181,15 +183,19 @@ def test_any_scale(scale: float, softcap: float | None, mode: str) -> None:
 
 
 @pytest.mark.usefixtures("on_the_model")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [name for name in PACK_CASES if not name.startswith("long")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    every_mode_for([name for name in PACK_CASES if not name.startswith("long")], "few_tokens_each", "everything"),
+)
 def test_plain_packed(name: str, mode: str) -> None:
     check_packed("cuda:plain", PACK_CASES[name], mode, "keys", torch.bfloat16)
 
 
 @pytest.mark.usefixtures("on_the_model")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [name for name in DENSE_CASES if not name.startswith("odd")])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    every_mode_for([name for name in DENSE_CASES if not name.startswith("odd")], "causal", "everything"),
+)
 def test_plain_dense(name: str, mode: str) -> None:
     check_dense("cuda:plain", DENSE_CASES[name], mode, "heads", torch.bfloat16)
 

@@ -33,7 +33,9 @@ def interpret(*arguments: str) -> None:
 
 
 def test_kernels() -> None:
-    interpret(str(HERE / "test_triton.py"))
+    """In one process, which takes longer to start than most of them to run."""
+    files = [str(HERE / name) for name in ("test_triton.py", "test_backends.py", "test_pack.py")]
+    interpret(*files, "-k", f"test_triton.py or ({SELECTED})")
 
 
 def test_backward() -> None:
@@ -43,11 +45,6 @@ def test_backward() -> None:
 @pytest.mark.slow
 def test_all_of_the_backward() -> None:
     interpret(str(HERE / "test_triton_backward.py"))
-
-
-@pytest.mark.parametrize("suite", ["test_backends.py", "test_pack.py"])
-def test_shared_cases(suite: str) -> None:
-    interpret(str(HERE / suite), "-k", SELECTED)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ the dtype of the inputs it says how much rounding a straightforward implementati
 import ctypes
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,6 +55,13 @@ def backend_dtypes(dtypes: tuple[torch.dtype, ...] = ALL_DTYPES) -> list[Any]:
         for backend in BACKENDS
         if dtype in BACKEND_DTYPES[backend]
     ]
+
+
+def every_mode_for(names: Iterable[str], *in_all: str) -> list[tuple[str, str]]:
+    """(name, mode) for what runs slowly: one mode per case, in turns, and all of them for the cases in `in_all`."""
+    turns = {name: MODES[index % len(MODES)] for index, name in enumerate(names)}
+    assert set(in_all) <= set(turns)
+    return [(name, mode) for name in turns for mode in MODES if name in in_all or mode == turns[name]]
 
 
 def device_for(backend: str, dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from atman_kernels.ops import packed_suppressed_attention, suppressed_attention
 
 Case = DenseCase | PackCase
+MOST_KNOWN = 64
 NEARLY_REMOVED = 1e-30  # where ln c still has a slope, which is that at 0 from the right
 
 
@@ -43,6 +44,29 @@ def plainly(case: Case, mode: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda **call: variant_by_variant(case, call, mode)
 
 
+_known: dict[tuple[Any, ...], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+
+def _truths(case: Case, call: dict[str, Any], mode: str, live: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By the plain formula, in float64 and in the call's dtype: once for backends that take turns at the same call."""
+    same = {n: x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for n, x in leaves_of(call).items()}
+    key = (
+        case,
+        mode,
+        call["query"].dtype,
+        call["query"].device,
+        hash(tuple(same.items())),
+        bytes(live.cpu().flatten()),
+    )
+    if key not in _known:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        exact = gradients(plainly(case, mode), with_slope(to_float64(call), mode), live.cpu())
+        _known[key] = exact, gradients(plainly(case, mode), with_slope(call, mode), live)
+    exact, plain = _known[key]
+    return dict(exact), dict(plain)
+
+
 def with_slope(call: dict[str, Any], mode: str) -> dict[str, Any]:
     if "factor" not in call or mode != "log_additive":
         return call
@@ -55,8 +79,7 @@ def check_gradients(case: Case, call: dict[str, Any], mode: str, backend: str) -
 
     live = run(**call)[1] > -math.inf
     found = gradients(run, call, torch.ones_like(live) if bool(live.all()) else live)
-    exact = gradients(plainly(case, mode), with_slope(to_float64(call), mode), live.cpu())
-    plain = gradients(plainly(case, mode), with_slope(call, mode), live)
+    exact, plain = _truths(case, call, mode, live)
     values = torch.cat([call[n].double().norm(dim=-1).flatten() for n in ("value", "base_value") if n in call])
     bound = largest_score(call) * max(1.0, values.max().item())  # dO · v of one key cancels with that of the others
     output_dtype = call["query"].dtype
