@@ -49,11 +49,15 @@ serve-demo: $(STAMPS)/serve
 # Threads that spin while they wait starve each other when anything else runs beside the tests.
 test test-all coverage-table: export OMP_WAIT_POLICY := PASSIVE
 
+# A process per core, four at most (each takes about 2 GB); each begins with a stretch of its own, where fixtures and
+# expected values serve neighbouring tests, and takes from another's when it is done. SIDE_BY_SIDE= runs one process.
+SIDE_BY_SIDE ?= -n logical --maxprocesses 4 --dist worksteal
+
 test: $(STAMPS)/dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" --durations=10 $(SIDE_BY_SIDE)
 
 test-all: $(STAMPS)/dev $(STAMPS)/demo
-	$(BIN)/python -m pytest -q --durations=20
+	$(BIN)/python -m pytest -q --durations=20 $(SIDE_BY_SIDE)
 
 # Everything as for `make test`, but for where it goes and which pins it takes.
 test-oldest:
