@@ -135,9 +135,7 @@ SPLIT = {  # few rows over many keys
 
 
 @pytest.mark.usefixtures("on_the_model")
-@pytest.mark.parametrize(
-    ("name", "mode"), every_mode_for(PACKED, "few_tokens_each", "window_several_bases", "softcap")
-)
+@pytest.mark.parametrize(("name", "mode"), every_mode_for(PACKED, "few_tokens_each", "window_several_bases", "softcap"))
 def test_packed(name: str, mode: str) -> None:
     check_packed("cuda:hopper", PACKED[name], mode, "keys", torch.bfloat16)
 

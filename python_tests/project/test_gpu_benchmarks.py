@@ -630,16 +630,20 @@ def test_what_was_begun_and_what_ended_is_on_disk_at_once(tmp_path: Path) -> Non
     assert journal(tmp_path).done(STEP) == "passed"
 
 
-def programs(folder: Path, code: str, **step: Any) -> tuple[gpu_check.Programs, plan.Step]:
-    """A step whose program is this code."""
-    made = gpu_check.Programs(folder)
-    object.__setattr__(made, "command", lambda *_: [sys.executable, "-c", code])
-    return made, replace(STEP, **step)
+def programs(folder: Path, *command: str) -> tuple[gpu_check.Programs, plan.Step]:
+    """A step whose program is this command; kernels that others compile meanwhile are not counted."""
+    made = gpu_check.Programs(folder, variables={"TRITON_CACHE_DIR": str(folder / "kernels")})
+    object.__setattr__(made, "command", lambda *_: list(command))
+    return made, STEP
+
+
+def endless(*said: str) -> list[str]:
+    """What says this at once, however busy the machine is, and then waits for a program of its own, without end."""
+    return ["sh", "-c", 'printf "%s\\n" "$@"; sleep 600 & wait', "sh", *said]
 
 
 def test_a_program_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
-    endless = "subprocess.run([sys.executable, '-c', 'while 1: 0'])"
-    execute, step = programs(tmp_path, f"import subprocess, sys; print('started', flush=True); {endless}")
+    execute, step = programs(tmp_path, *endless("started"))
     (tmp_path / "rows.json.partial").write_text("{")
     came = execute(step, 1.5)
     assert (came.status, came.detail) == ("stopped", "after 2 s: started")
@@ -651,7 +655,7 @@ def test_a_program_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 def test_exit_codes_of_programs(tmp_path: Path) -> None:
     for code, status in ((0, "passed"), (1, "failed"), (2, "incomplete"), (5, "incomplete"), (-11, "failed")):
         kill = "import os; os.kill(os.getpid(), 11)" if code < 0 else f"raise SystemExit({code})"
-        execute, step = programs(tmp_path, kill)
+        execute, step = programs(tmp_path, sys.executable, "-c", kill)
         assert execute(step, 60).status == status, code
 
 
@@ -663,7 +667,7 @@ def test_failures_have_names_when_pytest_is_killed(tmp_path: Path) -> None:
         "FAILED python_tests/test_b.py::test_y - AssertionError: off",
         "worker 'gw1' crashed while running 'python_tests/test_c.py::test_z'",
     ]
-    execute, step = programs(tmp_path, f"for text in {said!r}: print(text, flush=True)\nwhile 1: 0")
+    execute, step = programs(tmp_path, *endless(*said))
     came = execute(step, 1.5)
     assert came.status == "stopped"
     assert came.failures == (
