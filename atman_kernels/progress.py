@@ -41,6 +41,9 @@ class Listener:
     def progressed(self, done: int, total: int) -> None:
         """So many tokens went through the model, of so many. The total may grow where packs turn out not to work."""
 
+    def retried(self) -> None:
+        """A forward ran out of memory; its work is done in smaller ones."""
+
     def found(self, question: int, unit: int, scores: Tensor) -> None:
         """(m,) one unit's final scores for the answer's tokens, on the CPU."""
 

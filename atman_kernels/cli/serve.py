@@ -72,6 +72,8 @@ def command(
             loaded, tokenizer = load(
                 model, device=device, dtype=dtype, quiet=quiet, gguf_file=gguf, trust_remote_code=trust_remote_code
             )
+            if _workers is not None and _workers > 1:
+                say(f"Note: --workers {_workers}: one thread works on one model; start more processes for more")
             settings = settings_of(name=name, token=token, **limits)
             if not quiet:
                 at, number = taken.getsockname()[:2]

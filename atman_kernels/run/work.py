@@ -8,6 +8,7 @@ import torch
 
 from atman_kernels.hf.models.memory import is_out_of_memory
 from atman_kernels.planning.packing import Variant, VariantQueue
+from atman_kernels.progress import Listener, listener
 
 Result = TypeVar("Result")
 
@@ -67,6 +68,7 @@ def in_pieces(
                     f"out of memory on a single variant of {taken[0].suffix} tokens; a shorter prompt, a smaller dtype "
                     f"or a device with more memory is needed ({error})"
                 ) from error
+            (listener() or Listener()).retried()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue

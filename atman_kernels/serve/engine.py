@@ -112,7 +112,7 @@ class Engine:
         job.fail(wrong)
 
     def _work(self, told: list[ToldJob]) -> None:
-        listener = Telling(told, self.settings)
+        listener = Telling(told, self.settings, self.metrics)
         with listening(listener):
             if isinstance(told[0].job.request, AnswerRequest):
                 told[0].job.tell("result", self._answer(told[0].job.request))

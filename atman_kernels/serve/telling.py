@@ -11,6 +11,7 @@ from atman_kernels.errors import Cancelled
 from atman_kernels.progress import Listener
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.job import Job
+from atman_kernels.serve.metrics import Metrics
 from atman_kernels.serve.requests import ExplainRequest
 from atman_kernels.serve.settings import Settings
 
@@ -69,13 +70,14 @@ class Telling(Listener):
     Args:
         told: the jobs, as the prompts of one call.
         settings: limits, for what is known only now.
+        metrics: what is counted.
 
     Raises:
         Cancelled, from every method: nobody wants the work any more, or those who do are better off without the rest.
     """
 
-    def __init__(self, told: Sequence[ToldJob], settings: Settings) -> None:
-        self._told, self._settings = told, settings
+    def __init__(self, told: Sequence[ToldJob], settings: Settings, metrics: Metrics) -> None:
+        self._told, self._settings, self._metrics = told, settings, metrics
         self._answering = iter([each for each in told if each.answers])
         self._left = [0] * len(told)  # tokens of units that are still to come
         self._cost: list[list[int]] = [[] for _ in told]
@@ -112,6 +114,9 @@ class Telling(Listener):
         for each in self._told:
             if each.job.streamed:
                 each.job.tell("progress", {"done": done, "total": total})
+
+    def retried(self) -> None:
+        self._metrics.out_of_memory.inc()
 
     def found(self, question: int, unit: int, scores: Tensor) -> None:
         number = self._versus.get(question, question)

@@ -322,6 +322,23 @@ def test_out_of_memory(service, model):
     assert (response.status_code, response.json()["error"]["type"]) == (507, "out_of_memory")
 
 
+def test_memory_that_runs_out_in_the_middle_is_counted_and_no_fault(service, explainer, monkeypatch):
+    from atman_kernels.run import packed
+
+    real, failed = packed.packed_logprobs, []
+
+    def short_of_memory(model, base, pack, *rest, **options):
+        if pack.num_variants > 1 and not failed:
+            failed.append(pack.num_variants)
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, base, pack, *rest, **options)
+
+    monkeypatch.setattr(packed, "packed_logprobs", short_of_memory)
+    same(service.explain(**ASKED), explainer.explain(PROMPT, ANSWER))
+    assert failed
+    assert service.metric("atman_out_of_memory_retries_total") == 1
+
+
 # What does not fit ----------------------------------------------------------------------------------------------------
 
 WRONG = {
