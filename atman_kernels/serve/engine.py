@@ -16,12 +16,13 @@ from atman_kernels.inputs.limits import language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated
 from atman_kernels.planning.units import GRANULARITIES, Unit
 from atman_kernels.progress import listening
+from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.serve.controls import ControlledExplainer
 from atman_kernels.serve.errors import request_error
 from atman_kernels.serve.job import Job
 from atman_kernels.serve.measuring import Measuring
 from atman_kernels.serve.metrics import Metrics
-from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Suppression
+from atman_kernels.serve.requests import AnswerRequest, ExplainRequest
 from atman_kernels.serve.settings import Settings
 from atman_kernels.serve.telling import Telling, ToldJob
 from atman_kernels.steering.steer import steer
@@ -46,8 +47,8 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         self.model, self._given = model, tokenizer
-        self._explainers: OrderedDict[Suppression, Explainer] = OrderedDict()
-        explainer = self._explainer(Suppression())  # refuses what cannot be explained
+        self._explainers: OrderedDict[Perturbation, Explainer] = OrderedDict()
+        explainer = self._explainer(Perturbation())  # refuses what cannot be explained
         if explainer.task != "text-generation":
             raise InputError(f"model: only language models are served, {type(explainer.model).__name__} is none")
         self.model, self.tokenizer = explainer.model, explainer.tokenizer
@@ -148,7 +149,7 @@ class Engine:
 
     def _explainer_for(self, request: ExplainRequest, pictures: Any) -> Explainer:
         if not request.needs_own_factors:
-            return self._explainer(request.suppression)
+            return self._explainer(request.perturbation)
 
         def patches() -> Sequence[Unit]:
             read = read_pictured(
@@ -164,10 +165,10 @@ class Engine:
             overlap=request.overlap,
             patches=patches,
             progress=False,
-            **asdict(request.suppression),
+            **asdict(request.perturbation),
         )
 
-    def _explainer(self, how: Suppression) -> Explainer:
+    def _explainer(self, how: Perturbation) -> Explainer:
         explainer = self._explainers.pop(how, None) or Explainer(self.model, self._given, progress=False, **asdict(how))
         self._explainers[how] = explainer
         while len(self._explainers) > EXPLAINERS:

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from atman_kernels.run.perturbation import Perturbation
+
 Prompt = str | list[dict[str, Any]]  # a text, or chat messages
 Spans = tuple[tuple[int, int, float], ...]  # characters [start, end) of the tokenized text, factor
 Overlap = Literal["partial", "complete"]  # of a token that lies inside in part: in proportion, or as a whole
@@ -33,16 +35,6 @@ Control = TextControl | ImageControl
 
 
 @dataclass(frozen=True)
-class Suppression:
-    """How units are suppressed: the settings of an `Explainer`."""
-
-    mode: str = "log_additive"
-    factor: float = 0.0
-    similarity_threshold: float | None = None
-    layers: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
 class ExplainRequest:
     """An explanation that is wanted; see `Explainer.explain` for what the fields mean.
 
@@ -58,7 +50,7 @@ class ExplainRequest:
     target: str | None = None
     versus: str | None = None
     units: str | list[tuple[int, int]] | None = "token"
-    suppression: Suppression = Suppression()
+    perturbation: Perturbation = field(default_factory=Perturbation)
     chat: bool = False
     include_target: bool = False
     max_new_tokens: int = 32
@@ -82,7 +74,7 @@ class ExplainRequest:
         """Requests of equal keys can be explained in one call."""
         alone = id(self) if self.images or self.needs_own_factors else 0
         together = (self.chat, self.include_target, self.max_new_tokens, self.language, self.method)
-        return repr((alone, self.suppression, together, json.dumps(self.options, sort_keys=True)))
+        return repr((alone, self.perturbation, together, json.dumps(self.options, sort_keys=True)))
 
 
 @dataclass(frozen=True)

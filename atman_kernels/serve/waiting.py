@@ -65,11 +65,13 @@ class Waiting:
             patience: seconds to wait at most for requests that are arriving, so that they come along.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._count() or self._closed is not None)
-            if not self._count():
-                return []
-            self._changed.wait_for(lambda: not self._arriving or self._count() >= self._batch, patience)
-            return self._taken()
+            while True:
+                self._changed.wait_for(lambda: self._count() or self._closed is not None)
+                if not self._count():
+                    return []
+                self._changed.wait_for(lambda: not self._arriving or self._count() >= self._batch, patience)
+                if jobs := self._taken():  # the only one may have left meanwhile
+                    return jobs
 
     def close(self, error: RequestError) -> None:
         """Takes no more jobs, and says why."""

@@ -14,10 +14,11 @@ from starlette.responses import PlainTextResponse, Response
 from torch import Tensor
 
 from atman_kernels.result.explanation import Explanation
+from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.serve.endpoints.schema import ERRORS, Factor, Index, Number, decoded
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.measuring import Measuring
-from atman_kernels.serve.requests import ExplainRequest, ImageControl, Overlap, Suppression, TextControl
+from atman_kernels.serve.requests import ExplainRequest, ImageControl, Overlap, TextControl
 from atman_kernels.serve.service import TheService, json_response
 
 router = APIRouter(tags=["Aleph Alpha"])
@@ -133,7 +134,7 @@ def _request(measuring: Measuring, body: ExplainBody) -> tuple[ExplainRequest, l
     wanted = ExplainRequest(
         prompt=text,
         target=body.target,
-        suppression=Suppression(
+        perturbation=Perturbation(
             "shifted" if body.control_log_additive is False else "log_additive",
             0.1 if body.control_factor is None else body.control_factor,
             body.contextual_control_threshold,

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
+from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.serve.errors import RequestError
-from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Prompt, Suppression
+from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Prompt
 from atman_kernels.serve.settings import Settings
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -86,7 +87,7 @@ class ExplanationBody(Asking):
             self.target,
             self.versus,
             self.units,
-            Suppression(
+            Perturbation(
                 self.mode, self.factor, self.similarity_threshold, None if self.layers is None else tuple(self.layers)
             ),
             chat=self.chat,
