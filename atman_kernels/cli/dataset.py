@@ -57,7 +57,6 @@ def _explain(
     out: str | None,
     model: str | None,
     gguf: str | None,
-    threshold: float | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -76,7 +75,6 @@ def _explain(
             dataset,
             out,
             model=model or gguf or "",
-            similarity_threshold=threshold,
             progress=not quiet and progress_is_seen(),
             **options,
         )
