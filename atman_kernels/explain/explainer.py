@@ -50,7 +50,7 @@ class Explainer:
             in proportion; in (0, 1]. None: the unit alone.
         layers: attention layers to act on, by index; None for all.
         vision: of a model that reads images beside text, suppress a unit's patches in its vision encoder, too, in all
-            of its layers. Every variant then sees the image anew, as a whole row: see docs/images.md.
+            of its layers. Every variant then sees the image anew, as a full row: see docs/images.md.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
         progress: show a progress bar for what takes longer than a second; or a function, called with (done, total) in
             tokens before the first forward and after every other. `atman_kernels.Cancelled`, raised from it, ends the

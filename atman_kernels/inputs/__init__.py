@@ -1,1 +1,1 @@
-"""What is asked of a model: prompts, images and recordings as tokens, units and targets."""
+"""What is asked of a model: prompts, images and audio as tokens, units and targets."""

@@ -4,7 +4,7 @@ Factors are over the states of the image, its class token first, and then over t
 teacher-forced in the decoder.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,35 +14,54 @@ from transformers import PreTrainedTokenizerBase
 from atman_kernels.errors import InputError
 from atman_kernels.hf.images.blip import BlipRun, answer_logprobs, answers_questions, image_states, source_states
 from atman_kernels.hf.images.embedding import refusals_named
-from atman_kernels.inputs.encoder_inputs import read_image
-from atman_kernels.inputs.image_places import ImageUnitChoice
+from atman_kernels.inputs.encoder_inputs import EncoderInputs, read_image
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of, room_for_answer
 from atman_kernels.inputs.objective import ForwardObjective
 from atman_kernels.inputs.own_answer import generated, without_ends
+from atman_kernels.inputs.request import Request
 from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.inputs.tokenization import checked_target_ids, checked_text, encode, special_flags
 from atman_kernels.planning.units import Unit, split_units
 
 
-def objective(
-    model: Any,
-    processor: Any,
-    prompt: Any,
-    images: Any,
-    target: Any,
-    units: Any,
-    image_units: ImageUnitChoice | None,
-    *,
-    vision: bool,
-    max_new_tokens: int,
-    language: str,
-) -> ForwardObjective:
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What the model is given before it answers.
+
+    Attributes:
+        image: the pixels and their units.
+        states: (1, S, E) what the vision encoder makes of the image.
+        text: the question; how a caption begins.
+        ids: token ids of the text.
+        units: of image and text, over the states and then the text's tokens.
+        asks: the text is a question, read by an encoder of its own.
+        begun: what the decoder is given before the answer.
+    """
+
+    image: EncoderInputs
+    states: Tensor
+    text: str
+    ids: list[int]
+    units: tuple[Unit, ...]
+    asks: bool
+    begun: list[int]
+
+    @property
+    def question(self) -> Tensor | None:
+        """(1, L) the question's ids; None where there is none."""
+        return torch.tensor([self.ids], device=self.states.device) if self.asks else None
+
+    @property
+    def positions(self) -> int:
+        """States of the image, and tokens that are keys: a caption's first token comes before its text, is no unit."""
+        return self.image.positions + (0 if self.asks else 1) + len(self.ids)
+
+
+def objective(model: Any, processor: Any, asked: Request) -> ForwardObjective:
     """What is asked of a BLIP model, with its own greedy answer if no target is given.
 
     Args:
-        prompt: the question; how a caption begins, or None.
-        units, image_units: of text and image, as in `Explainer.explain`.
-        vision: patches are suppressed in the vision encoder, too.
+        asked: whose prompt is the question, or how a caption begins, or None.
 
     Raises:
         InputError: an argument does not fit.
@@ -50,66 +69,74 @@ def objective(
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise InputError(f"tokenizer must be the model's processor, got {type(processor).__name__}")
-    asks = answers_questions(model)
-    if prompt is None and asks:
-        raise InputError(f"prompt is missing; {type(model).__name__} answers questions about images")
-    with refusals_named(model):
-        read = read_image(model, model.vision_model, processor, images, image_units or "image")
-    found = list(read.units) if image_units is not None else []
-    text = "" if prompt is None else checked_text(prompt)
-    ids, text_units = _read(tokenizer, text, units, language, asks)
-    start = [int(model.config.text_config.bos_token_id)]
-    question = torch.tensor([ids], device=model.device) if asks else None
-    begun = start if asks else start + ids
-    # a caption's first token comes before its text, and is no unit
-    first = read.positions + (0 if asks else 1)
-    found += [replace(unit, token_indices=tuple(first + i for i in unit.token_indices)) for unit in text_units]
-    if not found:
-        raise InputError("units and image_units: there is no text beside the image, or neither gets a score")
-    # both of its text models, decoder and reader of questions, go by one config
-    most = positions_of(model.text_decoder)
-    check_length(len(ids), most, "prompt has")
-    check_ids(model.text_decoder, tokenizer, ids, "prompt")
-    given = None
-    if target is not None:
-        given = _target(model, tokenizer, target)
-    check_length(len(begun) + len(given or [0]) - 1, most)
-    pixels = read.inputs["pixel_values"]
-    with torch.inference_mode():
-        seen = image_states(model, pixels)
-    if given is None:
-        room = room_for_answer(len(begun), most, max_new_tokens)
-        answer = _own_answer(model, tokenizer, seen, question, begun, room)
-    else:
-        answer = given
+    source = _source(model, processor, tokenizer, asked)
+    answer = _answer(model, tokenizer, source, asked)
+    vision, pixels, begun = asked.common.vision, source.image.inputs["pixel_values"], source.begun
     written = torch.tensor([begun + answer[:-1]], device=model.device)
     rows = torch.arange(len(answer), device=model.device) + len(begun) - 1
     targets = torch.tensor([answer], device=model.device)
+    question, seen = source.question, source.states
 
     def values(count: int) -> Tensor:
         image = image_states(model, pixels.expand(count, -1, -1, -1)) if vision else seen.expand(count, -1, -1)
-        asked = None if question is None else question.expand(count, -1)
-        return answer_logprobs(model, image, asked, written.expand(count, -1), rows, targets.expand(count, -1))
+        read = None if question is None else question.expand(count, -1)
+        return answer_logprobs(model, image, read, written.expand(count, -1), rows, targets.expand(count, -1))
 
     def embeddings() -> Tensor:
         """States of patches and embeddings of words, which have nothing in common."""
-        words = model.get_input_embeddings()(torch.tensor(begun if question is None else ids, device=model.device))
+        ids = begun if question is None else source.ids
+        words = model.get_input_embeddings()(torch.tensor(ids, device=model.device))
         return torch.block_diag(seen[0].float().cpu(), words.float().cpu())
 
     pieces, _ = token_texts_of(tokenizer, answer)
+    states = source.image.positions
     return ForwardObjective(
-        prompt=text,
-        target="".join(pieces) if target is None else target,
-        units=tuple(found),
+        prompt=source.text,
+        target="".join(pieces) if asked.target is None else asked.target,
+        units=source.units,
         target_tokens=tuple(pieces),
-        keys=first + len(ids),
-        row_cost=(read.positions if vision else 0) + (len(ids) if asks else 0) + written.shape[1],
+        keys=source.positions,
+        row_cost=(states if vision else 0) + (len(source.ids) if source.asks else 0) + written.shape[1],
         suppressed=model,
         forward=values,
         read_embeddings=embeddings,
-        run=lambda factor, **options: BlipRun(model, factor, states=read.positions, vision=vision, **options),
-        facts={"image_units": image_units, **({"vision": True} if vision else {}), **read.facts},
+        run=lambda factor, **options: BlipRun(model, factor, states=states, vision=vision, **options),
+        facts={"image_units": asked.common.image_units, **({"vision": True} if vision else {}), **source.image.facts},
     )
+
+
+def _source(model: Any, processor: Any, tokenizer: PreTrainedTokenizerBase, asked: Request) -> _Source:
+    """Reads image and text, and has the image seen."""
+    asks, image_units = answers_questions(model), asked.common.image_units
+    if asked.prompt is None and asks:
+        raise InputError(f"prompt is missing; {type(model).__name__} answers questions about images")
+    with refusals_named(model):
+        image = read_image(model, model.vision_model, processor, asked.images, image_units or "image")
+    units = list(image.units) if image_units is not None else []
+    text = "" if asked.prompt is None else checked_text(asked.prompt)
+    ids, text_units = _read(tokenizer, text, asked.units, asked.common.language, asks)
+    first = image.positions + (0 if asks else 1)
+    units += [replace(unit, token_indices=tuple(first + i for i in unit.token_indices)) for unit in text_units]
+    if not units:
+        raise InputError("units and image_units: there is no text beside the image, or neither gets a score")
+    # both of its text models, decoder and reader of questions, go by one config
+    check_length(len(ids), positions_of(model.text_decoder), "prompt has")
+    check_ids(model.text_decoder, tokenizer, ids, "prompt")
+    begun = [int(model.config.text_config.bos_token_id), *([] if asks else ids)]
+    with torch.inference_mode():
+        states = image_states(model, image.inputs["pixel_values"])
+    return _Source(image, states, text, ids, tuple(units), asks, begun)
+
+
+def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, source: _Source, asked: Request) -> list[int]:
+    """Token ids of the target, or of the model's own greedy answer."""
+    most, before = positions_of(model.text_decoder), len(source.begun)
+    given = None if asked.target is None else _target(model, tokenizer, asked.target)
+    check_length(before + len(given or [0]) - 1, most)
+    if given is not None:
+        return given
+    room = room_for_answer(before, most, asked.common.max_new_tokens)
+    return _own_answer(model, tokenizer, source.states, source.question, source.begun, room)
 
 
 def _read(

@@ -93,16 +93,16 @@ def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, l
     return EncoderInputs(BETWEEN.join(texts), inputs, found, len(ids), {})
 
 
-# Pictures -----------------------------------------------------------------------------------------------------
+# Images -------------------------------------------------------------------------------------------------------
 
 
 def read_image(model: PreTrainedModel, part: PreTrainedModel, processor: Any, images: Any, units: Any) -> EncoderInputs:
-    """A picture, or the pixel values that a processor made of one, as a vision transformer reads it.
+    """An image, or the pixel values that a processor made of one, as a vision transformer reads it.
 
     Class and register tokens stand before the patches and are no units.
 
     Raises:
-        InputError: there is not one picture, or units or processor do not fit.
+        InputError: there is not one image, or units or processor do not fit.
         UnsupportedModelError: the model's tokens are not a grid of patches.
     """
     pixels, size, region = _pixels(model, processor, images)
@@ -123,14 +123,14 @@ def _tile(units: Any, rows: int, columns: int) -> int:
 
 
 def one_or_several(images: Any) -> list[Any]:
-    """Pictures as a list, where a single one is none: whatever they are, they are still to be checked."""
+    """Images as a list, where a single one is none: whatever they are, they are still to be checked."""
     is_array = str(getattr(images, "dtype", "object")) != "object"  # of numbers, not of pictures
     several = hasattr(images, "__iter__") and not isinstance(images, str | bytes | Mapping | set | frozenset)
     return entries(images, "images", "pictures") if several and not is_array else [images]
 
 
 def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor, tuple[int, int], Region | None]:
-    """(1, C, H, W) for the model, the picture's (width, height), and what of it the model sees."""
+    """(1, C, H, W) for the model, the image's (width, height), and what of it the model sees."""
     listed = one_or_several(images)
     if len(listed) != 1:
         raise InputError(f"images must be one picture for {type(model).__name__}, got {len(listed)}")
@@ -152,11 +152,11 @@ def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor
     return pixels.to(model.device, model.dtype), size, seen_region(image_processor, *size)
 
 
-# Recordings ---------------------------------------------------------------------------------------------------
+# Audio --------------------------------------------------------------------------------------------------------
 
 
 def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -> EncoderInputs:
-    """A recording as Whisper's encoder reads it: two mel frames are one position.
+    """Audio as Whisper's encoder reads it: two mel frames are one position.
 
     Raises:
         InputError: audio, units or processor do not fit.
@@ -199,7 +199,7 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
 
 
 def _seconds(units: Any, duration: float, shortest: float) -> list[tuple[float, float]]:
-    """Spans of a recording; named and regular ones end with it, and leave out what pads it.
+    """Spans of audio; named and regular ones end with it, and leave out what pads it.
 
     Regular ones are at least as long as what one position of the model hears: `shortest` seconds.
     """

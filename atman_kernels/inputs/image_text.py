@@ -1,4 +1,4 @@
-"""A question about images: what a processor made of pictures and text, and the units of both."""
+"""A question about images: what a processor made of images and text, and the units of both."""
 
 import inspect
 from collections.abc import Mapping
@@ -33,8 +33,8 @@ from atman_kernels.planning.units import Span, Unit, split_units, target_units
 
 
 @dataclass(frozen=True, eq=False)
-class PicturedPrompt:
-    """What a processor made of pictures and text.
+class ImagePrompt:
+    """What a processor made of images and text.
 
     Attributes:
         shown: the prompt as a reader sees it.
@@ -70,14 +70,16 @@ def ask_about_images(
     """Run the processor and the vision tower, let the model answer if no target is given, and find the units.
 
     Args:
-        processor, tokenizer, prompt, images, units, image_units, chat, language: see `read_pictured`.
+        processor, tokenizer, prompt, images, units, image_units, chat, language: see `read_with_images`.
         vision: patches are to be suppressed in the vision encoder, too.
 
     Raises:
         InputError: images, text and model do not belong together, or an argument does not fit.
         UnsupportedModelError: the model's images cannot be explained, with the reason.
     """
-    read = read_pictured(model, processor, tokenizer, prompt, images, units, image_units, chat=chat, language=language)
+    read = read_with_images(
+        model, processor, tokenizer, prompt, images, units, image_units, chat=chat, language=language
+    )
     prompt_ids = read.inputs["input_ids"][0]
     length, most = len(prompt_ids), language_positions(model)
     given = None if target is None else target_ids(model, tokenizer, target)
@@ -121,13 +123,15 @@ def read_source(
     image_units: ImageUnitChoice | None,
     language: str,
 ) -> EncoderInputs:
-    """Pictures and text as the encoder of an encoder-decoder reads them; arguments as of `read_pictured`."""
-    read = read_pictured(model, processor, tokenizer, prompt, images, units, image_units, chat=False, language=language)
+    """Images and text as the encoder of an encoder-decoder reads them; arguments as of `read_with_images`."""
+    read = read_with_images(
+        model, processor, tokenizer, prompt, images, units, image_units, chat=False, language=language
+    )
     embeddings = source_embeddings(model, read.inputs)
     return EncoderInputs(read.shown, {"inputs_embeds": embeddings}, read.units, embeddings.shape[1], read.facts)
 
 
-def read_pictured(
+def read_with_images(
     model: PreTrainedModel,
     processor: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,7 +142,7 @@ def read_pictured(
     *,
     chat: bool,
     language: str,
-) -> PicturedPrompt:
+) -> ImagePrompt:
     """Run the processor and find the units.
 
     Args:
@@ -175,7 +179,7 @@ def read_pictured(
         raise InputError("units: there is no text beside the images, and image_units is None")
     found.sort(key=lambda unit: unit.token_indices[0])
     facts = {"image_units": image_units, "images": sizes_of(places)}
-    return PicturedPrompt(shown, inputs, blocks, tuple(found), facts)
+    return ImagePrompt(shown, inputs, blocks, tuple(found), facts)
 
 
 # What came ----------------------------------------------------------------------------------------------------
@@ -191,14 +195,14 @@ def checked_images(images: Any) -> list[Any] | None:
         return None
     listed = one_or_several(images)
     for index, image in enumerate(listed):
-        if not _is_picture(image):
+        if not _is_image(image):
             raise InputError(f"images[{index}] must be a PIL image, got {type(image).__name__}")
     if not listed:
         raise InputError("images is empty; expected at least one")
     return listed
 
 
-def _is_picture(image: Any) -> bool:
+def _is_image(image: Any) -> bool:
     size = getattr(image, "size", None)
     return isinstance(size, tuple) and len(size) == 2
 

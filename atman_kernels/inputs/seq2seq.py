@@ -121,7 +121,7 @@ def _answer(
     if "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     given = torch.tensor([beginning], device=model.device)
-    # not Whisper's own `generate`, which cuts recordings into windows and returns text without its beginning
+    # not Whisper's own `generate`, which cuts audio into windows and returns text without its beginning
     said = generated(
         model,
         tokenizer,

@@ -146,18 +146,7 @@ def _images_to_text(reader: Reader, asked: Request) -> Objective:
 
 
 def _blip(reader: Reader, asked: Request) -> Objective:
-    return blip.objective(
-        reader.model,
-        reader.processor,
-        asked.prompt,
-        asked.images,
-        asked.target,
-        asked.units,
-        asked.common.image_units,
-        vision=asked.common.vision,
-        max_new_tokens=asked.common.max_new_tokens,
-        language=asked.common.language,
-    )
+    return blip.objective(reader.model, reader.processor, asked)
 
 
 def _text_label(reader: Reader, asked: Request) -> Objective:

@@ -24,17 +24,17 @@ def patch_units(
 
     Args:
         grid_rows, grid_cols: the grid; its tokens run row by row.
-        image_size: (width, height) of the picture in pixels.
+        image_size: (width, height) of the image in pixels.
         tile: patches per side of a unit; tiles at the right and at the bottom may be smaller.
         image: which of the prompt's images it is, from 0.
         first_position: position of the first patch's token in the sequence.
         step: from a token to that below it; None: grid_cols. More where something separates the rows.
-        region: what the grid covers, (left, top, right, bottom) in pixels of the picture; it may reach beyond it,
+        region: what the grid covers, (left, top, right, bottom) in pixels of the image; it may reach beyond it,
             where a processor padded. None: all of it.
         characters: where the image's placeholder stands in the prompt, [start, end).
 
     Returns:
-        Units with source "image", row by row. A unit's box is None if it lies outside the picture.
+        Units with source "image", row by row. A unit's box is None if it lies outside the image.
 
     Raises:
         InputError: a size that is no integer >= 1, a position or image below 0, or a step below grid_cols.
@@ -86,7 +86,7 @@ def patch_units(
 def query_units(
     count: int, image: int = 0, first_position: int = 0, *, characters: tuple[int, int] = (0, 0)
 ) -> tuple[Unit, ...]:
-    """Units of image tokens that stand for no place of the picture, such as a Q-Former's queries: one each.
+    """Units of image tokens that stand for no place of the image, such as a Q-Former's queries: one each.
 
     Args:
         count: how many tokens.
@@ -108,7 +108,7 @@ def _counted(name: str, members: range) -> str:
 def _box(
     corner: tuple[float, float], opposite: tuple[float, float], size: tuple[int, int]
 ) -> tuple[int, int, int, int] | None:
-    """Whole pixels inside the picture; at least one where a patch is smaller than that."""
+    """Whole pixels inside the image; at least one where a patch is smaller than that."""
     spans = []
     for low, high, length in zip(corner, opposite, size, strict=True):
         if high <= 0 or low >= length:

@@ -13,19 +13,19 @@ from atman_kernels.pack import VariantPack
 
 @dataclass(frozen=True)
 class Variant:
-    """One perturbation of one question's base run.
+    """One perturbation of one objective's base run.
 
     Attributes:
-        question: index of the question.
-        unit: index of the suppressed unit; None for an unsuppressed variant.
+        objective: index of the objective.
+        row: index of its row of factors; None for an unsuppressed variant.
         prefix: positions whose K/V it takes from the base run.
-        length: number of positions of the question; the suffix is [prefix, length).
-        base: which base it takes them from; None: its question's own.
+        length: number of positions of the objective; the suffix is [prefix, length).
+        base: which base it takes them from; None: its objective's own.
         removed: positions of the suffix whose rows nobody reads, so that they are not run.
     """
 
-    question: int
-    unit: int | None
+    objective: int
+    row: int | None
     prefix: int
     length: int
     base: int | None = None
@@ -33,7 +33,7 @@ class Variant:
 
     @property
     def base_number(self) -> int:
-        return self.question if self.base is None else self.base
+        return self.objective if self.base is None else self.base
 
     @property
     def suffix(self) -> int:
@@ -44,7 +44,7 @@ class VariantQueue:
     """Variants waiting for a pack, with a token budget that can shrink.
 
     A pack takes the longest variant that waits, then whatever fits best into what is left of the budget, whichever
-    question it belongs to: packs of nearly one size, so that memory freed by one fits the next. A variant longer
+    objective it belongs to: packs of nearly one size, so that memory freed by one fits the next. A variant longer
     than the budget gets a pack of its own.
 
     Example:
@@ -124,25 +124,25 @@ def pack_factors(
     Args:
         variants: the rows' variants.
         positions: per variant, where its suffix's rows stand in its sequence.
-        factors: per question, (n_units, length).
+        factors: per objective, (n_rows, length).
         rows: rows of the result, at least len(variants).
         width: columns of the result, at least the longest variant's length; 1 where nothing is said.
     """
     result = torch.ones(rows, width, dtype=torch.float32, device="cpu")
     for row, variant, own in zip(result, variants, positions, strict=False):
-        if variant.unit is not None:
-            values = factors[variant.question][variant.unit]
+        if variant.row is not None:
+            values = factors[variant.objective][variant.row]
             row[: variant.prefix] = values[: variant.prefix]
             row[variant.prefix : variant.prefix + len(own)] = values[own]
     return result
 
 
-def whole_factors(variants: list[Variant], factors: list[Tensor], width: int) -> Tensor:
-    """Factors of variants that are run as whole rows, (len(variants), width); 1 where nothing is said."""
+def full_row_factors(variants: list[Variant], factors: list[Tensor], width: int) -> Tensor:
+    """Factors of variants that are run as full rows, (len(variants), width); 1 where nothing is said."""
     result = torch.ones(len(variants), width, dtype=torch.float32, device="cpu")
     for row, variant in zip(result, variants, strict=True):
-        if variant.unit is not None:
-            own = factors[variant.question][variant.unit]
+        if variant.row is not None:
+            own = factors[variant.objective][variant.row]
             row[: own.shape[0]] = own
     return result
 

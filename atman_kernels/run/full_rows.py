@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.inputs.objective import Objective
-from atman_kernels.planning.packing import Variant, whole_factors
+from atman_kernels.planning.packing import Variant, full_row_factors
 from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.run.work import Work, in_pieces
 
@@ -32,10 +32,10 @@ def run_full_rows(
         work: counts what it cost.
     """
     for number, objective in enumerate(objectives):
-        own = [Variant(v.question, v.unit, 0, objective.cost) for v in variants if v.question == number]
+        own = [Variant(v.objective, v.row, 0, objective.cost) for v in variants if v.objective == number]
 
         def forward(taken: list[Variant], objective: Objective = objective) -> Tensor:
-            rows = whole_factors(taken, factors, objective.positions).to(objective.part(model).device)
+            rows = full_row_factors(taken, factors, objective.positions).to(objective.part(model).device)
             values = objective.values(model, rows, mode=perturbation.mode, layers=perturbation.layers)
             work.add(len(taken) * objective.cost, len(taken))
             work.advance(len(taken) * objective.cost)

@@ -16,11 +16,11 @@ from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.pack import VariantPack
 from atman_kernels.planning.packing import Variant, lay_out, pack_factors, padding
-from atman_kernels.planning.sharing import Stage, chunks, standing_on
+from atman_kernels.planning.sharing import PrefixTree, chunks, standing_on
 from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.run.work import Work, in_pieces
 
-FREE_SHARE = 4  # one part in so many of the free memory may hold the K/V of one stage's trunks
+FREE_SHARE = 4  # one part in so many of the free memory may hold the K/V of a tree's shared prefixes
 
 
 def variants_of(
@@ -70,7 +70,7 @@ class PackedRuns:
 
         def forward(taken: list[Variant]) -> tuple[Tensor, ...]:
             packed = self._packed(base, taken)
-            targets = [_predicted(self.objectives[v.question], v) for v in taken]
+            targets = [_predicted(self.objectives[v.objective], v) for v in taken]
             ends = packed.pack.suffix_starts[1:].tolist()
             rows = [torch.arange(end - len(own), end, device="cpu") for own, end in zip(targets, ends, strict=False)]
             logprobs = packed_logprobs(
@@ -91,31 +91,31 @@ class PackedRuns:
         for taken, logprobs in in_pieces(variants, self.budget, self.work, forward):
             yield from zip(taken, logprobs, strict=True)
 
-    def thinned(self, base: Base, stage: Stage) -> Stage:
-        """The stage without the rows that nobody reads.
+    def thinned(self, base: Base, tree: PrefixTree) -> PrefixTree:
+        """The tree without the rows that nobody reads.
 
         Where layers look at distances all rows stay: without some, the pack's positions are not the sequence's.
         """
         if self._unread is None or base.by_position:
-            return stage
-        return stage.map(lambda v: replace(v, removed=v.suffix - len(self._positions(v, thin=True))))
+            return tree
+        return tree.map(lambda v: replace(v, removed=v.suffix - len(self._positions(v, thin=True))))
 
-    def run_stage(self, base: Base, stage: Stage) -> Iterator[tuple[Variant, Tensor]]:
-        """As `run`, for the variants of a stage and of all that stand on its trunks.
+    def run_tree(self, base: Base, tree: PrefixTree) -> Iterator[tuple[Variant, Tensor]]:
+        """As `run`, for the variants of a tree and of all that stand on its prefixes.
 
-        The trunks of one level that are there at once have as many tokens as a pack, so that memory grows with the
+        The prefixes of one level that are there at once have as many tokens as a pack, so that memory grows with the
         levels alone: with four times as many, 800 subsets of 20 sentences ran a tenth faster.
         """
-        yield from self.run(base, stage.variants)
+        yield from self.run(base, tree.variants)
         capacity = max(1, min(self.budget, free_bytes(self.model.device) // FREE_SHARE // base.bytes_per_key))
-        for trunks in chunks(stage.trunks, capacity):
-            grown = base.emptied([t.stretch.length for t in trunks])
-            self._grow(base, [t.stretch for t in trunks], grown)
-            yield from self.run_stage(grown, standing_on(trunks))
+        for prefixes in chunks(tree.prefixes, capacity):
+            grown = base.emptied([t.stretch.length for t in prefixes])
+            self._grow(base, [t.stretch for t in prefixes], grown)
+            yield from self.run_tree(grown, standing_on(prefixes))
 
     def _grow(self, base: Base, stretches: list[Variant], grown: Base) -> None:
         """Runs stretches of variants; the K/V of number i go to where base number i begins in `grown`."""
-        places = {(v.question, v.unit): start for v, start in zip(stretches, grown.starts, strict=True)}
+        places = {(v.objective, v.row): start for v, start in zip(stretches, grown.starts, strict=True)}
 
         def forward(taken: list[Variant]) -> None:
             packed = self._packed(base, taken)
@@ -127,7 +127,7 @@ class PackedRuns:
                 packed.positions,
                 packed.factors,
                 grown,
-                [places[v.question, v.unit] for v in taken],
+                [places[v.objective, v.row] for v in taken],
                 mode=self.perturbation.mode,
                 layers=self.perturbation.layers,
             )
@@ -139,9 +139,9 @@ class PackedRuns:
     def _positions(self, variant: Variant, thin: bool) -> Tensor:
         """Where the rows of a variant that are run stand in its sequence; one at least."""
         every = torch.arange(variant.prefix, variant.length, device="cpu")
-        if not thin or self._unread is None or variant.unit is None:
+        if not thin or self._unread is None or variant.row is None:
             return every
-        read = every[~self._unread[variant.question][variant.unit, variant.prefix : variant.length]]
+        read = every[~self._unread[variant.objective][variant.row, variant.prefix : variant.length]]
         return read if len(read) else every[:1]
 
     def _packed(self, base: Base, taken: list[Variant]) -> "_Packed":
@@ -152,9 +152,9 @@ class PackedRuns:
         positions = [self._positions(v, thin=v.removed > 0) for v in taken]
         factors = pack_factors(taken, positions, self.factors, pack.num_variants, pack.longest)
         suffixes = [
-            self.objectives[v.question].inputs[v.prefix : v.length]
+            self.objectives[v.objective].inputs[v.prefix : v.length]
             if v.removed == 0
-            else self.objectives[v.question].inputs[own]
+            else self.objectives[v.objective].inputs[own]
             for v, own in zip(taken, positions, strict=True)
         ]
         positions += [torch.arange(extra, device="cpu")] if extra else []

@@ -18,7 +18,7 @@ from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
-from atman_kernels.planning.sharing import Content, Stage, share
+from atman_kernels.planning.sharing import Content, PrefixTree, share
 from atman_kernels.progress import Meter, Progress
 from atman_kernels.run.full_rows import run_full_rows
 from atman_kernels.run.packed import PackedRuns, variants_of
@@ -106,7 +106,7 @@ class Runner:
         objectives, factors, work = list(objectives), list(factors), Work()
         self._forget_other_dtypes()
         packs = self._packs(objectives, factors, work)
-        total = _full_row_tokens(objectives, factors) if packs is None else packs.stage.tokens
+        total = _full_row_tokens(objectives, factors) if packs is None else packs.tree.tokens
         with Meter(self.progress, total, description) as meter:
             unperturbed = None if packs is None else self._probe(packs)
             finished: Iterable[tuple[Variant, Tensor]]
@@ -115,14 +115,14 @@ class Runner:
                 unperturbed, finished = self._full_rows(objectives, factors, self._budget(objectives), work, meter)
             else:
                 path, work.advance = "packed", meter.advance
-                finished = packs.runs.run_stage(packs.base, packs.stage)
+                finished = packs.runs.run_tree(packs.base, packs.tree)
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
             for variant, values in finished:
-                assert variant.unit is not None  # riders are among themselves
-                row = perturbed[variant.question][variant.unit]
+                assert variant.row is not None  # riders are among themselves
+                row = perturbed[variant.objective][variant.row]
                 row[-len(values) :] = values.cpu()
-                found(variant.question, variant.unit, unperturbed[variant.question] - row)
+                found(variant.objective, variant.row, unperturbed[variant.objective] - row)
         return Outcome(unperturbed, perturbed, work, path)
 
     def _forget_other_dtypes(self) -> None:
@@ -152,12 +152,12 @@ class Runner:
         base, own = found
         runs = PackedRuns(self.model, sequences, factors, self.perturbation, self._budget(objectives), work)
         variants = variants_of(sequences, [first_suppressed(rows) for rows in factors], _snap(base.suffix_starts()))
-        return _Packs(runs, base, own, runs.thinned(base, self._stage(runs, base, variants)))
+        return _Packs(runs, base, own, runs.thinned(base, self._tree(runs, base, variants)))
 
-    def _stage(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> Stage:
+    def _tree(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> PrefixTree:
         """The variants, and what several of them have in common."""
         if base.patterns:
-            return Stage(variants)  # what a row sees depends on the rows after it
+            return PrefixTree(variants)  # what a row sees depends on the rows after it
         contents = [
             Content(None if objective.embedded is not None else objective.ids, rows, objective.prompt_length - 1)
             for objective, rows in zip(runs.objectives, runs.factors, strict=True)
@@ -238,15 +238,15 @@ class Runner:
             return None
         assert self._tolerance is not None
         for variant, logprobs in finished:
-            wrong = _rms(logprobs - expected[variant.question])
+            wrong = _rms(logprobs - expected[variant.objective])
             if not wrong <= self._tolerance:
                 self._fall_back(
                     f"a packed suffix gives log-probs that differ by {wrong:.2g} from the unpacked run's, where "
                     f"{self._tolerance:.2g} would be rounding"
                 )
                 return None
-            if variant.prefix == suffix_start(runs.objectives[variant.question].prompt_length - 1):
-                unperturbed[variant.question] = logprobs.cpu()
+            if variant.prefix == suffix_start(runs.objectives[variant.objective].prompt_length - 1):
+                unperturbed[variant.objective] = logprobs.cpu()
         return unperturbed
 
     def _fall_back(self, reason: str) -> None:
@@ -285,10 +285,10 @@ class Runner:
         for variant, values in run_full_rows(
             self.model, objectives, factors, everything, self.perturbation, budget, work
         ):
-            if variant.unit is not None:
+            if variant.row is not None:
                 finished.append((variant, values.cpu()))
-            elif self._mixing is not None or not self._rows_mix(values.cpu(), alone[variant.question]):
-                unperturbed[variant.question] = values.cpu()
+            elif self._mixing is not None or not self._rows_mix(values.cpu(), alone[variant.objective]):
+                unperturbed[variant.objective] = values.cpu()
             else:
                 return self._full_rows(objectives, factors, budget, work, meter)
         return unperturbed, finished
@@ -340,13 +340,13 @@ class _Packs:
         runs: runs packs.
         base: K/V of the objectives with nothing suppressed.
         own: per objective, (m,) its values then.
-        stage: the variants, and what several of them have in common.
+        tree: the variants, and what several of them have in common.
     """
 
     runs: PackedRuns
     base: Base
     own: list[Tensor]
-    stage: Stage
+    tree: PrefixTree
 
 
 def _full_row_tokens(objectives: list[Objective], factors: list[Tensor]) -> int:

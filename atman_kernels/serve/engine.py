@@ -11,7 +11,7 @@ from atman_kernels.errors import Cancelled, InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.formula import MODES
-from atman_kernels.inputs.image_text import read_pictured
+from atman_kernels.inputs.image_text import read_with_images
 from atman_kernels.inputs.limits import language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated
 from atman_kernels.planning.units import GRANULARITIES, Unit
@@ -152,7 +152,7 @@ class Engine:
             return self._explainer(request.perturbation)
 
         def patches() -> Sequence[Unit]:
-            read = read_pictured(
+            read = read_with_images(
                 self.model, self._given, self.tokenizer, request.prompt, pictures[0], None, "patch",
                 chat=request.chat, language=request.language,
             )  # fmt: skip

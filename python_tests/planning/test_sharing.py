@@ -14,38 +14,38 @@ from atman_kernels import Explainer
 from atman_kernels.hf.forward.base import Base
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant
-from atman_kernels.planning.sharing import Content, Stage, Trunk, chunks, share, standing_on
+from atman_kernels.planning.sharing import Content, PrefixTree, SharedPrefix, chunks, share, standing_on
 from atman_kernels.run import packed as execution
 
 # --- what is found ---
 
 
-def paths(stage: Stage, way: tuple[Variant, ...] = ()) -> list[tuple[Variant, ...]]:
-    """For every variant, the trunks that it stands on and itself."""
-    own = [(*way, variant) for variant in stage.variants]
-    return own + [path for trunk in stage.trunks for path in paths(trunk.then, (*way, trunk.stretch))]
+def paths(tree: PrefixTree, way: tuple[Variant, ...] = ()) -> list[tuple[Variant, ...]]:
+    """For every variant, the prefixes that it stands on and itself."""
+    own = [(*way, variant) for variant in tree.variants]
+    return own + [path for shared in tree.prefixes for path in paths(shared.then, (*way, shared.stretch))]
 
 
 def state(asked: list[Content], variant: Variant, end: int) -> tuple[list[int], list[float]]:
     """All that decides about the keys and values of a variant before `end`."""
-    own = asked[variant.question]
-    return own.tokens[:end].tolist(), own.factors[variant.unit, :end].tolist()
+    own = asked[variant.objective]
+    return own.tokens[:end].tolist(), own.factors[variant.row, :end].tolist()
 
 
-def check(variants: list[Variant], asked: list[Content], stage: Stage) -> None:
+def check(variants: list[Variant], asked: list[Content], tree: PrefixTree) -> None:
     """Every variant is run exactly once, over [its prefix, its length), on stretches that are its own."""
     found = {}
-    for *trunks, last in paths(stage):
-        assert (last.question, last.unit) not in found
-        steps = [*trunks, last]
+    for *prefixes, last in paths(tree):
+        assert (last.objective, last.row) not in found
+        steps = [*prefixes, last]
         for before, after in itertools.pairwise(steps):
             assert before.length == after.prefix
-        for trunk in trunks:
-            assert state(asked, trunk, trunk.length) == state(asked, last, trunk.length)
-            assert trunk.prefix < trunk.length <= asked[trunk.question].limit
-            assert trunk.length <= asked[last.question].limit
-        found[last.question, last.unit] = replace(last, prefix=steps[0].prefix)
-    assert found == {(v.question, v.unit): v for v in variants}
+        for shared in prefixes:
+            assert state(asked, shared, shared.length) == state(asked, last, shared.length)
+            assert shared.prefix < shared.length <= asked[shared.objective].limit
+            assert shared.length <= asked[last.objective].limit
+        found[last.objective, last.row] = replace(last, prefix=steps[0].prefix)
+    assert found == {(v.objective, v.row): v for v in variants}
 
 
 def variants_of(asked: list[Content]) -> list[Variant]:
@@ -74,16 +74,16 @@ def test_every_variant_is_run_once_on_what_is_its_own(data):
         asked.append(Content(tokens, factors, data.draw(st.integers(0, own))))
     variants = variants_of(asked)
     cost = data.draw(st.integers(0, 3))
-    stage = share(variants, asked, cost)
-    check(variants, asked, stage)
-    assert stage.tokens <= sum(v.suffix for v in variants)
+    tree = share(variants, asked, cost)
+    check(variants, asked, tree)
+    assert tree.tokens <= sum(v.suffix for v in variants)
 
 
 def test_one_questions_units_share_nothing():
     factors = torch.ones(8, 9) - 0.9 * torch.eye(8, 9)
     asked = [Content(torch.arange(9), factors, 8)]
-    stage = share(variants_of(asked), asked)
-    assert (len(stage.variants), stage.trunks) == (8, [])
+    tree = share(variants_of(asked), asked)
+    assert (len(tree.variants), tree.prefixes) == (8, [])
 
 
 def test_where_nothing_is_suppressed_nothing_is_run():
@@ -99,18 +99,18 @@ def test_questions_about_one_passage_share_it():
     factors = torch.ones(units, passage + 5) - 0.9 * torch.eye(units, passage + 5)
     asked = [Content(t, factors, passage + 4) for t in tokens]
     variants = variants_of(asked)
-    stage = share(variants, asked)
-    check(variants, asked, stage)
+    tree = share(variants, asked)
+    check(variants, asked, tree)
     over_passage = sum(passage - unit for unit in range(units))
-    # the last of the passage's tokens are not worth trunks of their own
-    assert stage.tokens == pytest.approx(over_passage + questions * units * 5, rel=0.01)
+    # the last of the passage's tokens are not worth prefixes of their own
+    assert tree.tokens == pytest.approx(over_passage + questions * units * 5, rel=0.01)
 
 
 def test_a_forward_that_saves_less_than_it_costs_is_not_run():
     tokens = [torch.tensor([1, 2, 3, 4, last]) for last in (5, 6)]
     asked = [Content(t, torch.tensor([[0.1, 1, 1, 1, 1]]), 4) for t in tokens]
-    assert share(variants_of(asked), asked, forward_cost=3).trunks
-    assert not share(variants_of(asked), asked, forward_cost=4).trunks
+    assert share(variants_of(asked), asked, forward_cost=3).prefixes
+    assert not share(variants_of(asked), asked, forward_cost=4).prefixes
 
 
 @pytest.mark.parametrize(("apart", "shared"), [(20, True), (60, False)])
@@ -121,38 +121,38 @@ def test_what_saves_less_than_a_fifth_is_not_shared(apart, shared):
     factors[1, 30] = 0.5
     tokens = torch.arange(30 + apart)
     asked = [Content(tokens, factors, 29 + apart)]
-    assert bool(share(variants_of(asked), asked).trunks) == shared
+    assert bool(share(variants_of(asked), asked).prefixes) == shared
 
 
 def test_many_subsets_of_few_units_share_their_beginnings():
     factors = subsets(2000, 16, seed=0).unique(dim=0)
     asked = [Content(torch.arange(16), factors, 15)]
     variants = variants_of(asked)
-    stage = share(variants, asked)
-    check(variants, asked, stage)
+    tree = share(variants, asked)
+    check(variants, asked, tree)
     apart = sum(v.suffix for v in variants)
-    assert stage.tokens < 0.5 * apart
-    assert any(trunk.then.trunks for trunk in stage.trunks)  # trunks on trunks
+    assert tree.tokens < 0.5 * apart
+    assert any(shared.then.prefixes for shared in tree.prefixes)  # prefixes on prefixes
 
 
 def test_pictures_are_not_told_apart_by_their_placeholders():
     factors = torch.tensor([[0.1, 1.0, 1.0, 1.0, 0.1], [0.1, 1.0, 1.0, 1.0, 0.2]])
     asked = [Content(None, factors, 4), Content(None, factors, 4)]
-    stage = share([Variant(q, unit, 0, 5) for q in (0, 1) for unit in (0, 1)], asked)
-    assert sorted((t.stretch.question, len(t.then.variants)) for t in stage.trunks) == [(0, 2), (1, 2)]
+    tree = share([Variant(q, unit, 0, 5) for q in (0, 1) for unit in (0, 1)], asked)
+    assert sorted((t.stretch.objective, len(t.then.variants)) for t in tree.prefixes) == [(0, 2), (1, 2)]
 
 
 def test_trunks_go_in_chunks_that_fit():
-    trunks = [Trunk(Variant(0, u, 0, length), Stage([])) for u, length in enumerate((5, 4, 9, 30, 1))]
-    assert [[t.stretch.length for t in chunk] for chunk in chunks(trunks, 18)] == [[5, 4, 9], [30], [1]]
+    prefixes = [SharedPrefix(Variant(0, u, 0, length), PrefixTree([])) for u, length in enumerate((5, 4, 9, 30, 1))]
+    assert [[t.stretch.length for t in chunk] for chunk in chunks(prefixes, 18)] == [[5, 4, 9], [30], [1]]
 
 
 def test_what_stands_on_a_trunk_takes_its_base():
-    inner = Trunk(Variant(0, 1, 3, 5), Stage([Variant(0, 1, 5, 9)]))
-    trunks = [Trunk(Variant(0, u, 0, 3), Stage([Variant(0, u, 3, 9)], [inner])) for u in (0, 1)]
-    stage = standing_on(trunks)
-    assert [v.base for v in stage.variants] == [0, 1]
-    assert [t.stretch.base for t in stage.trunks] == [0, 1]
+    inner = SharedPrefix(Variant(0, 1, 3, 5), PrefixTree([Variant(0, 1, 5, 9)]))
+    prefixes = [SharedPrefix(Variant(0, u, 0, 3), PrefixTree([Variant(0, u, 3, 9)], [inner])) for u in (0, 1)]
+    tree = standing_on(prefixes)
+    assert [v.base for v in tree.variants] == [0, 1]
+    assert [t.stretch.base for t in tree.prefixes] == [0, 1]
 
 
 # --- the results ---
@@ -252,7 +252,7 @@ def test_running_out_of_memory_halves_packs_of_trunks_too(monkeypatch):
 
 def test_little_memory_takes_trunks_a_few_at_a_time(monkeypatch):
     model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
-    monkeypatch.setattr(execution, "FREE_SHARE", 10**12)  # each chunk is a single trunk
+    monkeypatch.setattr(execution, "FREE_SHARE", 10**12)  # each chunk is a single shared prefix
     held = noted_rooms(monkeypatch)
     explainer = Explainer(model, tiny_models.tokenizer(), factor=0.0, token_budget=64, progress=False)
     masks = torch.rand(200, 12, generator=torch.Generator().manual_seed(1)) < 0.5
