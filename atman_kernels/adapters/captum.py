@@ -27,7 +27,7 @@ from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS  # type: ignore[import-u
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atman_kernels import arguments
+from atman_kernels.adapters.captum_features import features_of
 from atman_kernels.adapters.token_question import run_rows, suppressing, token_question, unit_factors
 from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
@@ -39,26 +39,23 @@ from atman_kernels.inputs.limits import check_ids, check_length, language_positi
 from atman_kernels.inputs.own_answer import generated
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.token_texts import token_texts_of
-from atman_kernels.inputs.tokenization import UnitChoice, encode, special_flags
-from atman_kernels.planning.units import Unit, split_units
+from atman_kernels.inputs.tokenization import UnitChoice
 
 SUPPRESSION = "atman_suppression"  # the keyword under which a forward of the model carries its row of factors
-# what captum's users hand to `attribute` for the way it computes; ours computes everything at once, exactly
-WAYS = {"num_trials", "use_cached_outputs", "forward_in_tokens", "perturbations_per_eval", "show_progress"}
+# captum's performance options: accepted, ignored
+IGNORED_OPTIONS = {"num_trials", "use_cached_outputs", "forward_in_tokens", "perturbations_per_eval", "show_progress"}
 ROWS_PER_CALL = 1024  # perturbations that captum hands over at once; packs have their own limit, the token budget
 
 
 class SuppressedTextInput(TextTokenInput):
     """A text whose features captum turns off by suppressing the attention to them; the tokens stay as they are.
 
-    It is an input for captum's `LLMAttribution`, around any of its methods, and, faster, for
-    `SuppressedLLMAttribution`. Where a method turns several features off, each token keeps what the strongest
-    suppression leaves of it.
+    For captum's `LLMAttribution` with any of its methods, and for `SuppressedLLMAttribution`, which is faster. Where
+    several features are off, a token has the factor of the strongest suppression among them.
 
     Args:
         source: a text; or a captum input whose features are pieces of its text: a `TextTokenInput` (`skip_tokens`
-            included), or a `TextTemplateInput` (`mask` included). Their baselines must be captum's default, as nothing
-            is put in a feature's place.
+            included) or a `TextTemplateInput` (`mask` included), with captum's default baselines: no token is replaced.
         explainer: the model, its tokenizer, and how to suppress.
         units: of a text: "token" | "word" | "sentence" | "paragraph", or (start, end) character spans.
         language: of the text, for sentence splitting.
@@ -84,7 +81,7 @@ class SuppressedTextInput(TextTokenInput):
             raise UnsupportedModelError(f"explainer: {name} is no causal language model, which captum's texts are for")
         self.explainer = explainer
         self.tokenizer = explainer.tokenizer
-        features = _features(source, explainer.tokenizer, units, language)
+        features = features_of(source, explainer.tokenizer, units, language)
         self.units, self.values, self._spread = features.units, features.values, features.spread
         self.inp_tensor = features.ids.to(explainer.model.device)
         self.n_itp_features = len(self.units)
@@ -152,9 +149,8 @@ class SuppressedTextInput(TextTokenInput):
 class SuppressedLLMAttribution(LLMAttribution):
     """captum's `LLMAttribution` for a `SuppressedTextInput`, with all of a method's perturbations in one packed run.
 
-    Takes what `LLMAttribution` takes and gives what it gives. Each different perturbation is computed once: exact
-    `ShapleyValues` of n features take 2ⁿ of them. `forward_in_tokens` and `use_cached_outputs` change nothing: the
-    answer is read along with the prompt, and the prompt's keys and values are shared.
+    Takes what `LLMAttribution` takes and gives what it gives. Equal perturbations are computed once: exact
+    `ShapleyValues` of n features take 2ⁿ of them. captum's performance options: accepted, ignored.
 
     Args:
         attr_method: captum's FeatureAblation, ShapleyValueSampling, ShapleyValues, KernelShap or Lime, of the model
@@ -220,9 +216,7 @@ class SuppressedLLMAttribution(LLMAttribution):
         before, most = given["input_ids"].shape[1], language_positions(model)
         check_length(before, most, "inp has")
         check_ids(model, inp.tokenizer, given["input_ids"][0].tolist(), "inp")
-        if (
-            "max_new_tokens" not in options
-        ):  # transformers counts the prompt in, and stops at 20 tokens if nothing is said
+        if "max_new_tokens" not in options:  # transformers' max_length counts the prompt, and is 20 by default
             options["max_new_tokens"] = integer(options.pop("max_length", 20), "gen_args['max_length']") - before
         wanted = integer(options.pop("max_new_tokens"), "gen_args['max_new_tokens']", least=1)
         with evaluating(model):
@@ -271,7 +265,7 @@ class AtManAttribution(SuppressedLLMAttribution):
         *,
         units: UnitChoice | None = None,
         gen_args: dict[str, Any] | None = None,
-        **way: Any,
+        **ignored: Any,
     ) -> LLMAttributionResult:
         """Scores of every feature for every token of the answer.
 
@@ -280,7 +274,7 @@ class AtManAttribution(SuppressedLLMAttribution):
             target: the answer, its token ids (m,), or None to let the model answer first.
             units: of a text, as in `SuppressedTextInput`.
             gen_args: for the model's own answer, as in captum.
-            way: what captum takes about the way to compute (`forward_in_tokens`, …), which changes nothing here.
+            ignored: captum's performance options (`forward_in_tokens`, …): accepted, ignored.
 
         Returns:
             `LLMAttributionResult`: seq_attr (n_features,), token_attr (m, n_features), output_probs (m,).
@@ -288,7 +282,7 @@ class AtManAttribution(SuppressedLLMAttribution):
         Raises:
             InputError: an argument does not fit; UnsupportedModelError: the model cannot be explained.
         """
-        unknown = sorted(set(way) - WAYS)
+        unknown = sorted(set(ignored) - IGNORED_OPTIONS)
         if unknown:
             raise InputError(f"{unknown[0]} is no argument of AtManAttribution.attribute")
         given = inp if isinstance(inp, SuppressedTextInput) else SuppressedTextInput(inp, self.explainer, units)
@@ -309,9 +303,9 @@ class AtManAttribution(SuppressedLLMAttribution):
 
 
 class _Answers:
-    """Log-probs of an input's answer for presences of its features, each different one computed once, in one run.
+    """Log-probs of an input's answer for presences of its features; equal ones are computed once, all in one run.
 
-    While `collecting`, presences are only taken down. What then comes unannounced is computed when it comes.
+    While `collecting`, presences are recorded only. A presence that was not recorded is computed when asked for.
     """
 
     def __init__(self, inp: SuppressedTextInput) -> None:
@@ -340,7 +334,7 @@ class _Answers:
 
 
 def _shown(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Tokens as captum shows them: a character of several tokens with each of them, from the second on marked so."""
+    """Tokens as captum shows them: each token of one character shows it, from the second on with "[OVERLAP]"."""
     texts, _ = token_texts_of(tokenizer, ids)
     shown = []
     for at, text in enumerate(texts):
@@ -348,101 +342,6 @@ def _shown(tokenizer: Any, ids: list[int]) -> list[str]:
         overlaps = at > 0 and not texts[at - 1]
         shown.append(whole.replace("\n", "\\n").strip() + (" [OVERLAP]" if overlaps else ""))
     return shown
-
-
-# From captum's inputs to units -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Features:
-    ids: Tensor  # (1, n)
-    units: tuple[Unit, ...]
-    values: list[str]  # what captum shows
-    spread: list[int] | None = None  # the unit of every value, where that is not one to one
-
-
-def _features(source: Any, tokenizer: Any, units: UnitChoice | None, language: str) -> _Features:
-    if isinstance(source, str):
-        return _text_features(source, tokenizer, "token" if units is None else units, language)
-    if units is not None:
-        raise InputError(f"units are for texts; {type(source).__name__} brings its own features")
-    # not isinstance: what a subclass makes of its features is not known
-    if type(source) is TextTokenInput:
-        return _token_features(source, tokenizer)
-    if type(source) is TextTemplateInput:
-        return _template_features(source, tokenizer)
-    raise InputError(f"inp must be a text, a TextTokenInput or a TextTemplateInput, got {type(source).__name__}")
-
-
-def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) -> _Features:
-    text = arguments.text(text, "inp")
-    encoded = encode(tokenizer, text, add_special_tokens=True)
-    ids = encoded["input_ids"]
-    found = split_units(
-        text,
-        encoded["offset_mapping"],
-        units,
-        special=special_flags(tokenizer, ids),
-        token_texts=tokenizer.convert_ids_to_tokens(ids),
-        language=language,
-    )
-    return _Features(torch.tensor([ids], device="cpu"), found, [unit.text for unit in found])
-
-
-def _token_features(source: TextTokenInput, tokenizer: Any) -> _Features:
-    if source.baselines != 0:
-        raise InputError(f"baselines must be 0, captum's default, as no token is replaced; got {source.baselines!r}")
-    if source.tokenizer is not tokenizer and source.tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise InputError("inp was made with another tokenizer than the model's")
-    kept = torch.ones_like(source.inp_tensor) if source.itp_mask is None else source.itp_mask
-    positions = kept[0].nonzero()[:, 0].tolist()
-    units = tuple(Unit(text, 0, 0, (at,)) for text, at in zip(source.values, positions, strict=True))
-    return _Features(source.inp_tensor, units, source.values)
-
-
-def _template_features(source: TextTemplateInput, tokenizer: Any) -> _Features:
-    if callable(source.baselines) or any(source.baselines):
-        raise InputError("baselines must be None: nothing is put in the place of a template's value")
-    text = source.to_model_input()
-    spans = _value_spans(source, text)
-    features = _text_features(text, tokenizer, [span for found in spans for span in found], "en")
-    owned = iter(features.units)
-    tokens = [{token for _ in found for token in next(owned).token_indices} for found in spans]  # of every value
-    spread = list(range(len(tokens))) if source.mask is None else source.formatted_mask
-    units = []
-    for feature in range(source.n_itp_features):
-        members = [value for value, group in enumerate(spread) if group == feature]
-        positions = set().union(*(tokens[value] for value in members))
-        units.append(Unit(source.values[members[0]], 0, 0, tuple(sorted(positions))))
-    return _Features(features.ids, tuple(units), source.values, spread)
-
-
-def _value_spans(source: TextTemplateInput, text: str) -> list[list[tuple[int, int]]]:
-    """The characters of every value in the text, wherever the template puts it.
-
-    The template is filled with values between characters of the private use planes, which tell where each went.
-
-    Raises:
-        InputError: a value is nowhere in the text, is empty, or the template does more than put values into a text.
-    """
-    first = 0xF0000
-    marked = [f"{chr(first + 2 * i)}{value}{chr(first + 2 * i + 1)}" for i, value in enumerate(source.values)]
-    keys = source.dict_keys
-    filled = source.format_fn(**dict(zip(keys, marked, strict=True))) if keys else source.format_fn(*marked)
-    spans: list[list[tuple[int, int]]] = [[] for _ in marked]
-    plain, starts = [], {}
-    for character in filled:
-        mark = ord(character) - first
-        if not 0 <= mark < 2 * len(marked):
-            plain.append(character)
-        elif mark % 2 == 0:
-            starts[mark // 2] = len(plain)
-        elif mark // 2 in starts:
-            spans[mark // 2].append((starts.pop(mark // 2), len(plain)))
-    for value, found in zip(source.values, spans, strict=True):
-        if "".join(plain) != text or not found or any(text[start:end] != value or not value for start, end in found):
-            raise InputError(f"template: its value {value!r} is no piece of its text, so no tokens can be suppressed")
-    return spans
 
 
 # Suppression in the forwards of captum's own LLMAttribution ----------------------------------------------------------

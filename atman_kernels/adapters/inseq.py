@@ -66,6 +66,11 @@ class AtManAttribution(PerturbationAttributionRegistry):
         return own, {name: value for name, value in kwargs.items() if name not in own}
 
     def prepare_and_attribute(self, sources: Any, targets: Any, *args: Any, **kwargs: Any) -> Any:
+        """inseq's, once its texts are checked; says what the scores are of.
+
+        Raises:
+            InputError: a text is empty or holds no valid Unicode.
+        """
         for name, given in (("input_texts", sources), ("generated_texts", targets)):
             for text in [given] if isinstance(given, str) else given if isinstance(given, list) else ():
                 text_or_empty(text, name)
@@ -75,6 +80,11 @@ class AtManAttribution(PerturbationAttributionRegistry):
         return outputs
 
     def attribute(self, batch: Any, attributed_fn: Any, attr_pos_start: int | None = None, **kwargs: Any) -> Any:
+        """inseq's, for log-probabilities alone.
+
+        Raises:
+            InputError: another `attributed_fn`.
+        """
         arguments = kwargs.get("attributed_fn_args") or {}
         if attributed_fn is not probability_fn or not set(arguments) <= {"logprob"} or not arguments.get("logprob", 1):
             name = getattr(attributed_fn, "__name__", attributed_fn)

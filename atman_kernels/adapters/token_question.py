@@ -1,4 +1,4 @@
-"""Questions about token ids that another library has made, put to an explainer."""
+"""Explanations of token ids that another library has made."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -41,7 +41,7 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
 
 
 def unit_factors(explainer: Explainer, question: CausalObjective) -> Tensor:
-    """(n_units, n + m - 1) on the CPU: one row of factors per unit, similar tokens included if they are asked for."""
+    """(n_units, n + m - 1) factors on the CPU, one row per unit; similar tokens as the explainer's threshold says."""
     return explainer.factors_of(question)
 
 
@@ -52,6 +52,6 @@ def run_rows(explainer: Explainer, questions: Sequence[CausalObjective], factors
 
 
 def suppressing(explainer: Explainer, factors: Tensor) -> AbstractContextManager[None]:
-    """The explainer's model with factors (1, L) in its explainer's way, for any forward inside the context."""
+    """Suppresses every forward of the explainer's model in the context: factors (1, L), its mode, its layers."""
     how = explainer.runner.perturbation
     return suppress(explainer.model, factors, mode=how.mode, layers=how.layers)
