@@ -42,6 +42,7 @@ class _Commands(click.Group):
     _shown: Exception | None = None  # with its traceback, as was asked for
 
     def main(self, *args: Any, **extra: Any) -> Any:
+        """click's, with streams that take any text; ends with 1 where what was printed did not get out."""
         output.prepare()
         try:
             return super().main(*args, **extra)
@@ -56,6 +57,7 @@ class _Commands(click.Group):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
+        """click's, with every failure as a `Failure`: one line and its exit code."""
         try:
             output.check_standard_output()
             _check_working_folder()

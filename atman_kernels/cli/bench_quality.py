@@ -215,6 +215,7 @@ def _cell(summary: "Summary", name: str) -> str:
 
 
 def table_as_json(header: dict[str, Any], summaries: Sequence["Summary"], ranks: dict[str, float]) -> str:
+    """The table, what it was measured with, and rank correlations by pair of settings."""
     rows = [
         {"setting": s.setting, "items": s.items, "values": s.values, "intervals": s.intervals, "refused": s.refused}
         for s in summaries

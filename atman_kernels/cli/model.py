@@ -38,6 +38,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_model_given(model: str | None, gguf: str | None) -> None:
+    """Raises InputError if neither option names a model."""
     if model is None and gguf is None:
         raise InputError("--model or --gguf is missing; --model smollm2 takes the demo's")
 

@@ -1,8 +1,8 @@
-"""The one way out of the command line: results to standard output or files, messages to standard error.
+"""Output of the command line: results to standard output or files, messages to standard error.
 
-Whatever encoding a stream has, what it cannot show is written as a code point; what stands in a prompt is displayed and
-never obeyed. Destinations are tried before any work; a result that one of them refuses is still shown, and the exit
-code says that it was not written.
+Characters that a stream's encoding lacks are written as code points; control characters of a prompt are displayed,
+never obeyed. Destinations are checked before any work. A result that cannot be written is still shown, and the exit
+code is 1.
 """
 
 import os
@@ -38,11 +38,12 @@ class Result(NamedTuple):
 
     @property
     def is_shown(self) -> bool:
+        """Whether it goes to standard output."""
         return self.path is not None and goes_to_standard_output(self.path)
 
 
 def prepare() -> None:
-    """Make the streams fit for any text, and their numbers safe: a file opened later must not take a closed one's."""
+    """Makes the streams take any text, and opens closed ones, whose numbers a file opened later would get."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -54,7 +55,7 @@ def prepare() -> None:
 
 
 def say(message: str) -> None:
-    """A message to the person, apart from results; nobody's loss where it cannot be written."""
+    """A message on standard error; dropped where it cannot be written."""
     try:
         if sys.stderr is not None:
             sys.stderr.write(printable(message) + "\n")
@@ -64,6 +65,7 @@ def say(message: str) -> None:
 
 
 def progress_is_seen() -> bool:
+    """Whether standard error is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -186,6 +188,7 @@ def deliver(
 
 
 def goes_to_standard_output(path: str) -> bool:
+    """Whether this path is "-" or a name of the first descriptor, such as /dev/stdout."""
     return path == "-" or is_descriptor(path, 1)
 
 
@@ -217,4 +220,5 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
     def show(self, file: Any = None) -> None:
+        """Prints the line, to standard error whatever file is given."""
         say(f"Error: {self.format_message()}")

@@ -19,6 +19,9 @@ def read_prompt(text: str | None, file: str | None) -> str:
     """The one prompt that was given; "-" as the text or the file is standard input.
 
     Line ends at the very end are left out: editors and `echo` add them, and they would be part of the question.
+
+    Raises:
+        InputError: none or several were given, or it is empty, too large, no UTF-8 or cannot be read.
     """
     if (text is None) == (file is None):
         raise InputError("prompt: give exactly one of a text, '-' for standard input, --file and --squad")

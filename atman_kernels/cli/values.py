@@ -14,9 +14,10 @@ LARGEST_FACTOR = 1e30  # so that its products with scores stay within float32
 
 
 class Number(click.FloatRange):
-    """A range of floats that not-a-number is not in, nor infinity."""
+    """A range of finite floats."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """click's, without NaN and infinity."""
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
@@ -27,6 +28,7 @@ class Temperature(Number):
     """0, or large enough that logits can be divided by it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """click's, without what is between 0 and `LEAST_TEMPERATURE`."""
         number = super().convert(value, param, ctx)
         if 0 < number < LEAST_TEMPERATURE:
             self.fail(f"{value!r} is neither 0 nor at least {LEAST_TEMPERATURE:g}.", param, ctx)

@@ -1,4 +1,4 @@
-"""Do explanations point to the passage that holds the answer? Methods over questions, measured and compared."""
+"""Do explanations point to the answer in the passage? Methods over questions, measured and compared."""
 
 import itertools
 import time
@@ -70,11 +70,10 @@ def measure(
     results: ResultFile,
     advance: Callable[[], object] = lambda: None,
 ) -> None:
-    """Explain the gold answer of every item in every way, and write down the relevance of every unit.
+    """Explain the gold answer of every item with every setting, and record the relevance of every unit.
 
-    What the result file holds already is not done again. Questions about one passage are explained together, since
-    their variants share what is run over the passage. A method that the model cannot serve is written down once per
-    item with the reason.
+    Measurements that the result file has are skipped. Questions about one passage are explained together, since their
+    variants share the passage. Where the model does not support a method, the reason is recorded for every item.
 
     Args:
         items: with usable answers, see `usable`; those about one passage one after the other.
@@ -148,9 +147,9 @@ def _area(
 
 
 def locate(explanation: Explanation, item: Item) -> tuple[int, int, list[int]]:
-    """Which units are of the passage, as a range [first, last), and which of them hold the answer.
+    """The units of the passage, as a range [first, last), and the indices of those that hold the answer.
 
-    A unit holds it if they share a character that is no white space.
+    A unit holds the answer if they share a character that is no white space.
 
     Raises:
         InputError: the passage does not stand in the prompt.

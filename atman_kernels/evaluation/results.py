@@ -62,6 +62,11 @@ class ResultFile:
             )
 
     def add(self, entry: dict[str, Any]) -> None:
+        """Write one finished measurement, JSON types with "item" and "setting", and keep it in `entries`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self._append(entry, "a")
         self.entries.append(entry)
 

@@ -55,7 +55,7 @@ class Item:
 
     @property
     def problem(self) -> str | None:
-        """Why nothing can be measured with it: the answer is not where the file says. None if all is well."""
+        """Why it cannot be measured: no answer, or not where the file says. None if it can."""
         if not self.answer or not self.answer.strip() or self.start is None:
             return "it has no answer"
         if self.context[self.start : self.start + len(self.answer)] != self.answer:
@@ -91,9 +91,9 @@ def read_items(file: str | Path) -> list[Item]:
 
 
 def split_of(item: Item) -> Split:
-    """Which part of the data a question belongs to: a quarter of the articles, by their titles' hashes, is "dev".
+    """Which part of the data a question belongs to: "dev" for a quarter of the articles, by a hash of the title.
 
-    Whole articles, so that nothing which is chosen on "dev" has seen a passage of "test"; the same in every file.
+    Articles stay whole, so that settings chosen on "dev" have seen no passage of "test". The same in every file.
 
     >>> split_of(Item("", "Chloroplast", "", "", None, None))
     'test'
@@ -102,7 +102,7 @@ def split_of(item: Item) -> Split:
 
 
 def drawn(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
-    """So many of the questions, passage by passage; the passages in random order. None: all of them.
+    """The first `count` questions, passage by passage, with the passages in random order; None: all questions.
 
     Questions about one passage stay together, since they can be explained together.
 
@@ -124,7 +124,7 @@ def drawn(items: Sequence[Item], count: int | None, seed: int) -> list[Item]:
 
 
 def usable(items: Iterable[Item]) -> tuple[list[Item], list[str]]:
-    """Those that something can be measured with, and for each other one a line that says why not."""
+    """The items that can be measured, and one line for each other item that says why it cannot."""
     good, left_out = [], []
     for item in items:
         if item.problem is None:

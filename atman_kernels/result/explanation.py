@@ -1,4 +1,4 @@
-"""The result of an explanation: a score per unit and target token, and all it takes to show and keep them."""
+"""`Explanation`: a score per unit and target token, with its views (page, terminal, plots, overlay) and its file."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Explanation(ExplanationData):
             write_whole(path, text.encode("utf-8"))
         return text
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str:  # what notebooks show
         from atman_kernels.result.html import fragment
 
         return fragment(self)
@@ -142,7 +142,7 @@ class Explanation(ExplanationData):
         target_token: int | Sequence[int] | None = None,
         opacity: float = 0.7,
     ) -> Image:
-        """Lays the scores of an image's units over the picture: orange speaks for the answer, blue against it.
+        """Lays the scores of an image's units over it: orange speaks for the answer, blue against it.
 
         Args:
             image: the PIL image that was explained, in any resolution; an explanation keeps no pixels.
@@ -152,17 +152,15 @@ class Explanation(ExplanationData):
             opacity: of the colour at the largest score, in (0, 1].
 
         Returns:
-            A PIL image in the picture's own resolution, which is grey below the colours; several panels have a
-            caption above each.
+            A PIL image in the same resolution, grey below the colours; several panels have a caption above each.
 
         Raises:
-            InputError: the picture is not the explained one, it has no unit with a place in it, or an argument does
-                not fit.
+            InputError: the image is not the explained one, no unit has a place in it, or an argument does not fit.
             ImportError: pillow is not installed; the message says how to get it.
 
         Example:
-            >>> explanation.overlay(picture, "answer.png")                              # doctest: +SKIP
-            >>> explanation.overlay(picture, target_token=[0, 2]).show()                # doctest: +SKIP
+            >>> explanation.overlay(image, "answer.png")                              # doctest: +SKIP
+            >>> explanation.overlay(image, target_token=[0, 2]).show()                # doctest: +SKIP
         """
         from atman_kernels.result.overlay import overlay
 

@@ -64,6 +64,7 @@ def _content(explanation: ExplanationData, images: Any = None) -> dict[str, Any]
     tokens = [token_label(explanation, token) for token in range(len(explanation.target_tokens))]
 
     def painted(text: str, source: str) -> list[dict[str, Any]]:
+        """The pieces of a text, each with its strongest unit and that unit's score."""
         pieces = []
         for piece in segments(text, explanation.units, source):
             unit = strongest(piece.units, total)
@@ -78,7 +79,7 @@ def _content(explanation: ExplanationData, images: Any = None) -> dict[str, Any]
         "total": total,
         "errors": errors,
         "scale": scale,
-        "pictures": _pictures(explanation, total, images),
+        "images": _images(explanation, total, images),
         "texts": [painted(explanation.prompt, "prompt"), painted(explanation.target, "target")],
         "lists": [("Speaks for", speaks_for), ("Speaks against", speaks_against)],
         "summary": _summary(explanation),
@@ -97,15 +98,15 @@ def _content(explanation: ExplanationData, images: Any = None) -> dict[str, Any]
     }
 
 
-def _pictures(explanation: ExplanationData, total: list[float], images: Any) -> list[dict[str, Any]]:
-    """Per explained image its size, its units with their places in per cent, and its pixels where they are given."""
+def _images(explanation: ExplanationData, total: list[float], given: Any) -> list[dict[str, Any]]:
+    """Per explained image its size, its units with their boxes in per cent of it, and its pixels where given."""
     of_images = [i for i, unit in enumerate(explanation.units) if unit.source == "image"]
     numbers = sorted({explanation.units[i].image for i in of_images})
-    given = [None] * len(numbers) if images is None else images
+    given = [None] * len(numbers) if given is None else given
     given = list(given) if isinstance(given, list | tuple) else [given]
     if len(given) != len(numbers):
         raise InputError(f"images has {len(given)}, but the explanation has units of {len(numbers)} images")
-    pictures = []
+    images = []
     for number, image in zip(numbers, given, strict=True):
         source = None if image is None else _embedded(explanation, image, number)
         own = [i for i in of_images if explanation.units[i].image == number]
@@ -126,16 +127,16 @@ def _pictures(explanation: ExplanationData, total: list[float], images: Any) -> 
             if (box := explanation.units[i].box)
         ]
         rest = [{"unit": i, "score": total[i]} for i in own if explanation.units[i].box is None]
-        pictures.append(
+        images.append(
             {"number": number + 1, "source": source, "width": width, "height": height, "placed": placed, "rest": rest}
         )
-    return pictures
+    return images
 
 
 def _embedded(explanation: ExplanationData, image: Any, index: int) -> str:
-    from atman_kernels.result.overlay import check_picture, data_uri
+    from atman_kernels.result.overlay import check_image, data_uri
 
-    check_picture(explanation, image, index)
+    check_image(explanation, image, index)
     return data_uri(image)
 
 

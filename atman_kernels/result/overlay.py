@@ -1,4 +1,4 @@
-"""Relevance laid over pictures; the only module that imports pillow."""
+"""Scores laid over images; the only module of the results that imports pillow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("pictures need pillow: pip install atman-kernels[images]") from error
 
-MOST_PIXELS_EMBEDDED = 1024  # per side of a picture inside a page
+MOST_PIXELS_EMBEDDED = 1024  # per side of an image inside a page
 GAP = 8  # pixels between panels
 CAPTION = 22  # height of a panel's caption
 
@@ -30,13 +30,13 @@ CAPTION = 22  # height of a panel's caption
 def overlay(
     explanation: ExplanationData, image: Image.Image, index: int, target_tokens: Sequence[int] | None, opacity: float
 ) -> Image.Image:
-    """The picture in grey at its own resolution, orange where a unit speaks for the answer and blue where against it.
+    """The image in grey at its own resolution, orange where a unit speaks for the answer and blue where against it.
 
     See `Explanation.overlay`.
     """
     opacity = real(opacity, "opacity", "in (0, 1]", lambda x: 0 < x <= 1)
     index = integer(index, "index", least=0)
-    check_picture(explanation, image, index)
+    check_image(explanation, image, index)
     if target_tokens is None:
         field = relevance(explanation, image.size, index, explanation.total)
         return _tinted(image, field, float(field.abs().max()) or 1.0, opacity)
@@ -57,7 +57,7 @@ def relevance(explanation: ExplanationData, size: tuple[int, int], index: int, s
     """(height, width) float32: for every pixel the sum of the scores of the units that hold it.
 
     Args:
-        size: (width, height) of the picture; boxes are scaled to it.
+        size: (width, height) of the image; boxes are scaled to it.
         index: which of the prompt's images.
         scores: (n_units,).
     """
@@ -73,8 +73,8 @@ def relevance(explanation: ExplanationData, size: tuple[int, int], index: int, s
     return field
 
 
-def check_picture(explanation: ExplanationData, image: Any, index: int) -> None:
-    """Raises InputError if this picture is not the explained one, as far as that can be seen."""
+def check_image(explanation: ExplanationData, image: Any, index: int) -> None:
+    """Raises InputError if this is no image, or of another shape than the explained one."""
     if not isinstance(image, Image.Image):
         raise InputError(f"image must be a PIL image, got {type(image).__name__}")
     boxes = boxes_of(explanation, index)
@@ -93,7 +93,7 @@ def check_picture(explanation: ExplanationData, image: Any, index: int) -> None:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The picture as a PNG inside a URI, made smaller if it is large."""
+    """The image as a PNG inside a URI, made smaller if it is large."""
     small = image.convert("RGB")
     small.thumbnail((MOST_PIXELS_EMBEDDED, MOST_PIXELS_EMBEDDED))
     buffer = io.BytesIO()
@@ -102,7 +102,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def _tinted(image: Image.Image, field: Tensor, scale: float, opacity: float) -> Image.Image:
-    """The picture's greys, so that no colour of its own is taken for a score, mixed with the hues."""
+    """The image in grey, so that none of its own colours is taken for a score, mixed with the hues."""
     pixels = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).float()
     pixels = pixels.reshape(image.height, image.width, 1).expand(-1, -1, 3)
     hues = torch.tensor([list(bytes.fromhex(hue[1:])) for hue in (NEGATIVE, POSITIVE)], device="cpu").float()

@@ -1,4 +1,4 @@
-"""Where the units of an image lie in it. Needs no pillow."""
+"""Where the units of an image lie in it; without pillow."""
 
 from __future__ import annotations
 

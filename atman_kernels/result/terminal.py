@@ -41,18 +41,18 @@ def print_explanation(explanation: ExplanationData, console: Console | None = No
 
 def renderables(explanation: ExplanationData, console: Console, top: int = 8) -> Iterator[RenderableType]:
     """The parts that `print_explanation` prints, for a rich layout of one's own."""
-    canvas = _Canvas(explanation, console, top)
-    yield canvas.answer()
-    yield canvas.heading("Prompt")
-    yield canvas.text("prompt", explanation.prompt)
+    printout = _Printout(explanation, console, top)
+    yield printout.answer()
+    yield printout.heading("Prompt")
+    yield printout.text("prompt", explanation.prompt)
     if any(unit.source == "target" for unit in explanation.units):
-        yield canvas.heading("Answer as input")
-        yield canvas.text("target", explanation.target)
-    yield canvas.heading(canvas.safe(f"Strongest units: {explanation.measure}"))
-    yield canvas.ranking()
+        yield printout.heading("Answer as input")
+        yield printout.text("target", explanation.target)
+    yield printout.heading(printout.safe(f"Strongest units: {explanation.measure}"))
+    yield printout.ranking()
 
 
-class _Canvas:
+class _Printout:
     """What the parts of one printout share: scores, scale, ranks, and what the console can show."""
 
     def __init__(self, explanation: ExplanationData, console: Console, top: int) -> None:
@@ -68,6 +68,7 @@ class _Canvas:
         self.dark = _dark_background()
 
     def safe(self, text: str) -> str:
+        """Text that this console can show and does not obey."""
         text = printable(text)
         return text.encode("ascii", "backslashreplace").decode() if self.ascii else text
 
@@ -76,6 +77,7 @@ class _Canvas:
         return isolated(self.safe(text))
 
     def number(self, value: float) -> str:
+        """A score, signed."""
         return self.safe(signed(value).replace("−", "-") if self.ascii else signed(value))
 
     def uncertain(self, unit: int) -> str:
@@ -84,9 +86,11 @@ class _Canvas:
         return self.number(self.total[unit]) + give_or_take(self.errors[unit]).replace("±", sign)
 
     def heading(self, text: str) -> Text:
+        """A title above a part."""
         return Text("\n" + text, style="bold")
 
     def answer(self) -> Text:
+        """The answer's tokens with the natural log of each one's probability."""
         logprobs: list[float] = self.explanation.base_logprobs.tolist()
         whole = ", ".join(
             self.safe(part.replace("−", "-") if self.ascii else part) for part in likelihood(self.explanation)
@@ -104,6 +108,7 @@ class _Canvas:
         return self.painted(pieces) if self.colour else self.bracketed(pieces)
 
     def painted(self, pieces: list[Segment]) -> Text:
+        """Every piece on the colour of its strongest unit."""
         painted = Text(overflow="fold")
         for piece in pieces:
             unit = strongest(piece.units, self.total)
@@ -147,6 +152,7 @@ class _Canvas:
         return Style(color=ink, bgcolor=Color.from_triplet(ColorTriplet(*mixed)))
 
     def ranking(self) -> Text:
+        """The strongest units, one a line: rank, text, score, bar."""
         labels = [self.alone(label(self.explanation.units[unit].text)) for unit in self.listed]
         width = max(map(cell_len, labels), default=0)
         numbers = [self.uncertain(unit) for unit in self.listed]
@@ -162,6 +168,7 @@ class _Canvas:
         return lines if self.listed else Text("  no unit changes it")
 
     def bar(self, score: float) -> str:
+        """A line as long as the score is large."""
         length = max(1, round(BAR_WIDTH * abs(score) / self.scale))
         if self.colour:
             return "━" * length
