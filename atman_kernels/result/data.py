@@ -18,7 +18,15 @@ RISE = "rise of the loss when suppressed, in nats"
 
 @dataclass(frozen=True)
 class ImageSize:
-    """Width and height of an image in pixels, each at least 1."""
+    """The size of an image, in `Explanation.images`.
+
+    Attributes:
+        width, height: in pixels, each at least 1.
+
+    Example:
+        >>> ImageSize(640, 480).width
+        640
+    """
 
     width: int
     height: int
@@ -26,7 +34,16 @@ class ImageSize:
 
 @dataclass(frozen=True)
 class AnswerLogprobs:
-    """Natural logs of the probabilities of two answers to one prompt: the explained one, and the other."""
+    """How likely two answers to one prompt are, in `Explanation.logprobs`.
+
+    Attributes:
+        target: natural log of the explained answer's probability.
+        versus: natural log of the other answer's probability.
+
+    Example:
+        >>> AnswerLogprobs(target=-0.5, versus=-2.0).versus
+        -2.0
+    """
 
     target: float
     versus: float

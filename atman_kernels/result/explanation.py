@@ -41,7 +41,7 @@ class Explanation(ExplanationData):
         scores: (n_units, n_target_tokens) float32 on the CPU, finite.
         target_tokens: the text to show for each target token.
         base_logprobs: (n_target_tokens,) float32 on the CPU: natural log of each target token's probability
-            with nothing suppressed.
+            with nothing suppressed, or what `value` names instead.
         settings: how it was computed; JSON types only (a copy is kept, tuples become lists). The last five fields are
             repeated here where they are not at their defaults.
         stats: what it cost; JSON types only, likewise.

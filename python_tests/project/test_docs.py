@@ -27,6 +27,7 @@ PUBLIC_MODULES = {
     "atman_kernels.explain.methods": ("names", "method", "TokenScores", "MethodOutcome"),
     "atman_kernels.hf.models.loading": ("choose_dtype", "find_smollm2"),
     "atman_kernels.plots": ("bar", "heat"),
+    "atman_kernels.result.data": ("AnswerLogprobs", "ImageSize"),
     "atman_kernels.scale": ("DatasetRun", "Pool", "Result", "explain_dataset", "explain_part", "read_results"),
 }
 NEEDS = {"adapters.captum": "captum", "adapters.inseq": "inseq", "plots": "matplotlib", "evaluation.metrics": "scipy"}
