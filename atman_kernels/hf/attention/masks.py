@@ -31,7 +31,8 @@ def compact_mask(*, whole: bool = False, **kwargs: Any) -> Tensor | None:
         if padding is None:
             padding = torch.ones(batch, keys, dtype=torch.bool, device=kwargs.get("device"))
         return padding[:, None, None, :].expand(batch, 1, queries, keys)
-    return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    mask: Tensor | None = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    return mask
 
 
 def same_for_all_queries(mask: Tensor) -> bool:

@@ -62,7 +62,7 @@ def _attend(
     weights = module.in_proj_weight.chunk(3)
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     q, k, v = (
-        nn.functional.linear(states, weight, bias).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        nn.functional.linear(states, weight, bias).reshape(*states.shape[:2], module.num_heads, -1).transpose(1, 2)
         for states, weight, bias in zip((query, key, value), weights, biases, strict=True)
     )
     call = AttentionCall(q, k, v, None, False, None, None, None, None, None)

@@ -94,7 +94,7 @@ def checked_queries(queries: Queries) -> Positional | None:
     if isinstance(queries, Tensor):
         if queries.dtype != torch.bool or queries.ndim not in (1, 2) or not queries.numel():
             raise InputError(f"queries must be bool (L,) or (B, L), got {queries.dtype} {tuple(queries.shape)}")
-        return Positional("queries", torch.atleast_2d(queries.detach().cpu()), False)
+        return Positional("queries", queries.detach().cpu().reshape(-1, queries.shape[-1]), False)
     expected = "expected (start, end) with 0 <= start < end, or end None, or a bool tensor (L,) or (B, L)"
     try:
         start, end = queries if isinstance(queries, tuple | list) else ()

@@ -109,7 +109,7 @@ def suppressed(
     recomputations = Recomputations(part, scope, partial(run.reinstalled, part))
     run.computing = recomputations.note
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check_reached(module: nn.Module, args: Any, output: Any) -> None:
         run.forget_offsets()
         if not scope.holds():  # another thread's forward, perhaps with a suppression of its own

@@ -100,7 +100,8 @@ _everywhere: tuple[_Active, ...] = ()
 _everywhere_lock = threading.RLock()
 
 
-@torch.compiler.disable  # a compiled model would keep the run that was active when it was traced
+# a compiled model would keep the run that was active when it was traced
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -129,20 +130,21 @@ def _own_attention(
         mask = visible if name == "sdpa" else additive(visible).to(query.dtype)
     if name in (None, "eager"):
         return _eager_of(module)(module, query, key, value, mask, **kwargs)
+    function: AttentionFunction
     if name != NAME:
-        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
-        return function(module, query, key, value, mask, **kwargs)
-    # chosen by the user: SDPA; the op without factors for the two things that SDPA cannot do
-    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    return _without_factors(module, query, key, value, mask, **kwargs)
+        function = ALL_ATTENTION_FUNCTIONS[name]
+    elif kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        function = sdpa_attention_forward  # chosen by the user
+    else:
+        function = _without_factors  # what SDPA cannot do
+    return function(module, query, key, value, mask, **kwargs)
 
 
 def _eager_of(module: nn.Module) -> AttentionFunction:
     """The eager attention function that the module's forward names; our op without factors if it names none."""
     forward = inspect.unwrap(type(module).forward)
     names = [name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")]
-    return forward.__globals__[names[0]] if len(names) == 1 else _without_factors  # type: ignore[no-any-return]
+    return forward.__globals__[names[0]] if len(names) == 1 else _without_factors
 
 
 def _without_factors(
@@ -151,7 +153,7 @@ def _without_factors(
     return call_of(module, query, key, value, mask, kwargs).attend(None, "log_additive"), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
     """The mask function that transformers calls; a bool mask (True = visible) or None."""
     active = next((a for a in reversed(_everywhere) if id(config) in a.configs and a.scope.holds()), None)

@@ -74,7 +74,7 @@ def differentiation(model: PreTrainedModel, *, checkpointing: bool = False) -> I
 
 def input_embeddings(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """(L, H) what the model looks up for its (L,) input tokens, detached; hooks will see it in the forward."""
-    return model.get_input_embeddings().forward(ids.clone()).detach()  # type: ignore[operator, no-any-return]
+    return model.get_input_embeddings().forward(ids.clone()).detach()  # type: ignore[no-any-return]
 
 
 def differentiable_run(

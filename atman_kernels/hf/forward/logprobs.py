@@ -137,7 +137,7 @@ def head_in_float32(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
         yield
         return
 
-    def wide(own: Callable[..., Any], hidden: Tensor) -> Tensor:
+    def wide(own: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         if head.weight.is_meta:  # brought by something that wraps the weight's use, not this call
             return own(hidden)
         hidden = hidden.float()

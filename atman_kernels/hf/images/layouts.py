@@ -190,7 +190,7 @@ def image_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[I
 def _given(model: PreTrainedModel, inputs: Mapping[str, Tensor], name: str) -> list[list[int]]:
     if name not in inputs:
         raise InputError(f"inputs hold no {name!r}, which {type(model).__name__} needs")
-    return inputs[name].tolist()  # type: ignore[no-any-return]
+    return inputs[name].tolist()
 
 
 def _reported_grids(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[_Size]:

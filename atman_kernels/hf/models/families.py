@@ -365,7 +365,8 @@ def _modeling(module: nn.Module) -> Any:
 def _slopes_by_key(module: Any, count: int, like: Tensor) -> Tensor:
     """(H, 1, count), by the function that made `like`."""
     every = torch.ones(1, count, dtype=torch.long, device=like.device)
-    return _modeling(module).build_alibi_tensor(every, module.num_heads, dtype=like.dtype)
+    slopes: Tensor = _modeling(module).build_alibi_tensor(every, module.num_heads, dtype=like.dtype)
+    return slopes
 
 
 # by the model's folder in transformers and the class

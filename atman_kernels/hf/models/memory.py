@@ -11,7 +11,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         import psutil  # not needed where there is a GPU, on machines with little else than torch
 
-        return psutil.virtual_memory().available
+        return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -70,7 +70,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def encoder_of(model: nn.Module) -> nn.Module:
     """The encoder of an encoder-decoder model."""
     assert isinstance(model, PreTrainedModel)
-    return model.get_encoder()
+    encoder: nn.Module = model.get_encoder()
+    return encoder
 
 
 def towers(module: nn.Module, decoder: nn.Module) -> list[PreTrainedModel]:
