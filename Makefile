@@ -2,7 +2,7 @@
 #
 #   PYTHON       the interpreter to build the environment from   (default: the first usable python3.11, 3.12, …)
 #   VENV         where the environment goes                      (default: .venv)
-#   ARGS         options of serve-demo, and of gpu-check, which uses $(PYTHON), $(VENV) or python3 as it is
+#   ARGS         options of serve-demo, mutations, and gpu-check, which uses $(PYTHON), $(VENV) or python3 as it is
 #   TORCH_INDEX  a package index to take torch from, e.g.
 #                https://download.pytorch.org/whl/cpu            (default: pip's own)
 
@@ -19,7 +19,7 @@ NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -nam
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help docs docs-serve kernel-hub wheel extras demo serve-demo test test-all test-oldest sanitize bench coverage-table gpu-check gpu-bundle lint clean
+.PHONY: help docs docs-serve kernel-hub wheel extras demo serve-demo test test-all test-oldest sanitize bench coverage-table mutations gpu-check gpu-bundle lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test-all  every test, the slow ones and those on real weights too"
 	@echo "make test-oldest  the fast tests with the oldest supported versions, in an environment of their own"
 	@echo "make sanitize  the compiled module under the address, undefined-behaviour and thread sanitizers"
+	@echo "make mutations the package with one fault at a time: which of the tests sees it"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
 	@echo "make gpu-check on a machine with a GPU and torch: benchmarks, tests that need it, compute-sanitizer, by value"
@@ -68,6 +69,9 @@ sanitize: $(STAMPS)/dev
 
 bench: $(STAMPS)/bench $(STAMPS)/demo
 	$(BIN)/python -m benchmarks
+
+mutations: $(STAMPS)/dev
+	$(BIN)/python tools/mutations.py $(ARGS)
 
 coverage-table: $(STAMPS)/dev
 	$(BIN)/python tools/coverage_table.py
