@@ -18,7 +18,7 @@ from atman_kernels.hf.images.embedding import check_vision
 from atman_kernels.hf.models.eval_mode import evaluating
 from atman_kernels.hf.models.tasks import Task, part_of, task_of
 from atman_kernels.hf.models.wrapped import unwrapped
-from atman_kernels.inputs.image_places import PATCHES, ImageUnitChoice
+from atman_kernels.inputs.image_units import PATCHES, ImageUnitChoice
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.request import Common, Request, batch_of
 from atman_kernels.inputs.tasks import CAUSAL, ROWS, Reader, causal_objectives, check_request, units_named

@@ -23,7 +23,7 @@ from atman_kernels.hf.images.layouts import ImageTokens, image_family_of, image_
 from atman_kernels.hf.images.places import places_of
 from atman_kernels.inputs.chat import templated
 from atman_kernels.inputs.encoder_inputs import EncoderInputs, one_or_several
-from atman_kernels.inputs.image_places import ImageUnitChoice, image_units_of, sizes_of
+from atman_kernels.inputs.image_units import ImageUnitChoice, image_units_of, sizes_of
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
 from atman_kernels.inputs.text_generation import CausalObjective

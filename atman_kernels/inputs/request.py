@@ -6,8 +6,8 @@ from typing import Any
 
 from atman_kernels.arguments import entries, flag, integer, of_entry, text, text_or_empty
 from atman_kernels.errors import InputError
-from atman_kernels.inputs.image_places import ImageUnitChoice, Unsaid, checked_image_units
 from atman_kernels.inputs.image_text import checked_images
+from atman_kernels.inputs.image_units import ImageUnitChoice, Unsaid, checked_image_units
 from atman_kernels.inputs.tokenization import checked_prompt
 from atman_kernels.planning.units import check_language, checked_choice
 
