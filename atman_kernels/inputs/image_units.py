@@ -35,7 +35,7 @@ def image_units_of(
         choice: what `checked_image_units` lets pass.
 
     Raises:
-        InputError: tiles of what is no grid.
+        InputError: image tiles of what is no grid.
     """
     several = places[-1].image > 0
     found: list[Unit] = []

@@ -1,4 +1,4 @@
-"""Units of images: patches, tiles of patches, whole images, and the tokens and pixels each of them owns."""
+"""Units of images: patches, image tiles (squares of patches), whole images; which tokens and pixels each owns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def patch_units(
     Args:
         grid_rows, grid_cols: the grid; its tokens run row by row.
         image_size: (width, height) of the image in pixels.
-        tile: patches per side of a unit; tiles at the right and at the bottom may be smaller.
+        tile: patches per side of an image tile, which is a unit; those at the right and at the bottom may be smaller.
         image: which of the prompt's images it is, from 0.
         first_position: position of the first patch's token in the sequence.
         step: from a token to that below it; None: grid_cols. More where something separates the rows.

@@ -154,8 +154,8 @@ def mask() -> Drawing:
     return d
 
 
-def trunks() -> Drawing:
-    d = Drawing("packs-trunks", "A trunk: what variants have in common is run once", 840, 250)
+def shared() -> Drawing:
+    d = Drawing("packs-shared", "A shared prefix: what variants have in common is run once", 840, 250)
     d.text(20, 32, "two questions about one passage, the same sentence suppressed in both", bold=True)
     d.box(20, 54, 170, 40, KEPT, "sentence 1")
     d.box(194, 54, 170, 40, VARIANTS[0], "sentence 2")
@@ -167,12 +167,12 @@ def trunks() -> Drawing:
     d.box(584, 54, 236, 40, VARIANTS[1], "question A and its answer")
     d.box(584, 134, 236, 40, VARIANTS[2], "question B and its answer")
     d.line(194, 108, 538, 108)
-    d.text(194, 130, "trunk: run once, leaves keys and values")
-    d.text(20, 210, "To the kernels a trunk is one more base: base_starts says which base each variant goes on from.")
+    d.text(194, 130, "shared prefix: run once, leaves keys and values")
+    d.text(20, 210, "To the kernels it is one more base: base_starts says which base each variant goes on from.")
     return d
 
 
-ALL = (base, variant, triangle, pack, mask, trunks)
+ALL = (base, variant, triangle, pack, mask, shared)
 
 if __name__ == "__main__":
     for drawing in ALL:
