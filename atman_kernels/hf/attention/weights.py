@@ -52,7 +52,7 @@ def row_blocks(call: AttentionCall, first: int = 0, last: int | None = None) -> 
 
 def grouped(states: Tensor, call: AttentionCall) -> Tensor:
     """(Hq, …) of query heads -> (Hkv, heads of a group, …)."""
-    return states.unflatten(0, (call.key.shape[1], -1))
+    return states.reshape(call.key.shape[1], -1, *states.shape[1:])
 
 
 def by_group(states: Tensor, of_keys: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def noted(output: Tensor, call: AttentionCall, tell: Callable[[AttentionCall, Te
 
     What the output is made of is kept by autograd, which checkpointing knows how to drop.
     """
-    return _Noted.apply(output, call.query, call.key, call.value, call, tell)  # type: ignore[no-any-return]
+    return _Noted.apply(output, call.query, call.key, call.value, call, tell)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Noted(torch.autograd.Function):
