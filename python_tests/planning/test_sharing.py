@@ -142,12 +142,12 @@ def test_pictures_are_not_told_apart_by_their_placeholders():
     assert sorted((t.stretch.objective, len(t.then.variants)) for t in tree.prefixes) == [(0, 2), (1, 2)]
 
 
-def test_trunks_go_in_chunks_that_fit():
+def test_shared_prefixes_go_in_chunks_that_fit():
     prefixes = [SharedPrefix(Variant(0, u, 0, length), PrefixTree([])) for u, length in enumerate((5, 4, 9, 30, 1))]
     assert [[t.stretch.length for t in chunk] for chunk in chunks(prefixes, 18)] == [[5, 4, 9], [30], [1]]
 
 
-def test_what_stands_on_a_trunk_takes_its_base():
+def test_what_stands_on_a_shared_prefix_takes_its_base():
     inner = SharedPrefix(Variant(0, 1, 3, 5), PrefixTree([Variant(0, 1, 5, 9)]))
     prefixes = [SharedPrefix(Variant(0, u, 0, 3), PrefixTree([Variant(0, u, 3, 9)], [inner])) for u in (0, 1)]
     tree = standing_on(prefixes)
@@ -231,7 +231,7 @@ def test_removed_tokens_are_not_missed(family, mode):
     torch.testing.assert_close(found.rises.double(), expected, atol=1e-4, rtol=0)
 
 
-def test_running_out_of_memory_halves_packs_of_trunks_too(monkeypatch):
+def test_running_out_of_memory_halves_packs_of_shared_prefixes_too(monkeypatch):
     model, passage, answer = tiny_models.build("llama"), draw(24, 7), draw(1, 8)
     explainer = Explainer(model, tiny_models.tokenizer(), factor=0.1, progress=False)
     prompts = [passage + draw(2, 30 + seed) for seed in range(3)]
@@ -250,7 +250,7 @@ def test_running_out_of_memory_halves_packs_of_trunks_too(monkeypatch):
     check_against_oracle(model, explanations, prompts, answer, "log_additive")
 
 
-def test_little_memory_takes_trunks_a_few_at_a_time(monkeypatch):
+def test_little_memory_takes_shared_prefixes_a_few_at_a_time(monkeypatch):
     model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
     monkeypatch.setattr(execution, "FREE_SHARE", 10**12)  # each chunk is a single shared prefix
     held = noted_rooms(monkeypatch)
@@ -276,7 +276,7 @@ def noted_rooms(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("rows", [200, 1000])
-def test_trunks_take_no_more_room_than_a_pack(monkeypatch, rows):
+def test_shared_prefixes_take_no_more_room_than_a_pack(monkeypatch, rows):
     model, ids, answer = tiny_models.build("llama"), draw(12, 9), draw(1, 10)
     held = noted_rooms(monkeypatch)
     explainer = Explainer(model, tiny_models.tokenizer(), factor=0.0, token_budget=64, progress=False)

@@ -25,7 +25,9 @@ LAYERS = (
     ("planning",),
     ("hf",),
     ("result",),
-    ("inputs", "run", "explain", "steering"),
+    ("inputs",),
+    ("run",),
+    ("explain", "steering"),
     ("serve", "scale", "plots", "evaluation", "adapters"),
     ("cli",),
 )
