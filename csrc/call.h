@@ -22,36 +22,35 @@ inline void define_call(pybind11::module_& module, Memory memory) {
     module.attr("DTYPES") = py::dict(py::arg("float32") = 0, py::arg("bfloat16") = 1, py::arg("float16") = 2,
                                      py::arg("int32") = 3, py::arg("bool") = 4);
 
-    const auto make = [memory](const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output,
-                               const Optional& lse, const Optional& own_key, const Optional& own_value,
-                               const Optional& suffix_starts, const Optional& prefix_lengths,
-                               const Optional& base_starts, const Optional& row_variant, const Optional& factor,
-                               const Optional& key_mask, const Optional& sinks, const Optional& position_bias,
-                               const std::string& mode, bool is_causal, double scale, std::int64_t sliding_window,
-                               double softcap) {
-        AttentionArguments arguments;
-        arguments.query = query;
-        arguments.key = key;
-        arguments.value = value;
-        arguments.output = output;
-        arguments.lse = lse;
-        arguments.own_key = own_key;
-        arguments.own_value = own_value;
-        arguments.suffix_starts = suffix_starts;
-        arguments.prefix_lengths = prefix_lengths;
-        arguments.base_starts = base_starts;
-        arguments.row_variant = row_variant;
-        arguments.factor = factor;
-        arguments.key_mask = key_mask;
-        arguments.sinks = sinks;
-        arguments.position_bias = position_bias;
-        arguments.mode = mode;
-        arguments.is_causal = is_causal;
-        arguments.scale = scale;
-        arguments.sliding_window = sliding_window;
-        arguments.softcap = softcap;
-        return make_params(arguments, memory);
-    };
+    const auto make =
+        [memory](const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& output, const Optional& lse,
+                 const Optional& own_key, const Optional& own_value, const Optional& suffix_starts,
+                 const Optional& prefix_lengths, const Optional& base_starts, const Optional& row_variant,
+                 const Optional& factor, const Optional& key_mask, const Optional& sinks, const Optional& position_bias,
+                 const std::string& mode, bool is_causal, double scale, std::int64_t sliding_window, double softcap) {
+            AttentionArguments arguments;
+            arguments.query = query;
+            arguments.key = key;
+            arguments.value = value;
+            arguments.output = output;
+            arguments.lse = lse;
+            arguments.own_key = own_key;
+            arguments.own_value = own_value;
+            arguments.suffix_starts = suffix_starts;
+            arguments.prefix_lengths = prefix_lengths;
+            arguments.base_starts = base_starts;
+            arguments.row_variant = row_variant;
+            arguments.factor = factor;
+            arguments.key_mask = key_mask;
+            arguments.sinks = sinks;
+            arguments.position_bias = position_bias;
+            arguments.mode = mode;
+            arguments.is_causal = is_causal;
+            arguments.scale = scale;
+            arguments.sliding_window = sliding_window;
+            arguments.softcap = softcap;
+            return make_params(arguments, memory);
+        };
     const py::object none = py::none();
     py::class_<AttentionParams>(module, "Call",
                                 "One call, checked; it keeps no tensor alive. See csrc/params.h for the shapes. The "

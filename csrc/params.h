@@ -50,7 +50,7 @@ struct AttentionParams {
     const float* sinks = nullptr;            // (query_heads,)
     const float* position_bias = nullptr;    // (batch, query_heads, rows | positions, keys | positions)
     std::int64_t bias_rows = 0, bias_keys = 0;
-    Strides bias_strides;            // 0 where it is broadcast
+    Strides bias_strides;              // 0 where it is broadcast
     std::int64_t bias_key_stride = 1;  // 0 or 1
 
     Mode mode = Mode::log_additive;
@@ -68,12 +68,12 @@ struct GradientParams {
     const float* delta = nullptr;       // (batch, query_heads, rows): dO . o - d lse
 
     // What is wanted; null: not.
-    void* grad_query = nullptr;      // as query
-    void* grad_key = nullptr;        // as key
-    void* grad_value = nullptr;      // as value
-    void* grad_own_key = nullptr;    // packed calls only
+    void* grad_query = nullptr;    // as query
+    void* grad_key = nullptr;      // as key
+    void* grad_value = nullptr;    // as value
+    void* grad_own_key = nullptr;  // packed calls only
     void* grad_own_value = nullptr;
-    float* grad_factor = nullptr;    // (batch | variants, factor_heads, factor_keys)
+    float* grad_factor = nullptr;  // (batch | variants, factor_heads, factor_keys)
 };
 
 }  // namespace atman

@@ -9,7 +9,7 @@
 namespace atman {
 namespace {
 
-constexpr std::int64_t kMostFeatures = 1 << 14;            // of head_dim and value_dim
+constexpr std::int64_t kMostFeatures = 1 << 14;               // of head_dim and value_dim
 constexpr std::int64_t kLargestSize = std::int64_t{1} << 40;  // of any other axis: products of two stay in range
 
 [[noreturn]] void fail(const std::string& name, const std::string& what) {
@@ -51,7 +51,8 @@ void expect_type(const char* name, const Tensor& tensor, ElementType type) {
 }
 
 void expect_packed_rows(const char* name, const Tensor& tensor) {
-    if (!tensor.empty() && tensor.shape.back() > 1 && tensor.strides.back() != 1) fail(name, "must be contiguous in its last dimension");
+    if (!tensor.empty() && tensor.shape.back() > 1 && tensor.strides.back() != 1)
+        fail(name, "must be contiguous in its last dimension");
 }
 
 // Row-major without gaps; the stride of an axis of size 1 means nothing.
@@ -72,8 +73,10 @@ Strides strides_of(const Tensor& tensor) {
 
 void read_shapes(const AttentionArguments& a, AttentionParams& p) {
     if (a.query.type > ElementType::float16) fail("query", "must hold float32, bfloat16 or float16");
-    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"query", a.query}, {"key", a.key},
-                                       {"value", a.value}, {"output", a.output}}) {
+    for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"query", a.query},
+                                       {"key", a.key},
+                                       {"value", a.value},
+                                       {"output", a.output}}) {
         expect_rank(name, tensor, 4);
         expect_type(name, tensor, a.query.type);
         expect_packed_rows(name, tensor);
@@ -145,7 +148,8 @@ void read_pack(const AttentionArguments& a, AttentionParams& p) {
     expect_shape("prefix_lengths", *a.prefix_lengths, {p.variants});
     expect_shape("base_starts", *a.base_starts, {p.variants});
     for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"suffix_starts", *a.suffix_starts},
-                                       {"prefix_lengths", *a.prefix_lengths}, {"base_starts", *a.base_starts}}) {
+                                       {"prefix_lengths", *a.prefix_lengths},
+                                       {"base_starts", *a.base_starts}}) {
         expect_type(name, tensor, ElementType::int32);
         expect_contiguous(name, tensor);
     }
@@ -231,7 +235,8 @@ Tensor Tensor::checked(std::uintptr_t address, std::int64_t bytes, std::int64_t 
         fail("dtype code", "is unknown: " + std::to_string(type));
     const auto element_type = static_cast<ElementType>(type);
     const std::int64_t size = element_size(element_type);
-    if (shape.size() != strides.size()) fail("tensor", "has shape " + listed(shape) + " but strides " + listed(strides));
+    if (shape.size() != strides.size())
+        fail("tensor", "has shape " + listed(shape) + " but strides " + listed(strides));
     if (bytes < 0) fail("tensor", "has a negative number of bytes");
     __int128 last = 0;  // index of the last element
     bool empty = false;
@@ -301,8 +306,8 @@ GradientParams make_gradient_params(const AttentionParams& call, const GradientA
     if (a.grad_factor) {
         if (!p.factor && !a.grad_factor->empty()) fail("grad_factor", "is for calls with a factor");
         const std::int64_t lines = p.variants > 0 ? p.variants : p.batch;
-        g.grad_factor = static_cast<float*>(wanted("grad_factor", a.grad_factor, ElementType::float32,
-                                                   {lines, p.factor_heads, p.factor_keys}));
+        g.grad_factor = static_cast<float*>(
+            wanted("grad_factor", a.grad_factor, ElementType::float32, {lines, p.factor_heads, p.factor_keys}));
     }
     return g;
 }

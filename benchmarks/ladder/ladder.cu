@@ -26,7 +26,9 @@ constexpr float kTolerance = 0.02f;  // of values around 1, in bfloat16
 template <class E>
 class Buffer {
   public:
-    explicit Buffer(std::size_t size) : size_(size) { check(cudaMalloc(&data_, std::max<std::size_t>(1, size) * sizeof(E)), "cudaMalloc"); }
+    explicit Buffer(std::size_t size) : size_(size) {
+        check(cudaMalloc(&data_, std::max<std::size_t>(1, size) * sizeof(E)), "cudaMalloc");
+    }
     explicit Buffer(const std::vector<E>& from) : Buffer(from.size()) {
         check(cudaMemcpy(data_, from.data(), size_ * sizeof(E), cudaMemcpyHostToDevice), "cudaMemcpy");
     }
@@ -80,7 +82,8 @@ struct Problem {
     }
     std::vector<float> factors() const {  // each variant turns one key down
         std::vector<float> values(static_cast<std::size_t>(shape.variants * reach), 1.0f);
-        for (std::int64_t v = 0; v < shape.variants; ++v) values[static_cast<std::size_t>(v * reach + v % reach)] = 0.1f;
+        for (std::int64_t v = 0; v < shape.variants; ++v)
+            values[static_cast<std::size_t>(v * reach + v % reach)] = 0.1f;
         return values;
     }
     AttentionParams params() const {
@@ -181,7 +184,9 @@ int climb(const Shape& shape) {
                 static_cast<long long>(shape.prefix), static_cast<long long>(shape.query_heads),
                 static_cast<long long>(shape.key_heads), splits);
     for (const Step& step : steps) {
-        check(cudaMemset(problem.output.get(), 0xff, static_cast<std::size_t>(shape.query_heads * problem.rows * kDim) * 2), "cudaMemset");
+        check(cudaMemset(problem.output.get(), 0xff,
+                         static_cast<std::size_t>(shape.query_heads * problem.rows * kDim) * 2),
+              "cudaMemset");
         step.run();
         check(cudaDeviceSynchronize(), step.name);
         const std::vector<T> output = problem.output.read();

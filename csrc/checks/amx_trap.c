@@ -17,7 +17,7 @@ static __thread struct {
 } config;
 static __thread uint8_t tiles[8][16][64];
 
-static void stop(const char *why) {
+static void stop(const char* why) {
     ssize_t ignored = write(2, why, strlen(why));
     (void)ignored;
     _exit(99);
@@ -57,8 +57,8 @@ static const int kRegisters[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, 
                                    REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
 
 /* Address and stride of a memory operand; returns the length of ModRM, SIB and displacement. */
-static int operand(const uint8_t *code, const greg_t *registers, int rex_x, int rex_b, uint8_t **address,
-                   int64_t *stride) {
+static int operand(const uint8_t* code, const greg_t* registers, int rex_x, int rex_b, uint8_t** address,
+                   int64_t* stride) {
     const int mode = code[0] >> 6, rm = code[0] & 7;
     int length = 1, base = rm | rex_b << 3;
     int64_t at = 0;
@@ -81,14 +81,14 @@ static int operand(const uint8_t *code, const greg_t *registers, int rex_x, int 
         length += 4;
     }
     if (no_base && rm == 5) at += (int64_t)(intptr_t)(code + length); /* after the instruction */
-    *address = (uint8_t *)(intptr_t)at;
+    *address = (uint8_t*)(intptr_t)at;
     return length;
 }
 
-static void carry_out(int signal_number, siginfo_t *info, void *context) {
+static void carry_out(int signal_number, siginfo_t* info, void* context) {
     (void)info;
-    greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
-    const uint8_t *code = (const uint8_t *)(intptr_t)registers[REG_RIP];
+    greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
+    const uint8_t* code = (const uint8_t*)(intptr_t)registers[REG_RIP];
     const int prefix = code[2] & 3, opcode = code[3], reg = code[4] >> 3 & 7, rm = code[4] & 7;
     const int in_registers = code[4] >> 6 == 3;
     if (code[0] != 0xc4 || (code[1] & 31) != 2 || (opcode != 0x49 && opcode != 0x4b && opcode != 0x5c)) {
@@ -96,7 +96,7 @@ static void carry_out(int signal_number, siginfo_t *info, void *context) {
         return;
     }
     int length = 1;
-    uint8_t *address = 0;
+    uint8_t* address = 0;
     int64_t stride = 0;
     if (!in_registers) length = operand(code + 4, registers, !(code[1] & 0x40), !(code[1] & 0x20), &address, &stride);
     if (opcode == 0x49 && in_registers && prefix == 0) { /* tilerelease */
@@ -117,8 +117,7 @@ static void carry_out(int signal_number, siginfo_t *info, void *context) {
         for (int i = 0; i < config.rows[reg]; ++i)
             if (prefix == 2) /* tilestored */
                 memcpy(address + i * stride, tiles[reg][i], config.bytes_per_row[reg]);
-            else
-                memcpy(tiles[reg][i], address + i * stride, config.bytes_per_row[reg]);
+            else memcpy(tiles[reg][i], address + i * stride, config.bytes_per_row[reg]);
     } else if (opcode == 0x5c && in_registers && prefix == 2) {
         multiply(reg, rm, ~code[2] >> 3 & 15);
     } else {

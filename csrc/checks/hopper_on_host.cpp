@@ -43,8 +43,8 @@ void make_plan(const AttentionParams& p, TileKeys* tiles, std::int32_t* order, s
     for (std::int64_t line = 0; line < lines; ++line) {
         std::uint64_t* words = flags + line * flag_words(p);
         std::fill(words, words + flag_words(p), 0);
-        const float* factor = p.factor + line / p.factor_heads * p.factor_strides.batch +
-                              line % p.factor_heads * p.factor_strides.head;
+        const float* factor =
+            p.factor + line / p.factor_heads * p.factor_strides.batch + line % p.factor_heads * p.factor_strides.head;
         for (std::int64_t i = 0; i < p.factor_keys; ++i)
             if (factor[i] != 1.0f) words[i / kFlagKeys / 64] |= std::uint64_t{1} << (i / kFlagKeys % 64);
     }
@@ -81,8 +81,9 @@ void attend_with(const AttentionParams& p, std::byte* workspace, int multiproces
     make_plan(p, tiles, order, flags);
     const hopper::Maps maps = hopper::make_maps<C>(p, make_map);
     const auto items = static_cast<std::int32_t>(count_tiles(p) * p.key_heads * splits);
-    const hopper::KernelParams params{p, tiles, order, flags, static_cast<float*>(at(space.partial)),
-                                      static_cast<float*>(at(space.partial_lse)), splits, items};
+    const hopper::KernelParams params{
+        p,      tiles, order, flags, static_cast<float*>(at(space.partial)), static_cast<float*>(at(space.partial_lse)),
+        splits, items};
     const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors));
     for (unsigned block = 0; block < blocks; ++block) {
         std::memset(hopper::memory, 0xff, sizeof hopper::memory);  // NaN
@@ -109,7 +110,8 @@ void attend_plain(const AttentionParams& p) {
 
 }  // namespace
 
-void attend(const AttentionParams& p, Kernel kernel, const Tensor& workspace, int, int multiprocessors, std::uintptr_t) {
+void attend(const AttentionParams& p, Kernel kernel, const Tensor& workspace, int, int multiprocessors,
+            std::uintptr_t) {
     const std::string reason = refusal(p, kernel);
     if (!reason.empty()) throw std::invalid_argument("the kernel " + reason);
     if (kernel == Kernel::plain)

@@ -39,7 +39,7 @@ struct Fiber {
     Index thread;
     std::vector<std::vector<Product>> groups;  // committed, the oldest first
     std::vector<Product> open;
-    const std::uint32_t* published = nullptr;  // of the product being issued: a's registers
+    const std::uint32_t* published = nullptr;   // of the product being issued: a's registers
     std::vector<std::function<void()>> stores;  // to the tensor, not yet done
 };
 
@@ -261,13 +261,15 @@ void walk_box(const model::Map& m, std::uint32_t start, const int (&from)[4], Vi
                 }
 }
 
-inline void load_box(void* to, const CUtensorMap& map, std::uint64_t* barrier, int feature, int key, int head, int batch) {
+inline void load_box(void* to, const CUtensorMap& map, std::uint64_t* barrier, int feature, int key, int head,
+                     int batch) {
     model::Map m;
     std::memcpy(&m, &map, sizeof m);
-    walk_box(m, shared_address(to), {feature, key, head, batch}, [](unsigned char* shared, const std::uint16_t* element) {
-        const std::uint16_t zero = 0;
-        std::memcpy(shared, element ? element : &zero, 2);
-    });
+    walk_box(m, shared_address(to), {feature, key, head, batch},
+             [](unsigned char* shared, const std::uint16_t* element) {
+                 const std::uint16_t zero = 0;
+                 std::memcpy(shared, element ? element : &zero, 2);
+             });
     mbarrier(barrier).bytes -= m.box[1] * 128;
     model::settle(mbarrier(barrier));
 }

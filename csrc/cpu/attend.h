@@ -110,8 +110,8 @@ struct Task {
 // A block of one key range, as a tile sees it.
 struct Block {
     const KeyRange& range;
-    Visible Row::*keys;  // which of a row's two ranges
-    std::int64_t first;  // key
+    Visible Row::* keys;  // which of a row's two ranges
+    std::int64_t first;   // key
     const Unit *key, *value;
 };
 
@@ -119,8 +119,12 @@ struct Block {
 ATMAN_INLINE Columns visible_columns(const Task& t, const Block& b, int m) {
     const Visible& keys = t.line(m).row->*b.keys;
     const std::int64_t first = keys.first - b.first, last = keys.last - b.first;
-    return {static_cast<int>(first < 0 ? 0 : first > kBlockKeys ? kBlockKeys : first),
-            static_cast<int>(last < 0 ? 0 : last > kBlockKeys ? kBlockKeys : last)};
+    return {static_cast<int>(first < 0            ? 0
+                             : first > kBlockKeys ? kBlockKeys
+                                                  : first),
+            static_cast<int>(last < 0            ? 0
+                             : last > kBlockKeys ? kBlockKeys
+                                                 : last)};
 }
 
 // From the first to the last column that some row of a group sees.
@@ -154,8 +158,9 @@ static void multiply_values(const Task& t, const Block& b, int group, int rows, 
     const int last = (seen.last + kStep - 1) / kStep * kUnitStep;
     float* output = t.scratch.output + static_cast<std::int64_t>(group) * kRows * width;
     for (int c = 0; c < width; c += kColumns)
-        multiply<kRows>(rows, t.scratch.weights, b.value + static_cast<std::int64_t>(c / kColumns) * kBlockUnits * kColumns,
-                        output + c, width, first, last, false);
+        multiply<kRows>(rows, t.scratch.weights,
+                        b.value + static_cast<std::int64_t>(c / kColumns) * kBlockUnits * kColumns, output + c, width,
+                        first, last, false);
 }
 
 // --- scores of one row in one block ---
@@ -386,7 +391,7 @@ static void visit_groups(const Task& t, const Block& b, Visit visit) {
 
 // Calls `visit` with every block of a key range that some row of the tile sees.
 template <class Visit>
-static void visit_blocks(const Task& t, const KeyRange& range, Visible Row::*keys, Visit visit) {
+static void visit_blocks(const Task& t, const KeyRange& range, Visible Row::* keys, Visit visit) {
     std::int64_t first = range.keys, last = 0;
     for (int m = 0; m < t.count; m += t.heads) {
         const Visible& seen = t.line(m).row->*keys;
@@ -417,8 +422,8 @@ static void visit_keys(const Task& t, Visit visit) {
 
 static void describe_lines(const Task& t) {
     for (int m = 0; m < t.count; ++m)
-        t.scratch.lines[m] = describe_line(t.p, t.job.factors, t.tile.batch, t.rows[m / t.heads],
-                                           t.key_head * t.heads + m % t.heads);
+        t.scratch.lines[m] =
+            describe_line(t.p, t.job.factors, t.tile.batch, t.rows[m / t.heads], t.key_head * t.heads + m % t.heads);
 }
 
 static void load_queries(const Task& t) {
@@ -428,7 +433,8 @@ static void load_queries(const Task& t) {
     with_storage(t.p.dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
         for (int m = 0; m < t.count; ++m) {
-            const auto* row = row_of<Storage>(t.p.query, t.p.query_strides, t.tile.batch, t.line(m).head, t.line(m).row->index);
+            const auto* row =
+                row_of<Storage>(t.p.query, t.p.query_strides, t.tile.batch, t.line(m).head, t.line(m).row->index);
             Unit* to = t.scratch.query + m / kRows * group_size + m % kRows * kChunk;
             for (std::int64_t d = 0; d < t.p.head_dim; d += kSpan, to += kRows * kChunk) {
                 const std::int64_t elements = smaller(kSpan, t.p.head_dim - d), whole = elements / kElements;
@@ -469,8 +475,16 @@ static void write_row(const Task& t, int m) {
 static void run_tile(const Job& job, const Tile& tile, const Row* rows, std::int64_t key_head, std::byte* scratch) {
     const AttentionParams& p = *job.params;
     const int heads = static_cast<int>(p.query_heads / p.key_heads);
-    const Task t{job,   p,    tile, rows, key_head, heads, static_cast<int>(tile.last_row - tile.first_row) * heads,
-                 lay_out_scratch(p, scratch), score_unit(p), 1.0f / score_unit(p)};
+    const Task t{job,
+                 p,
+                 tile,
+                 rows,
+                 key_head,
+                 heads,
+                 static_cast<int>(tile.last_row - tile.first_row) * heads,
+                 lay_out_scratch(p, scratch),
+                 score_unit(p),
+                 1.0f / score_unit(p)};
     describe_lines(t);
     load_queries(t);
     start_rows(t);

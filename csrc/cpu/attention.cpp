@@ -39,7 +39,7 @@ void attend(const AttentionParams& p, const std::string& instruction_set, int th
     Job job;
     job.params = &p;
     job.base = {p.key, p.value, p.key_strides, p.value_strides, p.keys, kernel.block_keys, nullptr};
-    job.own = {p.own_key, p.own_value, p.own_key_strides, p.own_value_strides, p.variants > 0 ? p.rows : 0,
+    job.own = {p.own_key,         p.own_value, p.own_key_strides, p.own_value_strides, p.variants > 0 ? p.rows : 0,
                kernel.block_keys, nullptr};
     const Factors factors = prepare_factors(p, threads);
     job.factors = factors.table;

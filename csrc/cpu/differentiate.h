@@ -16,7 +16,7 @@
 
 namespace atman::cpu::ATMAN_ISA {
 
-constexpr int kHalf = kChunk / 2;                 // units in a row of A where it is as long as a head
+constexpr int kHalf = kChunk / 2;                  // units in a row of A where it is as long as a head
 constexpr int kPanelUnits = kColumns / kElements;  // units of a panel's rows, as an inner dimension
 constexpr int kBlockGroups = (kBlockKeys + kRows - 1) / kRows;
 static_assert(kTileRows % kColumns == 0 && kPanelUnits % kUnitStep == 0);
@@ -92,19 +92,19 @@ static void pack_gradient_block(const AttentionParams& p, const KeyRange& range,
 // --- memory of one thread, for one tile of M rows over all heads, rounded up to panels ---
 
 struct GradientScratch {
-    Line* lines;                       // [M]
-    Unit *query, *grad;                // Q and dO with rows as columns: [panels][units][kColumns]
-    Unit *query_lines, *grad_lines;    // with rows as the inner dimension: [panels of features][M units][kColumns]
-    float *scores, *rises;             // [panels][kBlockKeys][kColumns]
-    Unit *weights, *slopes;            // the same in pairs along the rows; floats stay where they are
-    Unit* slopes_across;               // slopes in pairs along the keys: [panels][kBlockUnits][kColumns]
-    float* query_sum;                  // [round_up(head_dim, kRows)][M]
-    float *lse, *delta;                // [M]; lse is +inf where a row has no weights
-    float *minimum, *ties, *through;   // [M], for shifted suppression, see `Lanes` in `weigh_panel`
-    std::int32_t *first, *last;        // [M], what a row sees of the block at hand
-    float* factors;                    // of the block: [kBlockKeys], or [panels][kBlockKeys][kColumns]
-    float* bias;                       // [panels][kBlockKeys][kColumns]
-    Columns* seen;                     // [panels], keys of the block that some row of a panel sees, whole groups
+    Line* lines;                      // [M]
+    Unit *query, *grad;               // Q and dO with rows as columns: [panels][units][kColumns]
+    Unit *query_lines, *grad_lines;   // with rows as the inner dimension: [panels of features][M units][kColumns]
+    float *scores, *rises;            // [panels][kBlockKeys][kColumns]
+    Unit *weights, *slopes;           // the same in pairs along the rows; floats stay where they are
+    Unit* slopes_across;              // slopes in pairs along the keys: [panels][kBlockUnits][kColumns]
+    float* query_sum;                 // [round_up(head_dim, kRows)][M]
+    float *lse, *delta;               // [M]; lse is +inf where a row has no weights
+    float *minimum, *ties, *through;  // [M], for shifted suppression, see `Lanes` in `weigh_panel`
+    std::int32_t *first, *last;       // [M], what a row sees of the block at hand
+    float* factors;                   // of the block: [kBlockKeys], or [panels][kBlockKeys][kColumns]
+    float* bias;                      // [panels][kBlockKeys][kColumns]
+    Columns* seen;                    // [panels], keys of the block that some row of a panel sees, whole groups
     std::size_t size;
 };
 
@@ -150,7 +150,11 @@ static std::size_t gradient_scratch_size(const GradientParams& g) { return lay_o
 
 // --- what everything below looks at ---
 
-enum class FactorsOf { none, tile, rows };  // a block's factors: all 1, one per key for the whole tile, or one per score
+enum class FactorsOf {
+    none,
+    tile,
+    rows
+};  // a block's factors: all 1, one per key for the whole tile, or one per score
 
 struct GradientTask {
     const GradientJob& job;
@@ -178,7 +182,7 @@ struct GradientTask {
 
 struct GradientBlock {
     const KeyRange& range;
-    Visible Row::*keys;
+    Visible Row::* keys;
     const KeySums& sums;
     std::int64_t first;  // key
     const Unit *key, *value, *across;
@@ -206,8 +210,10 @@ static void load_tile_rows(const GradientTask& t) {
     if (t.count < t.rows() || p.head_dim % kColumns || p.value_dim % kColumns) {
         std::memset(s.query, 0, static_cast<std::size_t>(columns * head_units(p)) * sizeof(Unit));
         std::memset(s.grad, 0, static_cast<std::size_t>(columns * value_units(p)) * sizeof(Unit));
-        std::memset(s.query_lines, 0, static_cast<std::size_t>(head_columns(p)) * static_cast<std::size_t>(units) * sizeof(Unit));
-        std::memset(s.grad_lines, 0, static_cast<std::size_t>(value_columns(p)) * static_cast<std::size_t>(units) * sizeof(Unit));
+        std::memset(s.query_lines, 0,
+                    static_cast<std::size_t>(head_columns(p)) * static_cast<std::size_t>(units) * sizeof(Unit));
+        std::memset(s.grad_lines, 0,
+                    static_cast<std::size_t>(value_columns(p)) * static_cast<std::size_t>(units) * sizeof(Unit));
     }
     pack_columns<Storage>(query, t.count, p.head_dim, head_units(p), s.query);
     if (t.of_scores()) pack_columns<Storage>(grad, t.count, p.value_dim, value_units(p), s.grad);
@@ -219,7 +225,8 @@ static void begin_tile(const GradientTask& t, const Row* rows) {
     const AttentionParams& p = t.p;
     const GradientScratch& s = t.scratch;
     for (int m = 0; m < t.count; ++m) {
-        s.lines[m] = describe_line(p, t.job.factors, t.tile.batch, rows[m / t.heads], t.part.key_head * t.heads + m % t.heads);
+        s.lines[m] =
+            describe_line(p, t.job.factors, t.tile.batch, rows[m / t.heads], t.part.key_head * t.heads + m % t.heads);
         const Line& line = s.lines[m];
         const std::int64_t at = (t.tile.batch * p.query_heads + line.head) * p.rows + line.row->index;
         s.lse[m] = t.g.lse[at] == kNegativeInfinity ? -kNegativeInfinity : t.g.lse[at];
@@ -280,7 +287,8 @@ static Columns find_visible(const GradientTask& t, const GradientBlock& b) {
 }
 
 // A line's factors at the block's keys, `step` apart: ln c for log-additive suppression, else c.
-static void fill_factors(const GradientTask& t, const GradientBlock& b, const Line& line, Columns keys, float* to, int step) {
+static void fill_factors(const GradientTask& t, const GradientBlock& b, const Line& line, Columns keys, float* to,
+                         int step) {
     const std::int64_t position = position_of(line, b);
     const bool logs = t.p.mode == Mode::log_additive;
     for (int n = keys.first; n < keys.last; ++n) {
@@ -305,8 +313,7 @@ static bool touches(const GradientTask& t, const GradientBlock& b, int m) {
 static FactorsOf find_factors(const GradientTask& t, const GradientBlock& b, Columns keys) {
     if (!t.job.factors.touched) return FactorsOf::none;
     bool touched = t.of_factor || t.p.mode == Mode::shifted;
-    for (int m = 0; m < t.count && !touched; ++m)
-        touched = t.scratch.first[m] < t.scratch.last[m] && touches(t, b, m);
+    for (int m = 0; m < t.count && !touched; ++m) touched = t.scratch.first[m] < t.scratch.last[m] && touches(t, b, m);
     if (!touched) return FactorsOf::none;
     if (one_line(t)) {
         fill_factors(t, b, t.line(0), keys, t.scratch.factors, 1);
@@ -341,7 +348,10 @@ struct RowLanes {
     IntVec first, last;
 
     RowLanes(const GradientScratch& s, int m)
-        : lse(load(s.lse + m)), delta(load(s.delta + m)), minimum(load(s.minimum + m)), ties(load(s.ties + m)),
+        : lse(load(s.lse + m)),
+          delta(load(s.delta + m)),
+          minimum(load(s.minimum + m)),
+          ties(load(s.ties + m)),
           through(load(s.through + m)) {
         std::memcpy(&first, s.first + m, sizeof first);
         std::memcpy(&last, s.last + m, sizeof last);
@@ -479,7 +489,8 @@ static void weigh(const GradientTask& t, const GradientBlock& b, int panel, Colu
         else weigh_panel<kMode, FactorsOf::rows, kFinish, kThrough>(t, b, panel, keys);
     };
     if constexpr (kThrough) return with(std::integral_constant<Mode, Mode::shifted>{});
-    if (factors == FactorsOf::none) return weigh_panel<Mode::log_additive, FactorsOf::none, kFinish, false>(t, b, panel, keys);
+    if (factors == FactorsOf::none)
+        return weigh_panel<Mode::log_additive, FactorsOf::none, kFinish, false>(t, b, panel, keys);
     if (t.p.mode == Mode::log_additive) with(std::integral_constant<Mode, Mode::log_additive>{});
     if (t.p.mode == Mode::multiplicative) with(std::integral_constant<Mode, Mode::multiplicative>{});
     if (t.p.mode == Mode::shifted) with(std::integral_constant<Mode, Mode::shifted>{});
@@ -487,8 +498,8 @@ static void weigh(const GradientTask& t, const GradientBlock& b, int panel, Colu
 
 // --- the products ---
 
-static void multiply_to_scores(const GradientTask& t, const Unit* left, const Unit* right, int units, int panel, Columns keys,
-                               float* to) {
+static void multiply_to_scores(const GradientTask& t, const Unit* left, const Unit* right, int units, int panel,
+                               Columns keys, float* to) {
     const std::int64_t next = kRows * kHalf, group = halves(units) * next;
     for (int n = keys.first; n < keys.last; n += kRows)
         multiply_group<kHalf>(keys.last - n < kRows ? keys.last - n : kRows, left + n / kRows * group, next,
@@ -497,7 +508,8 @@ static void multiply_to_scores(const GradientTask& t, const Unit* left, const Un
 }
 
 // Sums over the rows of a tile: C[keys, features] += A[keys, rows] B[rows, features].
-static void multiply_to_keys(const GradientTask& t, const Unit* left, const Unit* right, int width, Columns keys, float* to) {
+static void multiply_to_keys(const GradientTask& t, const Unit* left, const Unit* right, int width, Columns keys,
+                             float* to) {
     const std::int64_t next = static_cast<std::int64_t>(kBlockKeys) * kPanelUnits, units = t.panels * kPanelUnits;
     for (int n = keys.first; n < keys.last; n += kRows) {
         const int rows = keys.last - n < kRows ? keys.last - n : kRows;
@@ -522,7 +534,8 @@ static void multiply_to_queries(const GradientTask& t, const GradientBlock& b) {
         if (seen.empty()) continue;
         const int first = seen.first / kStep * kUnitStep, last = (seen.last + kStep - 1) / kStep * kUnitStep;
         for (std::int64_t d = 0; d < t.p.head_dim; d += kRows)
-            multiply_group<kChunk>(static_cast<int>(smaller(t.p.head_dim - d, kRows)), b.across + d * kChunk, kRows * kChunk,
+            multiply_group<kChunk>(static_cast<int>(smaller(t.p.head_dim - d, kRows)), b.across + d * kChunk,
+                                   kRows * kChunk,
                                    t.scratch.slopes_across + static_cast<std::int64_t>(panel) * kBlockUnits * kColumns,
                                    t.scratch.query_sum + d * t.rows() + panel * kColumns, t.rows(), first, last, false);
     }
@@ -545,8 +558,10 @@ static void narrow_panel(const GradientTask& t, int panel, Columns keys) {
     for (int n = keys.first; n < keys.last; n += 2) {
         for (int i = 0; i < 2; ++i) {
             const float *weights = t.score_at(s.scores, panel, n + i), *slopes = t.score_at(s.rises, panel, n + i);
-            if (t.of_value) _mm512_storeu_si512(s.weights + (at + n + i) * kPanelUnits, narrow_pair(weights, weights + kLanes));
-            if (t.of_key) _mm512_storeu_si512(s.slopes + (at + n + i) * kPanelUnits, narrow_pair(slopes, slopes + kLanes));
+            if (t.of_value)
+                _mm512_storeu_si512(s.weights + (at + n + i) * kPanelUnits, narrow_pair(weights, weights + kLanes));
+            if (t.of_key)
+                _mm512_storeu_si512(s.slopes + (at + n + i) * kPanelUnits, narrow_pair(slopes, slopes + kLanes));
         }
         if (!t.of_query) continue;
         const float *even = t.score_at(s.rises, panel, n), *odd = t.score_at(s.rises, panel, n + 1);
@@ -614,13 +629,14 @@ static void visit_block(const GradientTask& t, const GradientBlock& b) {
     const std::int64_t at = b.first - b.sums.first;
     if (b.sums.value)
         multiply_to_keys(t, s.weights, s.grad_lines, value_columns(p), all, b.sums.value + at * value_columns(p));
-    if (b.sums.key) multiply_to_keys(t, s.slopes, s.query_lines, head_columns(p), all, b.sums.key + at * head_columns(p));
+    if (b.sums.key)
+        multiply_to_keys(t, s.slopes, s.query_lines, head_columns(p), all, b.sums.key + at * head_columns(p));
     if (t.of_query) multiply_to_queries(t, b);
     if (t.of_factor && factors == FactorsOf::rows) add_factors(t, b);
 }
 
 template <Pass kPass>
-static void visit_range(const GradientTask& t, const KeyRange& range, Visible Row::*keys, const KeySums& sums) {
+static void visit_range(const GradientTask& t, const KeyRange& range, Visible Row::* keys, const KeySums& sums) {
     std::int64_t first = range.keys, last = 0;
     for (int m = 0; m < t.count; m += t.heads) {
         const Visible& seen = t.line(m).row->*keys;
@@ -668,9 +684,18 @@ static void run_part(const GradientJob& job, const Part& part, Row* rows, std::b
     for (std::int64_t i = part.first_tile; i < part.last_tile; ++i) {
         const Tile& tile = job.tiles[i];
         const int count = static_cast<int>(tile.last_row - tile.first_row) * heads;
-        const GradientTask t{job, g, p, part, tile, heads, count, (count + kColumns - 1) / kColumns,
+        const GradientTask t{job,
+                             g,
+                             p,
+                             part,
+                             tile,
+                             heads,
+                             count,
+                             (count + kColumns - 1) / kColumns,
                              lay_out_gradient_scratch(g, scratch),
-                             g.grad_query != nullptr, part.base.key || part.own.key, part.base.value || part.own.value,
+                             g.grad_query != nullptr,
+                             part.base.key || part.own.key,
+                             part.base.value || part.own.value,
                              part.factor != nullptr};
         describe_rows(p, tile, rows);
         begin_tile(t, rows);
@@ -683,7 +708,8 @@ static void run_part(const GradientJob& job, const Part& part, Row* rows, std::b
     }
 }
 
-static void write_sums(DType dtype, const float* const* lists, int num_lists, std::int64_t count, float scale, void* to) {
+static void write_sums(DType dtype, const float* const* lists, int num_lists, std::int64_t count, float scale,
+                       void* to) {
     with_storage(dtype, [&](auto storage) {
         typedef decltype(storage) Storage;
         auto* out = static_cast<typename Storage::Stored*>(to);

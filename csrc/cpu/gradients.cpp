@@ -29,8 +29,8 @@ struct Parts {
 };
 
 // What the rows of a part see, and which lines of the factors are theirs.
-void measure_part(const AttentionParams& p, const Kernel& kernel, const std::vector<Tile>& tiles, std::vector<Row>& rows,
-                  Part& part) {
+void measure_part(const AttentionParams& p, const Kernel& kernel, const std::vector<Tile>& tiles,
+                  std::vector<Row>& rows, Part& part) {
     bool begun = false;
     for (std::int64_t i = part.first_tile; i < part.last_tile; ++i) {
         const Tile& tile = tiles[static_cast<std::size_t>(i)];
@@ -128,19 +128,20 @@ Memory pack_range(const Kernel& kernel, const AttentionParams& p, KeyRange& rang
 
 // Each thread's list of what it adds up: one entry for every part at most. Made beforehand, since threads must not throw.
 class Lists {
-   public:
+  public:
     Lists(std::size_t parts, int threads) : parts_(parts), memory_(parts * static_cast<std::size_t>(threads)) {}
     const float** take() { return memory_.data() + parts_ * taken_.fetch_add(1); }
 
-   private:
+  private:
     std::size_t parts_;
     std::vector<const float*> memory_;
     std::atomic<std::size_t> taken_{0};
 };
 
 // Adds the parts' sums up, in their order, and writes them: (batch, key_heads, keys, width).
-void write_keys(const Kernel& kernel, const AttentionParams& p, const Parts& all, KeySums Part::*range, float* KeySums::*which,
-                std::int64_t batch, std::int64_t keys, std::int64_t width, float scale, void* to, int threads) {
+void write_keys(const Kernel& kernel, const AttentionParams& p, const Parts& all, KeySums Part::* range,
+                float* KeySums::* which, std::int64_t batch, std::int64_t keys, std::int64_t width, float scale,
+                void* to, int threads) {
     if (!to) return;
     constexpr std::int64_t kStretch = 64;
     const std::int64_t columns = round_up(width, kernel.columns), stretches = (keys + kStretch - 1) / kStretch;
@@ -205,7 +206,7 @@ void differentiate(const GradientParams& g, const std::string& instruction_set, 
     job.params = &g;
     job.tiles = all.tiles.data();
     job.base = {p.key, p.value, p.key_strides, p.value_strides, p.keys, kernel.block_keys, nullptr};
-    job.own = {p.own_key, p.own_value, p.own_key_strides, p.own_value_strides, p.variants > 0 ? p.rows : 0,
+    job.own = {p.own_key,         p.own_value, p.own_key_strides, p.own_value_strides, p.variants > 0 ? p.rows : 0,
                kernel.block_keys, nullptr};
     const Factors factors = prepare_factors(p, threads);
     job.factors = factors.table;
@@ -222,12 +223,15 @@ void differentiate(const GradientParams& g, const std::string& instruction_set, 
         std::byte* mine = scratch.get() + scratch_size * static_cast<std::size_t>(started.fetch_add(1));
         if (kernel.begin_thread) kernel.begin_thread();
         for (std::int64_t i; (i = next()) >= 0;)
-            kernel.run_part(job, all.parts[static_cast<std::size_t>(i)], reinterpret_cast<Row*>(mine), mine + rows_size);
+            kernel.run_part(job, all.parts[static_cast<std::size_t>(i)], reinterpret_cast<Row*>(mine),
+                            mine + rows_size);
         if (kernel.end_thread) kernel.end_thread();
     });
     const std::int64_t rows = job.own.keys;
-    write_keys(kernel, p, all, &Part::base, &KeySums::key, p.key_batch, p.keys, p.head_dim, p.scale, g.grad_key, threads);
-    write_keys(kernel, p, all, &Part::base, &KeySums::value, p.key_batch, p.keys, p.value_dim, 1.0f, g.grad_value, threads);
+    write_keys(kernel, p, all, &Part::base, &KeySums::key, p.key_batch, p.keys, p.head_dim, p.scale, g.grad_key,
+               threads);
+    write_keys(kernel, p, all, &Part::base, &KeySums::value, p.key_batch, p.keys, p.value_dim, 1.0f, g.grad_value,
+               threads);
     write_keys(kernel, p, all, &Part::own, &KeySums::key, 1, rows, p.head_dim, p.scale, g.grad_own_key, threads);
     write_keys(kernel, p, all, &Part::own, &KeySums::value, 1, rows, p.value_dim, 1.0f, g.grad_own_value, threads);
     write_factors(g, all, threads);

@@ -24,7 +24,8 @@ struct KeyRange {
 // What is worked out about the factors, one line per (variant or batch entry, head or all heads).
 struct FactorTable {
     const std::uint8_t* touched = nullptr;  // for every `kFlagKeys` positions: whether some factor is not 1; null: none
-    const float* logs = nullptr;  // ln c, for log-additive suppression: in touched stretches and `kMostLanes` around them
+    const float* logs =
+        nullptr;  // ln c, for log-additive suppression: in touched stretches and `kMostLanes` around them
     std::int64_t keys = 0, flags = 0, heads = 1;
 };
 constexpr int kFlagKeys = 64;

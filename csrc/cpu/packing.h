@@ -121,7 +121,8 @@ static void clear_block(const AttentionParams& p, int count, std::byte* block) {
     const auto value_lines = static_cast<std::size_t>(round_up(count, kElements * kUnitStep) / kElements);
     std::memset(block, 0, key_lines * line);
     std::byte* values = block + packed_sizes(p).key;
-    for (int c = 0; c < value_columns(p); c += kColumns, values += value_panel) std::memset(values, 0, value_lines * line);
+    for (int c = 0; c < value_columns(p); c += kColumns, values += value_panel)
+        std::memset(values, 0, value_lines * line);
 }
 
 static void pack_block(const AttentionParams& p, const KeyRange& range, std::int64_t batch, std::int64_t head,

@@ -20,7 +20,7 @@ struct Tile {
 };
 
 struct Plan {
-    std::vector<Tile> tiles;  // within each batch entry: much work first
+    std::vector<Tile> tiles;   // within each batch entry: much work first
     bool reuses_base = false;  // whether some block of base keys is visited by more than one tile
     bool reuses_own = false;
 };

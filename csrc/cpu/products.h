@@ -34,12 +34,12 @@ constexpr int kBlockKeys = 256;
 #else
 constexpr int kBlockKeys = 128;
 #endif
-constexpr int kVectors = 2;                     // per panel
-constexpr int kColumns = kVectors * kLanes;     // of a panel
-constexpr int kRows = ATMAN_ROWS;               // of a row group: as many as keep all sums in registers
+constexpr int kVectors = 2;                  // per panel
+constexpr int kColumns = kVectors * kLanes;  // of a panel
+constexpr int kRows = ATMAN_ROWS;            // of a row group: as many as keep all sums in registers
 constexpr int kChunk = kBlockKeys / kElements;
-constexpr int kTileRows = 96;                   // of a tile: 8 groups of 12, 16 of 6, 3 of 32
-constexpr int kUnitStep = ATMAN_UNIT_STEP;      // the inner dimension is padded to a multiple of this many units
+constexpr int kTileRows = 96;               // of a tile: 8 groups of 12, 16 of 6, 3 of 32
+constexpr int kUnitStep = ATMAN_UNIT_STEP;  // the inner dimension is padded to a multiple of this many units
 
 #if !defined(ATMAN_TILES)
 // C[rows, one panel] = (C +) A[rows, first:last] B[first:last, one panel], units counted; all in one chunk of A, whose

@@ -110,7 +110,7 @@ ATMAN_INLINE Vec exponential2(Vec x) {
     return (Vec)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
 #else
     const Vec power = (Vec)(((BitVec)shifted + 127u) << 23);  // 2^n
-    return x < -126.0f ? Vec{} : p * power;  // -inf has become NaN on the way; a NaN stays one
+    return x < -126.0f ? Vec{} : p * power;                   // -inf has become NaN on the way; a NaN stays one
 #endif
 }
 

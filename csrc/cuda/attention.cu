@@ -35,7 +35,8 @@ void attend(const AttentionParams& p, Kernel kernel, const Tensor& workspace, in
     launch.stream = reinterpret_cast<cudaStream_t>(stream);
     launch.multiprocessors = multiprocessors;
     const OnDevice here(device);
-    if (kernel == Kernel::plain || sees_no_key(p)) return attend_plain(p, launch);  // a tensor map of nothing is invalid
+    if (kernel == Kernel::plain || sees_no_key(p))
+        return attend_plain(p, launch);  // a tensor map of nothing is invalid
 #if defined(ATMAN_HAS_HOPPER)
     launch.splits = choose_splits(p, multiprocessors);
     launch.space = lay_out_workspace(p, launch.splits);

@@ -40,8 +40,10 @@ Kernel kernel_named(const std::string& name) {
 
 std::string refusal(const AttentionParams& p, Kernel kernel) {
     if (p.dtype == DType::float32) return "takes bfloat16 and float16, not float32";
-    if (p.keys > kLargest || p.rows > kLargest || p.factor_keys > kLargest) return "takes fewer than 2^31 rows and keys";
-    if (p.batch * p.query_heads * p.rows > kLargest) return "takes fewer than 2^31 rows, heads and batch entries counted";
+    if (p.keys > kLargest || p.rows > kLargest || p.factor_keys > kLargest)
+        return "takes fewer than 2^31 rows and keys";
+    if (p.batch * p.query_heads * p.rows > kLargest)
+        return "takes fewer than 2^31 rows, heads and batch entries counted";
     if (kernel == Kernel::plain) {
         if (p.head_dim <= kPlainDims && p.value_dim <= kPlainDims) return "";
         return "takes head dimensions up to " + std::to_string(kPlainDims);

@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     Merge merge;
     for (int s = 0; s < splits; ++s) merge.include(partial_lse[s * rows + row]);
     const std::int64_t head = row / p.rows % p.query_heads;
-    const SoftmaxEnd end = p.sinks ? finish_softmax(merge.maximum, merge.sum, p.sinks[head])
-                                   : finish_softmax(merge.maximum, merge.sum);
+    const SoftmaxEnd end =
+        p.sinks ? finish_softmax(merge.maximum, merge.sum, p.sinks[head]) : finish_softmax(merge.maximum, merge.sum);
     if (p.lse && threadIdx.x % 32 == 0) p.lse[row] = end.lse;
     T* output = static_cast<T*>(p.output) + row * p.value_dim;
     for (std::int64_t d = threadIdx.x % 32; d < p.value_dim; d += 32) {
@@ -42,8 +42,7 @@ void merge_splits(const AttentionParams& p, const Launch& launch) {
     const auto* lse = launch.at<const float>(launch.space.partial_lse);
     if (p.dtype == DType::bfloat16)
         merge_rows<__nv_bfloat16><<<blocks, kWarps * 32, 0, launch.stream>>>(p, launch.splits, rows, partial, lse);
-    else
-        merge_rows<__half><<<blocks, kWarps * 32, 0, launch.stream>>>(p, launch.splits, rows, partial, lse);
+    else merge_rows<__half><<<blocks, kWarps * 32, 0, launch.stream>>>(p, launch.splits, rows, partial, lse);
     check_launch("merge_rows");
 }
 

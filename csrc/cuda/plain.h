@@ -32,7 +32,8 @@ __device__ float warp_sum(float x) {
 
 // The score of one key before suppression; -inf in `bias` hides it.
 template <class T>
-__device__ float score_of(const AttentionParams& p, const RowTask& t, const T* key, std::int64_t position, bool& hidden) {
+__device__ float score_of(const AttentionParams& p, const RowTask& t, const T* key, std::int64_t position,
+                          bool& hidden) {
     float score = 0.0f;
     for (std::int64_t d = 0; d < p.head_dim; ++d) score += t.query[d] * to_float(key[d]);
     score *= p.scale;
@@ -44,10 +45,10 @@ __device__ float score_of(const AttentionParams& p, const RowTask& t, const T* k
     return hidden ? score : score + bias;
 }
 
-__device__ float suppressed(const AttentionParams& p, const RowTask& t, float score, std::int64_t position, float minimum) {
+__device__ float suppressed(const AttentionParams& p, const RowTask& t, float score, std::int64_t position,
+                            float minimum) {
     if (!p.factor) return score;
-    const float factor =
-        p.factor[t.row.variant * p.factor_strides.batch + t.head * p.factor_strides.head + position];
+    const float factor = p.factor[t.row.variant * p.factor_strides.batch + t.head * p.factor_strides.head + position];
     if (p.mode == Mode::log_additive) return suppress_log_additive(score, logf(factor));
     if (p.mode == Mode::multiplicative) return suppress_multiplicative(score, factor);
     return suppress_shifted(score, factor, minimum);
@@ -62,7 +63,8 @@ __device__ void visit_keys(const AttentionParams& p, const RowTask& t, Visit vis
         const Strides& vs = range ? p.own_value_strides : p.value_strides;
         const std::int64_t batch = range ? 0 : t.key_batch;
         const T* keys = static_cast<const T*>(range ? p.own_key : p.key) + batch * ks.batch + t.key_head * ks.head;
-        const T* values = static_cast<const T*>(range ? p.own_value : p.value) + batch * vs.batch + t.key_head * vs.head;
+        const T* values =
+            static_cast<const T*>(range ? p.own_value : p.value) + batch * vs.batch + t.key_head * vs.head;
         for (std::int64_t first = seen.first; first < seen.last; first += 32) {
             const std::int64_t key = first + threadIdx.x % 32, position = key + seen.to_position;
             bool hidden = key >= seen.last || (p.key_mask && !p.key_mask[t.batch * p.keys + key]);
@@ -84,22 +86,23 @@ __device__ void attend_row(const AttentionParams& p, const RowTask& t, float* va
         minimum = -warp_max(-minimum);
     }
     float maximum = kNegativeInfinity, sum = 0.0f;
-    visit_keys<T>(p, t, [&](std::int64_t position, float score, bool hidden, const T* values, std::int64_t stride, int count) {
-        score = hidden ? kNegativeInfinity : suppressed(p, t, score, position, minimum);
-        const float top = warp_max(score);
-        float shrink = 1.0f;
-        if (!(top <= maximum)) shrink = raise_maximum(maximum, top);
-        const float weight = expf(score - (maximum == kNegativeInfinity ? 0.0f : maximum));
-        sum = sum * shrink + warp_sum(weight);
-        for (std::int64_t d = lane; d < divide_up(p.value_dim, 32) * 32; d += 32) {  // all lanes, for the shuffles
-            float total = d < p.value_dim ? values_sum[d] * shrink : 0.0f;
-            for (int i = 0; i < count; ++i) {
-                const float w = __shfl_sync(kAllLanes, weight, i);
-                if (d < p.value_dim && w != 0.0f) total += w * to_float(values[i * stride + d]);
+    visit_keys<T>(
+        p, t, [&](std::int64_t position, float score, bool hidden, const T* values, std::int64_t stride, int count) {
+            score = hidden ? kNegativeInfinity : suppressed(p, t, score, position, minimum);
+            const float top = warp_max(score);
+            float shrink = 1.0f;
+            if (!(top <= maximum)) shrink = raise_maximum(maximum, top);
+            const float weight = expf(score - (maximum == kNegativeInfinity ? 0.0f : maximum));
+            sum = sum * shrink + warp_sum(weight);
+            for (std::int64_t d = lane; d < divide_up(p.value_dim, 32) * 32; d += 32) {  // all lanes, for the shuffles
+                float total = d < p.value_dim ? values_sum[d] * shrink : 0.0f;
+                for (int i = 0; i < count; ++i) {
+                    const float w = __shfl_sync(kAllLanes, weight, i);
+                    if (d < p.value_dim && w != 0.0f) total += w * to_float(values[i * stride + d]);
+                }
+                if (d < p.value_dim) values_sum[d] = total;
             }
-            if (d < p.value_dim) values_sum[d] = total;
-        }
-    });
+        });
     const SoftmaxEnd end = p.sinks ? finish_softmax(maximum, sum, p.sinks[t.head]) : finish_softmax(maximum, sum);
     if (p.lse && lane == 0) p.lse[(t.batch * p.query_heads + t.head) * p.rows + t.row.index] = end.lse;
     T* output = static_cast<T*>(p.output) + t.batch * p.output_strides.batch + t.head * p.output_strides.head +

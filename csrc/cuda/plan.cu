@@ -43,8 +43,8 @@ __global__ void flag_factors(AttentionParams p, std::int64_t words, std::uint64_
     const std::int64_t warp = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     if (warp >= words) return;
     const std::int64_t line = warp / flag_words(p), word = warp % flag_words(p);
-    const float* factor = p.factor + line / p.factor_heads * p.factor_strides.batch +
-                          line % p.factor_heads * p.factor_strides.head;
+    const float* factor =
+        p.factor + line / p.factor_heads * p.factor_strides.batch + line % p.factor_heads * p.factor_strides.head;
     std::uint64_t bits = 0;
     for (int flag = 0; flag < 64; ++flag) {
         const std::int64_t at = (word * 64 + flag) * kFlagKeys + threadIdx.x % 32;

@@ -60,8 +60,10 @@ ATMAN_INLINE void include_keys(TileKeys& keys, const TileKeys& more) {
             keys.first[range] = none || more.first[range] < keys.first[range] ? more.first[range] : keys.first[range];
             keys.last[range] = none || more.last[range] > keys.last[range] ? more.last[range] : keys.last[range];
         }
-        keys.all_first[range] = more.all_first[range] > keys.all_first[range] ? more.all_first[range] : keys.all_first[range];
-        keys.all_last[range] = more.all_last[range] < keys.all_last[range] ? more.all_last[range] : keys.all_last[range];
+        keys.all_first[range] =
+            more.all_first[range] > keys.all_first[range] ? more.all_first[range] : keys.all_first[range];
+        keys.all_last[range] =
+            more.all_last[range] < keys.all_last[range] ? more.all_last[range] : keys.all_last[range];
     }
 }
 
@@ -102,7 +104,8 @@ ATMAN_INLINE std::int32_t count_blocks(const TileKeys& keys, int block_keys) {
 ATMAN_INLINE Block block_at(const TileKeys& keys, std::int32_t index, int block_keys) {
     const std::int32_t in_base = blocks_in(keys, 0, block_keys);
     const bool own = index >= in_base;
-    const std::int32_t first = own ? keys.first[1] + (index - in_base) * block_keys : keys.first[0] + index * block_keys;
+    const std::int32_t first =
+        own ? keys.first[1] + (index - in_base) * block_keys : keys.first[0] + index * block_keys;
     const std::int32_t all_first = own ? keys.all_first[1] : keys.all_first[0];
     const std::int32_t all_last = own ? keys.all_last[1] : keys.all_last[0];
     return {own ? 1 : 0, first, first < all_first || first + block_keys > all_last};

@@ -18,7 +18,7 @@ constexpr int kConsumers = 2;  // warpgroups, 64 rows of the tile each
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kConsumerRows = 64;
-constexpr int kSlab = 64;  // features in 128 bytes
+constexpr int kSlab = 64;                                         // features in 128 bytes
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // of 64 K: 128 * (40 + 2 * 232)
 constexpr std::size_t kSharedLimit = 227 * 1024;
 static_assert(kConsumers * kConsumerRows == kTileRows);
@@ -42,7 +42,9 @@ struct RowKeys {
     std::int64_t factor_at;    // of position 0
     std::int64_t flags_at;     // in words
 
-    ATMAN_INLINE_MEMBER bool sees(int range, std::int32_t key) const { return key >= first[range] && key < last[range]; }
+    ATMAN_INLINE_MEMBER bool sees(int range, std::int32_t key) const {
+        return key >= first[range] && key < last[range];
+    }
 };
 
 // Part of a tile for one key head.

@@ -21,7 +21,9 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void barrier_init(std::uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
@@ -34,7 +36,8 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32
         "{\n.reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}\n" ::"r"(shared_address(barrier)), "r"(parity)
+        "@!done bra again;\n}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
         : "memory");
 }
 
@@ -63,8 +66,9 @@ __device__ __forceinline__ void shrink_registers() {
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, std::uint64_t* barrier, int feature, int key,
                                          int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-        ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(feature), "r"(key), "r"(head), "r"(batch)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
+            "r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(feature), "r"(key), "r"(head), "r"(batch)
         : "memory");
 }
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int feature, int head, int row,

@@ -57,14 +57,16 @@ Maps make_maps(const AttentionParams& p, Make make) {
         const bool own = p.keys == 0 || (range == 1 && p.variants > 0);
         const std::int64_t batch = own ? 1 : p.key_batch, keys = own ? p.rows : p.keys;
         maps.key[range] = keys_of(own ? p.own_key : p.key, own ? p.own_key_strides : p.key_strides, batch, keys);
-        maps.value[range] = keys_of(own ? p.own_value : p.value, own ? p.own_value_strides : p.value_strides, batch, keys);
+        maps.value[range] =
+            keys_of(own ? p.own_value : p.value, own ? p.own_value_strides : p.value_strides, batch, keys);
     }
     if (stores_boxes(p)) {
         const Strides& s = p.output_strides;
         const auto heads = static_cast<int>(group_size(p));
-        maps.output = make(Boxes{p.output, C::kHeadDim,
-                                 {{p.query_heads, s.head, heads}, {p.rows, s.row, kConsumerRows / heads},
-                                  {p.batch, s.batch, 1}}});
+        maps.output = make(
+            Boxes{p.output,
+                  C::kHeadDim,
+                  {{p.query_heads, s.head, heads}, {p.rows, s.row, kConsumerRows / heads}, {p.batch, s.batch, 1}}});
     }
     return maps;
 }
@@ -150,8 +152,8 @@ __device__ __forceinline__ void multiply_scores(const typename C::Shared& shared
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 16; ++i) {  // 16 features
         const int slab = i / 4, inside = i % 4 * 32;
-        multiply(scores, query + ((slab * kConsumerRows * 128 + inside) >> 4), key + ((slab * C::kKeys * 128 + inside) >> 4),
-                 i > 0, typename C::T{});
+        multiply(scores, query + ((slab * kConsumerRows * 128 + inside) >> 4),
+                 key + ((slab * C::kKeys * 128 + inside) >> 4), i > 0, typename C::T{});
     }
 }
 
@@ -249,7 +251,7 @@ __device__ __forceinline__ void scale_scores(const AttentionParams& p, float (&s
 
 struct Softmax {
     float maximum[2] = {kNegativeInfinity, kNegativeInfinity};  // of unit * score
-    float sum[2] = {0.0f, 0.0f};  // of this thread's columns
+    float sum[2] = {0.0f, 0.0f};                                // of this thread's columns
 
     // Scores become weights; `shrink` is what has been summed so far is to be multiplied with.
     template <int kCount>
@@ -291,9 +293,13 @@ struct Consumer {
     const Item& item;  // in shared memory
 
     __device__ Consumer(const KernelParams& params, const Maps& tensors, typename C::Shared& memory)
-        : k(params), maps(tensors), shared(memory), group(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
+        : k(params),
+          maps(tensors),
+          shared(memory),
+          group(static_cast<int>(threadIdx.x) / kWarpgroup - 1),
           thread(static_cast<int>(threadIdx.x) % kWarpgroup),
-          rows(memory.rows + group * kConsumerRows + thread / 32 * 16 + thread % 32 / 4), item(memory.item[group]) {}
+          rows(memory.rows + group * kConsumerRows + thread / 32 * 16 + thread % 32 / 4),
+          item(memory.item[group]) {}
 
     // The thread's number anew: what is worked out from it is not kept in registers through the main loop.
     __device__ int thread_again() const {
@@ -377,8 +383,7 @@ struct Consumer {
 
     // --- scores ---
 
-    __device__ void finish_scores(const Block& block, float (&scores)[C::kKeys / 2],
-                                  const float (&minimum)[2]) const {
+    __device__ void finish_scores(const Block& block, float (&scores)[C::kKeys / 2], const float (&minimum)[2]) const {
         const AttentionParams& p = k.attention;
         scale_scores(p, scores);
         if (p.factor) {
@@ -448,7 +453,8 @@ struct Consumer {
             const RowKeys& row = rows[8 * h];
             const float maximum = softmax.maximum[h] * kLn2;
             const bool with_sink = p.sinks && k.splits == 1 && row.head >= 0;
-            const SoftmaxEnd end = with_sink ? finish_softmax(maximum, sum, p.sinks[row.head]) : finish_softmax(maximum, sum);
+            const SoftmaxEnd end =
+                with_sink ? finish_softmax(maximum, sum, p.sinks[row.head]) : finish_softmax(maximum, sum);
             const int r = self / 32 * 16 + self % 32 / 4 + 8 * h;
             const std::int64_t at = (item.batch * p.query_heads + row.head) * p.rows + row.index;
             float* lse = k.splits > 1 ? k.partial_lse + item.split * all_rows : p.lse;
@@ -472,10 +478,12 @@ struct Consumer {
             named_sync<kWarpgroup>(kRows + group);
             if (thread == 0) {
                 const auto heads = static_cast<int>(group_size(p));
-                const int first = item.first_row + group * kConsumerRows / heads;  // rows beyond the end are not written
+                const int first =
+                    item.first_row + group * kConsumerRows / heads;  // rows beyond the end are not written
 #pragma unroll
                 for (int slab = 0; slab < C::kSlabs; ++slab)
-                    store_box(maps.output, shared.query[group][slab], slab * kSlab, item.key_head * heads, first, item.batch);
+                    store_box(maps.output, shared.query[group][slab], slab * kSlab, item.key_head * heads, first,
+                              item.batch);
                 stores_commit();
             }
             return;
@@ -603,8 +611,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         grow_registers<kConsumerRegisters>();
         Consumer<C> consumer(k, maps, shared);
         if (consumer.group == 1) consumer.pass_turn();  // the first turn is warpgroup 0's
-        for (std::int32_t index = blockIdx.x; index < k.items; index += gridDim.x)
-            consumer.attend(index);
+        for (std::int32_t index = blockIdx.x; index < k.items; index += gridDim.x) consumer.attend(index);
         consumer.stores_read();
         if (consumer.group == 0) consumer.take_turn();  // the one that warpgroup 1 passed last
     }

@@ -23,7 +23,8 @@ void launch_attend(const AttentionParams& p, const Launch& launch) {
                               launch.splits,
                               static_cast<std::int32_t>(items)};
     constexpr auto shared = static_cast<int>(sizeof(typename C::Shared));
-    check(cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "shared memory of attend");
+    check(cudaFuncSetAttribute(attend<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "shared memory of attend");
     const auto blocks = static_cast<unsigned>(smaller(items, launch.multiprocessors));
     attend<C><<<blocks, kThreads, shared, launch.stream>>>(params, maps);
     check_launch("attend");
