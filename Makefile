@@ -16,6 +16,7 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 PINS := constraints.txt
 NATIVE := setup.py $(sort $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu'))
+CXX_FILES := $(sort $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.c'))
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
@@ -38,7 +39,7 @@ help:
 	@echo "make kernel-hub the Triton and PyTorch parts as a package for Hugging Face's library kernels"
 	@echo "make wheel     source archive and wheels in dist/, each installed into an empty environment and tried"
 	@echo "make extras    each extra installed alone, and what it promises imported"
-	@echo "make lint      ruff (check, format) and mypy"
+	@echo "make lint      ruff (check, format), clang-format and mypy"
 	@echo "make clean     remove the environment and all caches"
 
 demo: $(STAMPS)/demo
@@ -109,6 +110,7 @@ docs-serve: $(STAMPS)/docs
 lint: $(STAMPS)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 clean:
