@@ -31,9 +31,9 @@ def test_the_address_is_the_same_everywhere(name):
 
 
 def test_a_commit_is_checked_by_what_lint_runs():
-    hooks = re.findall(r"^ +entry: (\w+(?: \w+)?)", text(".pre-commit-config.yaml"), re.MULTILINE)
+    hooks = re.findall(r"^ +entry: ([\w-]+(?: \w+)?)", text(".pre-commit-config.yaml"), re.MULTILINE)
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", text("Makefile"), re.MULTILINE)[1]
-    assert set(hooks) == set(re.findall(r"\$\(BIN\)/(ruff \w+|mypy)", recipe))
+    assert set(hooks) == set(re.findall(r"\$\(BIN\)/(ruff \w+|clang-format|mypy)", recipe))
 
 
 def test_everything_that_is_compiled_is_rebuilt_for():

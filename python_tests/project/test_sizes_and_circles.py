@@ -14,10 +14,7 @@ LONGER_MODULES: dict[str, str] = {
     "adapters/captum.py": "to be shortened",
     "backends/triton/launch_backward.py": "to be shortened",
 }
-LONGER_FUNCTIONS: dict[str, str] = {
-    "cli/bench_quality.py:command": "to be shortened",
-    "cli/explain.py:command": "to be shortened",
-}
+LONGER_FUNCTIONS: dict[str, str] = {}
 
 
 def modules() -> dict[str, Path]:
