@@ -1,4 +1,4 @@
-"""Captions and answers of BLIP, which attends across to an image: which patches and which words they rest on.
+"""Captions and answers of BLIP, which cross-attends to an image: which patches and which words they rest on.
 
 Factors are over the states of the image, its class token first, and then over the tokens of the prompt. The target is
 teacher-forced in the decoder.

@@ -80,7 +80,7 @@ class _Noted(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         output, query, key, value = ctx.saved_tensors
         ctx.tell(replace(ctx.call, query=query, key=key, value=value), output, gradient)
         return (gradient, *(None,) * 5)

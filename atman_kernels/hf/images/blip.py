@@ -1,9 +1,9 @@
-"""BLIP: text that attends across to an image. It writes captions, or answers a question that was read with the image.
+"""BLIP: text with cross-attention to an image. It writes captions, or answers a question that was read with the image.
 
 | model | reads the image | reads the text |
 |---|---|---|
-| `BlipForConditionalGeneration` | the decoder, across | the decoder, among its own tokens: the caption's beginning |
-| `BlipForQuestionAnswering` | the question's encoder, across | that encoder, among its tokens; the decoder, across |
+| `BlipForConditionalGeneration` | the decoder's cross-attention | its self-attention: the caption's beginning |
+| `BlipForQuestionAnswering` | the question encoder's cross-attention | its self-attention; the decoder across |
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ def image_states(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def source_states(model: Any, image: Tensor, question: Tensor | None) -> Tensor:
-    """What the decoder attends across to: the image's states, or those of the question (B, L) read with it."""
+    """What the decoder cross-attends to: the image's states, or those of the question (B, L) read with it."""
     if question is None:
         return image
     read = model.text_encoder(input_ids=question, encoder_hidden_states=image, return_dict=True)
@@ -96,7 +96,7 @@ class _Role(NamedTuple):
 
     stack: str
     source: _Source  # whose states are their keys
-    is_across: bool
+    is_cross: bool
 
 
 def _roles(model: PreTrainedModel, vision: bool) -> dict[nn.Module, _Role]:
@@ -106,13 +106,13 @@ def _roles(model: PreTrainedModel, vision: bool) -> dict[nn.Module, _Role]:
     for name, module in model.named_modules():
         if family_of(module) is None:
             continue
-        stack, is_across = name.split(".")[0], ".crossattention." in name
+        stack, is_cross = name.split(".")[0], ".crossattention." in name
         if stack == "vision_model":
             if vision:
                 found[module] = _Role(stack, "image", False)
         elif stack == "text_decoder" and asks:
-            if is_across:  # what it writes itself is no source
+            if is_cross:  # what it writes itself is no source
                 found[module] = _Role(stack, "text", True)
         else:
-            found[module] = _Role(stack, "image" if is_across else "text", is_across)
+            found[module] = _Role(stack, "image" if is_cross else "text", is_cross)
     return found

@@ -53,15 +53,15 @@ class Family:
         compute: (module, attend, *arguments of the method) -> what the method returns.
         mask_hides: the model turns its mask into bools, True = hidden, and cannot do without one.
         positions_by_key: tokens have no positions but in a `KeyBias`.
-        across: some of its modules attend to what another stack made of something else; factors of tokens are not for
-            those, so that only a run that knows them may reach the family.
+        cross_attends: some of its modules attend to another stack's states. Factors of tokens are not for those, so
+            only a run that knows them may reach the family.
     """
 
     method: str
     compute: Callable[..., Any]
     mask_hides: bool = False
     positions_by_key: bool = False
-    across: bool = False
+    cross_attends: bool = False
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -339,8 +339,8 @@ def _blip_text(
     """Its own keys, or those of another stack: the mask of these comes under a name of its own, if it comes at all."""
     if past_key_values is not None:
         raise UnsupportedModelError("BLIP cannot be suppressed with a cache")
-    across = encoder_hidden_states is not None
-    states = encoder_hidden_states if across else hidden_states
+    is_cross = encoder_hidden_states is not None
+    states = encoder_hidden_states if is_cross else hidden_states
     query, key, value = (
         x.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
         for x in (module.query(hidden_states), module.key(states), module.value(states))
@@ -350,9 +350,9 @@ def _blip_text(
         query,
         key,
         value,
-        encoder_attention_mask if across else attention_mask,
+        encoder_attention_mask if is_cross else attention_mask,
         dropout=_rate(module, module.dropout),
-        is_causal=not across,
+        is_causal=not is_cross,
     )
     return output.flatten(2), None
 
@@ -381,7 +381,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("mpt", "MptAttention"): Family("forward", _mpt, mask_hides=True, positions_by_key=True),
     ("xglm", "XGLMAttention"): Family("forward", _xglm),
     ("blip", "BlipAttention"): Family("forward", _blip_vision),
-    ("blip", "BlipTextSelfAttention"): Family("forward", _blip_text, across=True),
+    ("blip", "BlipTextSelfAttention"): Family("forward", _blip_text, cross_attends=True),
 }
 
 NO_ATTENTION = "it has no attention layers"

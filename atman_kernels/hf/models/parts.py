@@ -18,7 +18,7 @@ def decoder_of(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     decoder = text_stack(model)
-    if any(family.across for family in families_in(decoder)):
+    if any(family.cross_attends for family in families_in(decoder)):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be suppressed by factors of its tokens: it attends to an image beside them"
         )
