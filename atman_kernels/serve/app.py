@@ -81,7 +81,7 @@ async def _invalid(http: Request, error: Exception) -> Response:
     """What the schema says against a body: its first fault, with the field's name."""
     assert isinstance(error, RequestValidationError)
     errors = error.errors()
-    field, said = _field(errors[0]["loc"]), []
+    field, said = max((_field(each["loc"]) for each in errors), key=len), []
     for each in errors:  # of a field that may be several things there is one for each of them
         message = each["msg"].removeprefix("Value error, ")
         if _field(each["loc"]) == field and message not in said:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import MutableMapping
 from contextlib import ExitStack
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -108,14 +108,21 @@ def _check_same_machine(headers: Headers) -> None:
 
     Neither under a name of its own that was made to mean this machine, nor from its own origin.
     """
-    host = urlsplit(f"//{headers.get('host', '')}")
-    if not is_loopback(host.hostname or ""):
+    host = _address(f"//{headers.get('host', '')}")
+    if host is None or not is_loopback(host.hostname or ""):
         raise RequestError(
             "forbidden", f"Host is {headers.get('host')!r}: without a token only this machine's own names are served"
         )
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host.netloc:
+    if origin is not None and getattr(_address(origin), "netloc", None) != host.netloc:
         raise RequestError("forbidden", f"a page of {origin} asks; without a token only this service's own page may")
+
+
+def _address(text: str) -> SplitResult | None:
+    try:
+        return urlsplit(text)
+    except ValueError:  # half a bracket
+        return None
 
 
 def _too_long(most: int) -> RequestError:

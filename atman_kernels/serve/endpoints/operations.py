@@ -1,8 +1,10 @@
 """`/health`, `/ready`, `/metrics`: for whoever runs the service."""
 
+from typing import Any
+
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from atman_kernels.serve.service import TheService, json_response
 
@@ -21,6 +23,9 @@ async def ready(service: TheService) -> Response:
     return json_response({"ready": takes}, 200 if takes else 503)
 
 
-@router.get("/metrics", summary="Counters, in Prometheus' format")
+COUNTERS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+@router.get("/metrics", summary="Counters, in Prometheus' format", response_class=PlainTextResponse, responses=COUNTERS)
 async def metrics(service: TheService) -> Response:
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
