@@ -56,7 +56,7 @@ def _measure(value: str) -> str:
 
 def errors_of(draws: Tensor) -> Tensor:
     """(n_units,) standard errors of the means of (n_draws, n_units) independent draws."""
-    return (draws.std(dim=0) / len(draws) ** 0.5).float()
+    return draws.std(dim=0).div(len(draws) ** 0.5).float()
 
 
 def settings_of(model: PreTrainedModel, method: Method, outcome: MethodOutcome, units: Any) -> dict[str, Any]:

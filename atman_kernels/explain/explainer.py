@@ -13,7 +13,7 @@ from atman_kernels.explain import methods
 from atman_kernels.explain.assembly import errors_of, explanation_of, origin_of, settings_of, stats_of
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.formula import MODES
-from atman_kernels.hf.attention.suppression import checked_layers
+from atman_kernels.hf.attention.layers import checked_layers
 from atman_kernels.hf.images.embedding import check_vision
 from atman_kernels.hf.models.eval_mode import evaluating
 from atman_kernels.hf.models.tasks import Task, part_of, task_of

@@ -86,7 +86,8 @@ def objective(model: Any, processor: Any, asked: Request) -> ForwardObjective:
         """States of patches and embeddings of words, which have nothing in common."""
         ids = begun if question is None else source.ids
         words = model.get_input_embeddings()(torch.tensor(ids, device=model.device))
-        return torch.block_diag(seen[0].float().cpu(), words.float().cpu())
+        both: Tensor = torch.block_diag(seen[0].float().cpu(), words.float().cpu())
+        return both
 
     pieces, _ = token_texts_of(tokenizer, answer)
     states = source.image.positions

@@ -47,7 +47,9 @@ def _label(model: PreTrainedModel, target: Any, logits: Tensor) -> int:
         return int(logits.argmax())
     if not isinstance(target, str):
         return integer(target, "target", least=0, most=count - 1, expected=f"a label in [0, {count}) or its name")
-    names = {index: str(name) for index, name in (getattr(model.config, "id2label", None) or {}).items()}
+    names: dict[int, str] = {
+        index: str(name) for index, name in (getattr(model.config, "id2label", None) or {}).items()
+    }
     matching = [index for index, name in names.items() if name == target]
     matching = matching or [i for i, name in names.items() if name.casefold() == target.casefold()]
     if len(matching) != 1:

@@ -268,7 +268,8 @@ def encoder_objective(
     if "input_ids" in read.inputs:
 
         def embeddings() -> Tensor:
-            return part.get_input_embeddings()(read.inputs["input_ids"])[0].float().cpu()
+            words: Tensor = part.get_input_embeddings()(read.inputs["input_ids"])
+            return words[0].float().cpu()
 
     return ForwardObjective(
         prompt=read.shown,

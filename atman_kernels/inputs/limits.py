@@ -30,8 +30,8 @@ def positions_of(stack: nn.Module, owner: nn.Module | None = None) -> int | None
     for name, module in (owner or stack).named_modules():
         # RoBERTa and its kin count from behind the padding's index, which their configs leave out of account
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings) - int(module.padding_idx) - 1  # type: ignore[arg-type]
-    found = (getattr(stack.config, name, None) for name in _POSITIONS)  # type: ignore[union-attr]
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    found = (getattr(stack.config, name, None) for name in _POSITIONS)
     return next((most for most in found if isinstance(most, int)), None)
 
 

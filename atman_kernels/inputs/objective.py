@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.attention.pooling import encoder_run
-from atman_kernels.hf.attention.suppression import SuppressedRun
+from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
 from atman_kernels.planning.units import Unit
 
 if TYPE_CHECKING:

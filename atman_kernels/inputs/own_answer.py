@@ -94,7 +94,7 @@ def generated(
         raise InputError(
             f"model.generation_config.stop_strings, {stops!r}, do not go with this model: {said}"
         ) from error
-    return output[0, before:].tolist()  # type: ignore[no-any-return]
+    return output[0, before:].tolist()
 
 
 class _Telling(BaseStreamer):

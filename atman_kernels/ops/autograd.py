@@ -72,7 +72,7 @@ def _backward(gradients: Any, count: int) -> Callable[..., tuple[Any, ...]]:
         with torch.no_grad():
             found = gradients(*inputs, wanted, *saved, grad_output, grad_lse)
         if torch.is_grad_enabled():  # create_graph=True
-            found = _Once.apply(*(x.requires_grad_() for x in found))
+            found = _Once.apply(*(x.requires_grad_() for x in found))  # type: ignore[no-untyped-call]
         given = iter(found)
         return tuple(next(given) if needed else None for needed in ctx.needs_input_grad)
 

@@ -139,7 +139,8 @@ def _directions(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors scaled to norm 1; zero vectors stay zero."""
     largest = vectors.abs().amax(dim=-1, keepdim=True)
     scaled = vectors / largest.masked_fill(largest == 0, 1)  # squares of tiny or huge entries leave the range
-    return scaled / scaled.norm(dim=-1, keepdim=True).clamp(min=1)  # below 1 for zero vectors only
+    norms: torch.Tensor = scaled.norm(dim=-1, keepdim=True)
+    return scaled / norms.clamp(min=1)  # below 1 for zero vectors only
 
 
 def checked_factor(factor: Any, name: str = "factor", expected: str = "a finite number >= 0") -> float:

@@ -135,7 +135,7 @@ def _facts_in(settings: dict[str, Any]) -> dict[str, Any]:
         facts["logprobs"] = AnswerLogprobs(float(both["target"]), float(both["versus"]))
     sizes = settings.get("images")
     if isinstance(sizes, list) and all(isinstance(size, dict) for size in sizes):
-        found = tuple(ImageSize(size.get("width"), size.get("height")) for size in sizes)  # type: ignore[arg-type]
+        found = tuple(ImageSize(size.get("width"), size.get("height")) for size in sizes)
         if all(map(_is_size, found)):
             facts["images"] = found
     return facts
@@ -231,7 +231,8 @@ def _json_copy(name: str, value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{name} must be a dict, got {type(value).__name__}")
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
+        return copy
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must hold JSON types only: {error}") from error
 

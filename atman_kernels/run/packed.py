@@ -86,7 +86,8 @@ class PackedRuns:
                 layers=self.perturbation.layers,
             )
             self._count(packed, variants=len(taken))
-            return logprobs.split([len(own) for own in targets])
+            found: tuple[Tensor, ...] = logprobs.split([len(own) for own in targets])
+            return found
 
         for taken, logprobs in in_pieces(variants, self.budget, self.work, forward):
             yield from zip(taken, logprobs, strict=True)

@@ -212,6 +212,7 @@ class Run:
         """What a task brought; rows that processes died of come again one by one, then fail."""
         rows: list[Row] = task.arguments[0]
         if not isinstance(outcome, Died):
+            found: list[dict[str, Any]]
             found, messages = outcome
             for message in messages:
                 if message not in self.warned:

@@ -245,7 +245,7 @@ def _number(file: Path) -> int:
 
 def _settings_of(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         found["id_column"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"output {os.fspath(folder)!r} is no folder of explanations: {error}") from error

@@ -15,7 +15,6 @@ PREPARED_ROWS = 64
 FLAGGED_BLOCK = 64  # times 64 flags: factors that are read at once
 LISTED_TILES = 1024  # tiles of rows that are looked at at once
 
-
 # What the tables `configs/*_backward.json` have entries for: kernels, and whether the call is a pack.
 REGIMES = ("dense_query", "packed_query", "dense_key", "packed_key", "broadcast")
 

@@ -177,7 +177,7 @@ def milliseconds(call: Callable[[], object], config: KernelConfig) -> float:
 
     The device is kept busy until a call is queued: on one that waits, the time of a short call would be the host's.
     """
-    times = []
+    times: list[float] = []
     with configs.forced(config):
         for _ in range(WARMUP):
             call()

@@ -137,12 +137,12 @@ class _Secant(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient * ctx.saved_tensors[0], None, None
 
 
 def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    return _Secant.apply(x, value.detach(), slope.detach().to(x.dtype))  # type: ignore[no-any-return]
+    return _Secant.apply(x, value.detach(), slope.detach().to(x.dtype))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _scaled_gradient(x: Tensor, by: float) -> Tensor:
@@ -199,7 +199,8 @@ class _AttentionRules(Run):
         self.model_name = model_name
 
     def mask(self, **kwargs: Any) -> Tensor | None:
-        return sdpa_mask(**kwargs)
+        mask: Tensor | None = sdpa_mask(**kwargs)
+        return mask
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         if call.softcap is not None or call.sinks is not None or call.position_bias is not None:
@@ -207,6 +208,7 @@ class _AttentionRules(Run):
                 f"{self.model_name} has no AttnLRP rules: its attention has a softcap, sinks or a position bias"
             )
         query, key = _scaled_gradient(call.query, 0.25), _scaled_gradient(call.key, 0.25)
+        output: Tensor
         output, _ = sdpa_attention_forward(
             module,
             query,
