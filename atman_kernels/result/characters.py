@@ -1,4 +1,4 @@
-"""Characters that would be obeyed or overlooked, made visible; everything else stays as it is."""
+"""Control and invisible characters made visible; all others stay as they are."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ _RIGHT_TO_LEFT = ("R", "AL", "AN")
 
 
 def printable(text: str) -> str:
-    """Text that a terminal or a page displays and never obeys; line feeds, tabs and what belongs to a script stay.
+    """Text for a terminal or a page, without characters that these would obey; line feeds and tabs stay.
 
-    Control characters become their pictures (␛), what is invisible or turns the direction of writing its name or code
-    point (⟨RLO⟩, ⟨U+E0041⟩). Joiners and variation selectors stay where a script or an emoji needs them.
+    Control characters become their symbols (␛). Invisible ones, and those that turn the direction of writing, become
+    their name or code point (⟨RLO⟩, ⟨U+E0041⟩). Joiners and variation selectors stay where a script or emoji has them.
 
     Example:
         >>> printable("\\u202e001\\u200b")

@@ -43,7 +43,7 @@ class Explanation(ExplanationData):
         base_logprobs: (n_target_tokens,) float32 on the CPU: natural log of each target token's probability
             with nothing suppressed, or what `value` names instead.
         settings: how it was computed; JSON types only (a copy is kept, tuples become lists). The last five fields are
-            repeated here where they are not at their defaults.
+            here, too: one that is at its default takes what stands here, any other is written here.
         stats: what it cost; JSON types only, likewise.
         standard_errors: (n_units,) float32 on the CPU, of each unit's total, where scores are estimates from random
             draws; None where they are exact.

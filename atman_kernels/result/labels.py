@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # labels are for the command line, too, which starts without 
 def label(text: str, limit: int = 40) -> str:
     """A unit's text on one line of at most `limit` characters.
 
-    Nothing in it is obeyed or looks empty: blanks are shown where there is nothing else, those that are no spaces also
-    at either end; a mark without its letter stands on a circle.
+    Control characters are shown, not obeyed. Blanks are shown where there is nothing else, and at either end if they
+    are no spaces; a mark without its letter stands on a circle.
     """
     text = text.strip(" ") or " " * len(text)
     inner = text.strip(_BLANKS)
@@ -69,14 +69,14 @@ def likelihood(explanation: ExplanationData) -> tuple[str, str]:
 
 
 def token_label(explanation: ExplanationData, token: int, isolated: Callable[[str], str] = isolated) -> str:
-    """What stands for a target token, each label `isolated`; a contrast's only one names both answers."""
+    """The label of a target token; that of a contrast names both answers, each `isolated`."""
     if explanation.versus is None:
         return isolated(label(explanation.target_tokens[token], 24))
     return " rather than ".join(isolated(label(answer, 24)) for answer in (explanation.target, explanation.versus))
 
 
 def give_or_take(error: float | None) -> str:
-    """What stands behind a score that is an estimate, and nothing behind an exact one."""
+    """An estimate\'s standard error, to stand behind the score; "" for an exact score."""
     return "" if error is None else f" ±{signed(abs(error)).lstrip('+')}"
 
 

@@ -1,4 +1,4 @@
-"""Cuts a text where its units begin and end, so that it can be painted from left to right."""
+"""A text cut where its units begin and end, to be painted from left to right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from atman_kernels.planning.units import Unit
 
 
 class Segment(NamedTuple):
-    """A stretch of text that the same units cover all along; without text, a unit that has no characters."""
+    """A piece of text under the same units from end to end; without text, a unit that has no characters."""
 
     text: str
     units: tuple[int, ...]  # indices into the explanation's units, in their order
@@ -48,9 +48,9 @@ def strongest(units: Iterable[int], scores: Sequence[float]) -> int | None:
 
 
 def ranked(scores: Sequence[float], top: int) -> tuple[list[int], list[int]]:
-    """What to list: up to `top` positive scores, highest first, and half as many negative ones, lowest first.
+    """Indices of scores to list: up to `top` positive ones, highest first; half as many negative ones, lowest first.
 
-    Scores below 1 % of the largest one are noise to a reader and are left out. Returns indices into scores.
+    Scores below 1 % of the largest in absolute value are left out.
     """
     least = 0.01 * max(map(abs, scores), default=0.0)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])

@@ -182,7 +182,7 @@ class Steered:
 
 
 class _WhenLeft(StoppingCriteria):
-    """Ends a generation in another thread once its steering has been left: what follows would be unsteered."""
+    """Ends a generation in another thread once its `with` has been left: further tokens would be unsteered."""
 
     def __init__(self, steered: Steered) -> None:
         self._steered = steered
@@ -236,7 +236,7 @@ def _prepare_inputs(
 
 
 def _listed(prompt: Any) -> tuple[list[Any], bool]:
-    """The prompts, and whether there is but one, which is then a text or chat messages."""
+    """The prompts, and whether a single one was given, as a text or chat messages."""
     if isinstance(prompt, str):
         return [prompt], True
     try:
@@ -255,7 +255,7 @@ def _tokenized(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, c
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token does where nothing attends to it."""
+    """The tokenizer's padding token, or any other: nothing attends to it."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
