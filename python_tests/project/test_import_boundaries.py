@@ -1,7 +1,6 @@
 """Which module may import which: heavy libraries stay where they belong, and imports point downwards only."""
 
 import ast
-import graphlib
 import json
 import subprocess
 import sys
@@ -127,23 +126,6 @@ def test_imports_inside_hf_point_downwards() -> None:
         if theirs > mine:
             wrong.append(f"{found.importer}:{found.line} imports {target} from a layer above")
     assert not wrong, "\n".join(wrong)
-
-
-def module_of(name: str) -> str:
-    """The module in which this name is looked up: itself, or the nearest package or file above it."""
-    place = PACKAGE.joinpath(*name.split("."))
-    return name if place.is_dir() or place.with_suffix(".py").is_file() else module_of(name.rpartition(".")[0])
-
-
-def test_no_files_import_one_another_in_a_circle() -> None:
-    """Imports inside functions count as well; those for type checkers do not."""
-    below: dict[str, set[str]] = {}
-    for found in all_imports():
-        target = own(found)
-        if target is not None and found.importer and module_of(target) != found.importer:
-            below.setdefault(found.importer, set()).add(module_of(target))
-    assert "result.data" in below["result.explanation"]
-    graphlib.TopologicalSorter(below).prepare()  # raises CycleError, with the circle
 
 
 def test_backends_do_not_import_one_another() -> None:
