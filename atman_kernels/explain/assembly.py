@@ -22,6 +22,7 @@ def explanation_of(
     index: int,
     settings: dict[str, Any],
     stats: dict[str, Any],
+    recompute: int | None = None,
 ) -> Explanation:
     """One objective's share of what a method found.
 
@@ -43,6 +44,8 @@ def explanation_of(
         base_logprobs=logprobs.float(),
         measure=method.measure or _measure(objective.value),
         value=objective.value,
+        recompute=recompute,
+        exact=None if outcome.exact is None else tuple(outcome.exact[index].tolist()),
         settings=settings | objective.facts,
         stats=stats,
         standard_errors=None if outcome.draws is None else errors_of(outcome.draws[index]),

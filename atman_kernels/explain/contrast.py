@@ -58,4 +58,5 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         else f"{measure}; of the answer minus of the other answer",
         versus=other.target,
         logprobs=AnswerLogprobs(own, others),
+        recompute=explanation.recompute,
     )

@@ -12,6 +12,7 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain import methods
 from atman_kernels.explain.assembly import errors_of, explanation_of, origin_of, settings_of, stats_of
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
+from atman_kernels.explain.depth import Depth
 from atman_kernels.formula import MODES
 from atman_kernels.hf.attention.layers import checked_layers
 from atman_kernels.hf.images.embedding import check_vision
@@ -117,6 +118,8 @@ class Explainer:
         chat: bool = False,
         max_new_tokens: int = 32,
         language: str = "en",
+        recompute: int | None = None,
+        exact: int | None = None,
         method: str = "atman",
         **options: Any,
     ) -> Explanation:
@@ -142,6 +145,12 @@ class Explainer:
             chat: put a text prompt into the tokenizer's chat template as the user's message.
             max_new_tokens: length of the model's own answer at most.
             language: of the text, for sentence splitting.
+            recompute: how many of the last prompt tokens feel a suppression, beside the answer: 1 for what the answer
+                reads directly from a unit (its direct effect), more for what later tokens pass on as well; None for
+                all that it changes (its total effect). It costs n · (recompute + m) tokens instead of n²/2: see
+                docs/search.md.
+            exact: find this many of the strongest units and run them exactly; the others keep an estimate, and
+                `Explanation.exact` says which is which. None: all are exact.
             method: "atman", or another of `atman_kernels.explain.methods.names()`, whose scores mean something else
                 and need not be in nats: see docs/methods.md and `Explanation.measure`.
             options: of that method, by name.
@@ -158,6 +167,7 @@ class Explainer:
         if not (prompt is None or text is None):
             raise InputError("give the prompt once, as prompt or as text")
         chosen = methods.method(method, options)
+        depth = Depth.checked(recompute, exact, chosen, self.task, with_versus=versus is not None)
         common = Common.checked(
             image_units=image_units,
             include_target=include_target,
@@ -178,7 +188,7 @@ class Explainer:
         elif common.include_target or common.chat or versus is not None or method != "atman":
             name = type(self.model).__name__
             raise InputError(f"include_target, chat, versus and other methods are for language models; {name} is none")
-        return self._explained(chosen, [request])[0]
+        return self._explained(chosen, [request], depth)[0]
 
     def explain_batch(
         self,
@@ -193,6 +203,8 @@ class Explainer:
         chat: bool = False,
         max_new_tokens: int = 32,
         language: str = "en",
+        recompute: int | None = None,
+        exact: int | None = None,
         method: str = "atman",
         **options: Any,
     ) -> list[Explanation]:
@@ -208,7 +220,7 @@ class Explainer:
             versus: one other answer per prompt, or None, whole or in places.
             images: per prompt its image, a list of its images, or None; None: no prompt has images.
             image_units: of all images.
-            include_target, chat, max_new_tokens, language, method, options: as in `explain`.
+            include_target, chat, max_new_tokens, language, recompute, exact, method, options: as in `explain`.
 
         Returns:
             One `Explanation` per prompt. `stats` are those of what shared forwards.
@@ -228,9 +240,11 @@ class Explainer:
         listed = batch_of(common, prompts, targets, units, versus, images)
         if self.task != CAUSAL:
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
-        return self._explained(chosen, listed)
+        contrasted = any(request.versus is not None for request in listed)
+        depth = Depth.checked(recompute, exact, chosen, self.task, with_versus=contrasted)
+        return self._explained(chosen, listed, depth)
 
-    def _explained(self, method: methods.Method, requests: list[Request]) -> list[Explanation]:
+    def _explained(self, method: methods.Method, requests: list[Request], depth: Depth) -> list[Explanation]:
         """Requests that have no images together, the others one by one."""
         if self.task == CAUSAL:
             method.check(self.model)
@@ -239,9 +253,9 @@ class Explainer:
                 self._check(request, method)
         together = [request for request in requests if not request.has_images]
         with evaluating(self.model):
-            found = iter(self._explained_together(method, together) if together else [])
+            found = iter(self._explained_together(method, together, depth) if together else [])
             return [
-                self._explained_together(method, [request])[0] if request.has_images else next(found)
+                self._explained_together(method, [request], depth)[0] if request.has_images else next(found)
                 for request in requests
             ]
 
@@ -252,7 +266,7 @@ class Explainer:
         if self.task == CAUSAL and request.has_images and method.name not in methods.WITH_IMAGES:
             raise InputError(f"method with images must be one of {', '.join(methods.WITH_IMAGES)}, got {method.name!r}")
 
-    def _explained_together(self, method: methods.Method, requests: list[Request]) -> list[Explanation]:
+    def _explained_together(self, method: methods.Method, requests: list[Request], depth: Depth) -> list[Explanation]:
         """Requests whose variants share forwards; each other answer is asked about, too, and taken off."""
         started = time.perf_counter()
         contrasted = [index for index, request in enumerate(requests) if request.versus is not None]
@@ -262,12 +276,12 @@ class Explainer:
         for first, second in pairs:
             check_answers(objectives[first], objectives[second])
         answered = time.perf_counter()
-        outcome = method.run(methods.MethodContext(self.model, self.runner), objectives)
+        outcome = method.run(methods.MethodContext(self.model, self.runner, depth.recompute, depth.exact), objectives)
         stats = stats_of(outcome, started, answered)
         explanations = []
         for index, (objective, request) in enumerate(zip(objectives, asked, strict=True)):
             settings = settings_of(self.model, method, outcome, units_named(self.task, request))
-            explanations.append(explanation_of(objective, method, outcome, index, settings, stats))
+            explanations.append(explanation_of(objective, method, outcome, index, settings, stats, depth.recompute))
         for first, second in pairs:
             errors = None if outcome.draws is None else errors_of(outcome.draws[first] - outcome.draws[second])
             explanations[first] = contrast(explanations[first], explanations[second], errors)
@@ -289,6 +303,7 @@ class Explainer:
         chat: bool = False,
         max_new_tokens: int = 32,
         language: str = "en",
+        recompute: int | None = None,
     ) -> Ablation:
         """The answer's log-probabilities with any sets of units suppressed: as many sets as wanted, in one go.
 
@@ -298,7 +313,7 @@ class Explainer:
         Args:
             masks: bool (n_variants, n_units), True = suppressed: a tensor, an array or nested lists; or a function
                 that makes them from the tuple of units.
-            prompt, target, units, include_target, chat, max_new_tokens, language: as in `explain`.
+            prompt, target, units, include_target, chat, max_new_tokens, language, recompute: as in `explain`.
 
         Returns:
             An `Ablation`. Beside it, memory holds one float32 factor per mask and token of the prompt and target.
@@ -319,6 +334,7 @@ class Explainer:
         if self.task != CAUSAL:
             name = type(self.model).__name__
             raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
+        depth = Depth.checked(recompute, None, methods.method("atman", {}), self.task)
         request = Request(common, prompt, target, units).checked()
         check_request(self._reader, request)
         started = time.perf_counter()
@@ -326,8 +342,9 @@ class Explainer:
             (objective,) = causal_objectives(self._reader, [request])
             rows = checked_masks(masks, objective.units)
             answered = time.perf_counter()
-            outcome = run_subsets(self.runner, [objective], [rows], "ablating")
-        settings = self.suppression | {"path": outcome.path} | origin_of(self.model, units_named(self.task, request))
+            outcome = run_subsets(self.runner, [objective], [rows], "ablating", depth.recompute)
+        how = self.suppression | {"path": outcome.path, "recompute": depth.recompute}
+        settings = how | origin_of(self.model, units_named(self.task, request))
         seconds = {"seconds": time.perf_counter() - started, "answering_seconds": answered - started}
         return Ablation(
             prompt=objective.prompt,

@@ -71,6 +71,8 @@ class ExplanationData:
     versus: str | None = None
     logprobs: AnswerLogprobs | None = None
     images: tuple[ImageSize, ...] = ()
+    recompute: int | None = None
+    exact: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target", "measure", "value"):
@@ -85,6 +87,9 @@ class ExplanationData:
             _check_text("versus", self.versus)
         _check_logprobs(self.logprobs)
         _check_images(self.images)
+        if self.recompute is not None and (not _is_index(self.recompute) or self.recompute < 1):
+            raise InputError(f"recompute must be an integer >= 1 or None, got {self.recompute!r}")
+        _check_exact(self.exact, len(self.units))
         for name in ("settings", "stats"):
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
         _check_settings(self.settings)
@@ -109,6 +114,20 @@ class ExplanationData:
     def has_probabilities(self) -> bool:
         """Whether `base_logprobs` are logs of probabilities, rather than logits or cosines."""
         return self.value == LOG_PROBABILITY
+
+    @property
+    def effect(self) -> str:
+        """Which effect of a unit a score measures, as causal mediation analysis calls them.
+
+        "total": all that the suppression changes. "direct": what the answer's own rows read from the unit, later prompt
+        tokens being as they were (Pearl's controlled direct effect; Geva et al., arXiv 2304.14767, knock attention out
+        likewise). "last 8": direct, and what the last 8 prompt tokens pass on.
+        """
+        return "total" if self.recompute is None else "direct" if self.recompute == 1 else f"last {self.recompute}"
+
+    def is_exact(self, unit: int) -> bool:
+        """Whether a unit's scores are exact, by its index; otherwise they are the estimate of a search."""
+        return self.exact is None or self.exact[unit]
 
     @property
     def total(self) -> torch.Tensor:
@@ -169,6 +188,13 @@ def _check_units(units: object, texts: dict[str, str]) -> None:
             indices = shortened(repr(unit.token_indices), 80)
             raise InputError(f"units[{i}].token_indices must be a tuple of integers >= 0, got {indices}")
         _check_box(i, unit)
+
+
+def _check_exact(exact: object, count: int) -> None:
+    if exact is None:
+        return
+    if not isinstance(exact, tuple) or len(exact) != count or not all(isinstance(flag, bool) for flag in exact):
+        raise InputError(f"exact must be None or a tuple of {count} bools, got {shortened(repr(exact), 80)}")
 
 
 def _check_box(i: int, unit: Unit) -> None:

@@ -38,7 +38,11 @@
         button.setAttribute("aria-checked", checked);
         button.tabIndex = checked ? 0 : -1;
       }
-      for (const span of spans) paint(span, scores[unitsOf.get(span).reduce(larger)], scale);
+      for (const span of spans) {
+        const unit = unitsOf.get(span).reduce(larger);
+        paint(span, scores[unit], scale);
+        span.classList.toggle("estimate", data.about[unit] !== "");
+      }
       for (const end of root.querySelectorAll("[data-end]")) end.textContent = signed(end.dataset.end * scale);
       rank();
     }
@@ -52,7 +56,7 @@
       root.querySelectorAll(".ranking").forEach((ranking, side) => {
         ranking.hidden = !lists[side].length;
         ranking.querySelector("ol").replaceChildren(...lists[side].slice(0, side ? data.top >> 1 : data.top).map((i) => {
-          const button = make("button", "", make("bdi", "", data.labels[i]), make("b", "", signed(scores[i]) + (token < 0 ? data.errors[i] : "")), bar(scores[i], scale));
+          const button = make("button", "", make("bdi", "", data.labels[i]), make("b", "", data.about[i] + signed(scores[i]) + (token < 0 ? data.errors[i] : "")), bar(scores[i], scale));
           button.type = "button";
           button.dataset.unit = i;
           return make("li", "", button);
@@ -62,7 +66,7 @@
 
     // The tip: what is known about the units below the pointer or the focus.
     function describe(unit, rows) {
-      const part = make("div", "", make("strong", "", make("bdi", "", data.labels[unit])), make("div", "", inWords(scores[unit], token < 0, data.suppressed)));
+      const part = make("div", "", make("strong", "", make("bdi", "", data.labels[unit])), make("div", "", data.about[unit] + inWords(scores[unit], token < 0, data.suppressed)));
       const row = data.scores[unit];
       if (row.length < 2) return part;
       const shown = row.map((_, t) => t).sort((a, b) => Math.abs(row[b]) - Math.abs(row[a])).slice(0, rows).sort((a, b) => a - b);

@@ -51,6 +51,8 @@ class Explanation(ExplanationData):
         value: what the model says of a target token: its "log-probability", or else a "logit" or "cosine".
         versus: the other answer, if this explains why the model prefers one to the other.
         logprobs: with versus, the natural log of either answer's probability: `logprobs.target`, `logprobs.versus`.
+        recompute: how many prompt tokens before the answer felt a suppression; None: all of them. See `effect`.
+        exact: per unit whether its scores are exact; the others are estimates of a search. None: all are exact.
         images: per image of the prompt its size in pixels, to which the units' boxes refer: `images[0].width`.
 
     Raises:
@@ -67,16 +69,20 @@ class Explanation(ExplanationData):
         [(Unit(text=' sky', start=3, end=7, token_indices=(1,), source='prompt'), 2.5)]
     """
 
-    def top(self, k: int = 10) -> list[tuple[Unit, float]]:
+    def top(self, k: int = 10, *, estimates: bool = False) -> list[tuple[Unit, float]]:
         """The k units with the highest total (all if there are fewer), highest first, ties in reading order.
+
+        Args:
+            estimates: list units whose scores are but estimates among the others, see `exact`.
 
         Raises:
             InputError: k is not a positive integer.
         """
         k = integer(k, "k", least=1, expected="a positive integer")
         total = self.total
-        order = torch.argsort(total, descending=True, stable=True)[:k].tolist()
-        return [(self.units[i], float(total[i])) for i in order]
+        order = torch.argsort(total, descending=True, stable=True).tolist()
+        listed = [i for i in order if estimates or self.is_exact(i)]
+        return [(self.units[i], float(total[i])) for i in listed[:k]]
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, images: Image | Sequence[Image] | None = None

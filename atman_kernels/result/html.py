@@ -13,7 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from atman_kernels.errors import InputError
 from atman_kernels.result.characters import isolated, printable
 from atman_kernels.result.data import ExplanationData
-from atman_kernels.result.labels import give_or_take, label, likelihood, signed, token_label
+from atman_kernels.result.labels import about, give_or_take, label, likelihood, measure_of, signed, token_label
 from atman_kernels.result.places import boxes_of, explained_size, reach
 from atman_kernels.result.segments import ranked, segments, strongest
 
@@ -46,7 +46,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"give_or_take": give_or_take, "isolated": isolated, "label": label}
-    environment.filters |= {"printable": printable, "signed": signed}
+    environment.filters |= {"about": about, "measure_of": measure_of, "printable": printable, "signed": signed}
     return environment
 
 
@@ -78,6 +78,7 @@ def _content(explanation: ExplanationData, images: Any = None) -> dict[str, Any]
         "token_logprobs": explanation.base_logprobs.tolist(),
         "total": total,
         "errors": errors,
+        "all_exact": all(map(explanation.is_exact, range(len(total)))),
         "scale": scale,
         "images": _images(explanation, total, images),
         "texts": [painted(explanation.prompt, "prompt"), painted(explanation.target, "target")],
@@ -92,6 +93,7 @@ def _content(explanation: ExplanationData, images: Any = None) -> dict[str, Any]
             "total": [float(f"{score:.4g}") for score in total],
             "scores": [[float(f"{score:.4g}") for score in row] for row in explanation.scores.tolist()],
             "errors": [give_or_take(error) for error in errors],
+            "about": [about(explanation, unit) for unit in range(len(total))],
             "top": TOP,
             "suppressed": explanation.measures_suppression,
         },

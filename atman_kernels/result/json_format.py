@@ -51,6 +51,8 @@ def values_from_json(content: Any) -> dict[str, Any]:
         for name in ("scores", "base_logprobs", *(["standard_errors"] if estimated else [])):
             values[name] = torch.tensor(_list(name, values[name]), dtype=torch.float32, device="cpu")
         values["images"] = tuple(ImageSize(**size) for size in _list("images", values.get("images", [])))
+        if values.get("exact") is not None:
+            values["exact"] = tuple(_list("exact", values["exact"]))
         if values.get("logprobs") is not None:
             values["logprobs"] = AnswerLogprobs(**values["logprobs"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -75,6 +75,20 @@ def token_label(explanation: ExplanationData, token: int, isolated: Callable[[st
     return " rather than ".join(isolated(label(answer, 24)) for answer in (explanation.target, explanation.versus))
 
 
+def measure_of(explanation: ExplanationData) -> str:
+    """What a score is, with the effect that it measures where that is not the total one."""
+    effect = explanation.effect
+    if effect == "total":
+        return explanation.measure
+    through = "direct effect" if effect == "direct" else f"effect through the {effect} prompt tokens"
+    return f"{explanation.measure} ({through})"
+
+
+def about(explanation: ExplanationData, unit: int) -> str:
+    """What stands before a score that is the estimate of a search, and nothing before an exact one."""
+    return "" if explanation.is_exact(unit) else "≈"
+
+
 def give_or_take(error: float | None) -> str:
     """An estimate\'s standard error, to stand behind the score; "" for an exact score."""
     return "" if error is None else f" ±{signed(abs(error)).lstrip('+')}"

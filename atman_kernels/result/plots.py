@@ -9,7 +9,7 @@ import torch
 from atman_kernels.arguments import integer
 from atman_kernels.result import NEGATIVE, POSITIVE
 from atman_kernels.result.data import ExplanationData
-from atman_kernels.result.labels import label, signed
+from atman_kernels.result.labels import about, label, measure_of, signed
 
 try:
     import matplotlib.pyplot as plt
@@ -55,12 +55,16 @@ def bar(explanation: ExplanationData, top: int = 15, ax: Axes | None = None) -> 
     errors = None if explanation.standard_errors is None else explanation.standard_errors[shown].tolist()
     style: dict[str, Any] = {"ecolor": "0.3", "capsize": 2.5, "error_kw": {"elinewidth": 1}}
     bars = ax.barh(range(len(values)), values, height=0.72, color=colours, xerr=errors, **style)
-    ax.bar_label(bars, [signed(value) for value in values], padding=4, fontsize=9)
+    for unit, drawn in zip(shown.tolist(), bars, strict=True):
+        if not explanation.is_exact(unit):
+            drawn.set(hatch="////", edgecolor="white", linewidth=0)
+    texts = [about(explanation, unit) + signed(value) for unit, value in zip(shown.tolist(), values, strict=True)]
+    ax.bar_label(bars, texts, padding=4, fontsize=9)
     ax.axvline(0, color="0.4", linewidth=0.8)
     ax.margins(x=0.14, y=0.01)
     ax.invert_yaxis()
     ax.set_yticks(range(len(values)), _names(explanation, shown))
-    ax.set_xlabel(explanation.measure).set_parse_math(False)
+    ax.set_xlabel(measure_of(explanation)).set_parse_math(False)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
     _write_plainly(ax.get_yticklabels())
@@ -92,7 +96,7 @@ def heat(explanation: ExplanationData, top: int | None = 40, ax: Axes | None = N
     image = ax.imshow(scores.numpy(), COLOURS, aspect="auto", vmin=-scale, vmax=scale)
     thin, near = 20 + 2 * n_tokens, min(0.05, 0.5 / rows)
     legend = ax.figure.colorbar(image, ax=ax, location="bottom", aspect=thin, pad=near)
-    legend.set_label(explanation.measure, parse_math=False)
+    legend.set_label(measure_of(explanation), parse_math=False)
     legend.outline.set_visible(False)
 
     ax.set_yticks(range(rows), _names(explanation, shown))

@@ -16,7 +16,7 @@ from rich.text import Text
 from atman_kernels.result import NEGATIVE, POSITIVE
 from atman_kernels.result.characters import isolated, printable, supported
 from atman_kernels.result.data import ExplanationData
-from atman_kernels.result.labels import give_or_take, label, likelihood, signed, token_label
+from atman_kernels.result.labels import about, give_or_take, label, likelihood, measure_of, signed, token_label
 from atman_kernels.result.segments import Segment, ranked, segments, strongest
 
 BAR_WIDTH = 24  # characters
@@ -48,7 +48,7 @@ def renderables(explanation: ExplanationData, console: Console, top: int = 8) ->
     if any(unit.source == "target" for unit in explanation.units):
         yield printout.heading("Answer as input")
         yield printout.text("target", explanation.target)
-    yield printout.heading(printout.safe(f"Strongest units: {explanation.measure}"))
+    yield printout.heading(printout.safe(f"Strongest units: {measure_of(explanation)}"))
     yield printout.ranking()
 
 
@@ -83,7 +83,12 @@ class _Printout:
     def uncertain(self, unit: int) -> str:
         """A unit's total, with its standard error if it has one."""
         sign = "+-" if self.ascii else "±"
-        return self.number(self.total[unit]) + give_or_take(self.errors[unit]).replace("±", sign)
+        sure = about(self.explanation, unit)
+        return (
+            (sure.replace("≈", "~") if self.ascii else sure)
+            + self.number(self.total[unit])
+            + give_or_take(self.errors[unit]).replace("±", sign)
+        )
 
     def heading(self, text: str) -> Text:
         """A title above a part."""

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -90,6 +90,9 @@ class Runner:
         factors: Sequence[Tensor],
         description: str = "explaining",
         found: Callable[[int, int, Tensor], object] = lambda objective, row, difference: None,
+        *,
+        recompute: int | None = None,
+        started: "Started | None" = None,
     ) -> Outcome:
         """Every objective under every row of its factors.
 
@@ -98,23 +101,33 @@ class Runner:
             factors: per objective, (n_rows, positions), on the CPU.
             description: what the progress bar says.
             found: is told of every variant as soon as it is known: objective, row, and (m,) the fall of the values.
+            recompute: how many of the last prompt tokens feel the suppression, beside the answer: what comes before
+                keeps the K/V of the unperturbed run. None: all that a suppression can change.
+            started: what `start` returned for these objectives, to go on from.
 
         Raises:
-            UnsupportedModelError: our attention does not reproduce the model's own, or is never called.
+            UnsupportedModelError: our attention does not reproduce the model's own, or is never called; with
+                `recompute`, variants are full rows, which share no K/V.
             MemoryError: a single variant does not fit.
         """
-        objectives, factors, work = list(objectives), list(factors), Work()
-        self._forget_other_dtypes()
-        packs = self._packs(objectives, factors, work)
+        factors = list(factors)
+        started = self.start(objectives) if started is None else started
+        objectives, work = started.objectives, started.work
+        packs = self._packs(started, factors, recompute)
+        if packs is None and recompute is not None:
+            reason = self.unpackable or "its variants are full rows"
+            raise UnsupportedModelError(
+                f"recompute: {type(self.model).__name__} shares no keys and values between variants ({reason}), so "
+                "there is nothing to keep; leave recompute and exact out"
+            )
         total = _full_row_tokens(objectives, factors) if packs is None else packs.tree.tokens
         with Meter(self.progress, total, description) as meter:
-            unperturbed = None if packs is None else self._probe(packs)
             finished: Iterable[tuple[Variant, Tensor]]
-            if packs is None or unperturbed is None:
+            if packs is None or started.unperturbed is None:
                 path: Path = "batched"
                 unperturbed, finished = self._full_rows(objectives, factors, self._budget(objectives), work, meter)
             else:
-                path, work.advance = "packed", meter.advance
+                path, work.advance, unperturbed = "packed", meter.advance, started.unperturbed
                 finished = packs.runs.run_tree(packs.base, packs.tree)
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
@@ -123,7 +136,30 @@ class Runner:
                 row = perturbed[variant.objective][variant.row]
                 row[-len(values) :] = values.cpu()
                 found(variant.objective, variant.row, unperturbed[variant.objective] - row)
+        work.advance = lambda tokens: None
         return Outcome(unperturbed, perturbed, work, path)
+
+    def start(self, objectives: Sequence[Objective]) -> "Started":
+        """The base runs, and the probe whether packs reproduce them."""
+        started = Started(list(objectives), Work())
+        self._forget_other_dtypes()
+        sequences = [each for objective in objectives if (each := objective.sequence) is not None]
+        if len(sequences) < len(started.objectives):
+            return started
+        found = self._base(sequences, started.work)
+        if found is None:
+            return started
+        base, own = found
+        runs = PackedRuns(
+            self.model,
+            sequences,
+            [torch.ones(0, each.positions) for each in sequences],  # riders have no row
+            self.perturbation,
+            self._budget(started.objectives),
+            started.work,
+        )
+        unperturbed = self._probe(runs, base, own)
+        return started if unperturbed is None else replace(started, base=base, unperturbed=unperturbed)
 
     def _forget_other_dtypes(self) -> None:
         """Autocast comes and goes: what was found out about the model is about one dtype."""
@@ -141,18 +177,24 @@ class Runner:
 
     # Packs ----------------------------------------------------------------------------------------------------
 
-    def _packs(self, objectives: list[Objective], factors: list[Tensor], work: Work) -> "_Packs | None":
-        """The base runs, and what is to run over them; None if these objectives do not pack."""
-        sequences = [each for objective in objectives if (each := objective.sequence) is not None]
-        if len(sequences) < len(objectives):
+    def _packs(self, started: "Started", factors: list[Tensor], recompute: int | None) -> "_Packs | None":
+        """What is to run over the base runs; None if these objectives do not pack."""
+        base = started.base
+        if base is None or started.unperturbed is None:
             return None
-        found = self._base(sequences, work)
-        if found is None:
-            return None
-        base, own = found
-        runs = PackedRuns(self.model, sequences, factors, self.perturbation, self._budget(objectives), work)
-        variants = variants_of(sequences, [first_suppressed(rows) for rows in factors], _snap(base.suffix_starts()))
-        return _Packs(runs, base, own, runs.thinned(base, self._tree(runs, base, variants)))
+        sequences = [each for objective in started.objectives if (each := objective.sequence) is not None]
+        budget = self._budget(started.objectives)
+        runs = PackedRuns(self.model, sequences, factors, self.perturbation, budget, started.work)
+        firsts = [first_suppressed(rows) for rows in factors]
+        if recompute is not None:
+            firsts = [
+                torch.where(own < sequence.positions, own.clamp_min(max(0, sequence.prompt_length - recompute)), own)
+                for own, sequence in zip(firsts, sequences, strict=True)
+            ]
+        variants = variants_of(sequences, firsts, _snap(base.suffix_starts()))
+        # where K/V of suppressed tokens are the unperturbed ones, variants that agree from there on are still different
+        tree = PrefixTree(variants) if recompute is not None else self._tree(runs, base, variants)
+        return _Packs(runs, base, runs.thinned(base, tree))
 
     def _tree(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> PrefixTree:
         """The variants, and what several of them have in common."""
@@ -217,13 +259,12 @@ class Runner:
             )
         self._tolerance = NOISE_FLOOR.get(dtype, 1e-2) + NOISE_MARGIN * noise
 
-    def _probe(self, packs: "_Packs") -> list[Tensor] | None:
+    def _probe(self, runs: PackedRuns, base: Base, expected: list[Tensor]) -> list[Tensor] | None:
         """Unsuppressed variants, packed: their log-probs, or None if they are not those of the base runs.
 
         One begins in the middle of the prompt, to see that packing works on this model and prompt; one with the
         answer, which is what suppressed variants are then compared with: the same arithmetic on both sides.
         """
-        runs, base, expected = packs.runs, packs.base, packs.own
         suffix_start = _snap(base.suffix_starts())
         variants = [
             Variant(q, None, suffix_start(prefix), len(objective.inputs))
@@ -333,19 +374,29 @@ class Runner:
 
 
 @dataclass(frozen=True, eq=False)
-class _Packs:
-    """What is known before the first pack.
+class Started:
+    """Objectives whose base runs are there.
 
     Attributes:
-        runs: runs packs.
-        base: K/V of the objectives with nothing suppressed.
-        own: per objective, (m,) its values then.
-        tree: the variants, and what several of them have in common.
+        objectives: what is asked.
+        work: what it cost so far; runs that go on from here add to it.
+        base: K/V of the objectives with nothing suppressed; None where they do not pack.
+        unperturbed: per objective, (m,) its values by a packed suffix with nothing suppressed; None where packs do not
+            reproduce the model.
     """
+
+    objectives: list[Objective]
+    work: Work
+    base: Base | None = None
+    unperturbed: list[Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Packs:
+    """What runs over a base: the variants, and what several of them have in common."""
 
     runs: PackedRuns
     base: Base
-    own: list[Tensor]
     tree: PrefixTree
 
 

@@ -19,7 +19,13 @@ from atman_kernels.run.runner import Outcome, Runner
 Masks = Tensor | Sequence[Sequence[bool]] | Callable[[tuple[Unit, ...]], Tensor]
 
 
-def run_subsets(runner: Runner, objectives: Sequence[Objective], masks: Sequence[Tensor], description: str) -> Outcome:
+def run_subsets(
+    runner: Runner,
+    objectives: Sequence[Objective],
+    masks: Sequence[Tensor],
+    description: str,
+    recompute: int | None = None,
+) -> Outcome:
     """Every objective under every row of its masks; equal rows run once.
 
     Args:
@@ -27,6 +33,7 @@ def run_subsets(runner: Runner, objectives: Sequence[Objective], masks: Sequence
         objectives: what is asked.
         masks: per objective, (n_variants, n_units) bool, True = suppressed.
         description: what the progress bar says.
+        recompute: see `Runner.run`.
 
     Returns:
         An `Outcome` whose `perturbed` has one row per row of the masks.
@@ -36,7 +43,7 @@ def run_subsets(runner: Runner, objectives: Sequence[Objective], masks: Sequence
         subset_rows(runner.perturbation.factors(runner.model, objective), rows)
         for objective, (rows, _) in zip(objectives, distinct, strict=True)
     ]
-    outcome = runner.run(objectives, factors, description)
+    outcome = runner.run(objectives, factors, description, recompute=recompute)
     perturbed = [found[places] for found, (_, places) in zip(outcome.perturbed, distinct, strict=True)]
     return replace(outcome, perturbed=perturbed)
 

@@ -59,6 +59,8 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "whole_answer": lambda x: flag(x, "whole_answer"),
     "checkpointing": lambda x: flag(x, "checkpointing"),
 }
+# these run variants, of which only the end may be recomputed
+WITH_RECOMPUTE = ("atman", "shapley", "lasso")
 WITH_IMAGES = ("atman", "shapley", "lasso", "random")  # the others read token ids, which images do not have
 
 
@@ -69,10 +71,14 @@ class MethodContext:
     Attributes:
         model: what is explained.
         runner: runs objectives under factors.
+        recompute: see `Runner.run`.
+        exact: how many units of each objective are to be exact, the others estimated; None: all.
     """
 
     model: PreTrainedModel
     runner: Runner
+    recompute: int | None = None
+    exact: int | None = None
 
     @property
     def perturbation(self) -> Perturbation:
@@ -98,7 +104,8 @@ class MethodOutcome:
         logprobs: per question, (m,) of the target tokens with the model as it is.
         stats: what it cost, JSON types.
         settings: what of the explainer's it went by, JSON types.
-        draws: per question, (n_draws, n_units) where the units' totals are means of random draws: those draws,
+        exact: per objective, (n_units,) bool, where some units' scores are but estimates.
+        draws: per objective, (n_draws, n_units) where the units' totals are means of random draws: those draws,
             independent of one another.
 
     Example:
@@ -111,6 +118,7 @@ class MethodOutcome:
     stats: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     draws: list[Tensor] | None = None
+    exact: list[Tensor] | None = None
 
     @classmethod
     def of_run(

@@ -43,7 +43,7 @@ def lasso(
         torch.rand(samples, len(objective.units), generator=seeded(seed), dtype=torch.float32, device="cpu") >= keep
         for objective in objectives
     ]
-    outcome = run_subsets(context.runner, objectives, masks, "sampling sets")
+    outcome = run_subsets(context.runner, objectives, masks, "sampling sets", context.recompute)
     scores = [
         _weights(~suppressed, _logit(logprobs.double().sum(dim=1)), logprobs.shape[1], alpha)
         for suppressed, logprobs in zip(masks, outcome.perturbed, strict=True)

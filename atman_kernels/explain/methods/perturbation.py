@@ -1,10 +1,12 @@
 """AtMan: every unit suppressed by itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.progress import Listener, listener
+from atman_kernels.run.search import strongest
 
 
 def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutcome:
@@ -15,6 +17,11 @@ def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutc
     factors = [context.factors(objective) for objective in objectives]
     heard = listener() or Listener()
     heard.asked(objectives)
-    outcome = context.runner.run(objectives, factors, found=heard.found)
+    exact = None
+    if context.exact is None:
+        outcome = context.runner.run(objectives, factors, found=heard.found, recompute=context.recompute)
+    else:
+        searched = strongest(context.runner, objectives, factors, context.exact, heard.found)
+        outcome, exact = searched.outcome, searched.exact
     scores = [own - perturbed for own, perturbed in zip(outcome.unperturbed, outcome.perturbed, strict=True)]
-    return MethodOutcome.of_run(context, outcome, scores)
+    return replace(MethodOutcome.of_run(context, outcome, scores), exact=exact)

@@ -27,7 +27,9 @@ def shapley(
         seed: equal seeds give equal orders for equal numbers of units.
     """
     orders = [_orders(len(objective.units), permutations, seeded(seed)) for objective in objectives]
-    outcome = run_subsets(context.runner, objectives, [_suppressed_along(each) for each in orders], "sampling orders")
+    outcome = run_subsets(
+        context.runner, objectives, [_suppressed_along(each) for each in orders], "sampling orders", context.recompute
+    )
     scores, draws = [], []
     for order, perturbed in zip(orders, outcome.perturbed, strict=True):
         n_orders, n_units = order.shape

@@ -1,0 +1,41 @@
+"""How much of an explanation is computed: which rows feel a suppression, and how many units are run exactly."""
+
+from dataclasses import dataclass
+
+from atman_kernels.arguments import integer
+from atman_kernels.errors import InputError
+from atman_kernels.explain.methods import WITH_RECOMPUTE, Method
+from atman_kernels.hf.models.tasks import Task
+from atman_kernels.inputs.tasks import CAUSAL
+
+
+@dataclass(frozen=True)
+class Depth:
+    """`recompute` and `exact` of `Explainer.explain`."""
+
+    recompute: int | None = None
+    exact: int | None = None
+
+    @classmethod
+    def checked(
+        cls, recompute: object, exact: object, method: Method, task: Task, *, with_versus: bool = False
+    ) -> "Depth":
+        """Raises InputError if one of them does not fit, or does not go with the rest."""
+        given = {"recompute": recompute, "exact": exact}
+        for name, value in given.items():
+            if value is not None:
+                given[name] = integer(value, name, least=1, expected="an integer >= 1 or None")
+                if task != CAUSAL:
+                    raise InputError(
+                        f"{name} is for causal language models, whose variants share keys and values; with "
+                        f"{task} every variant is a full row"
+                    )
+        if recompute is not None and exact is not None:
+            raise InputError("recompute and exact do not go together: exact units recompute all that changes")
+        if recompute is not None and method.name not in WITH_RECOMPUTE:
+            raise InputError(f"method with recompute must be one of {', '.join(WITH_RECOMPUTE)}, got {method.name!r}")
+        if exact is not None and method.name != "atman":
+            raise InputError(f"method with exact must be 'atman', got {method.name!r}")
+        if exact is not None and with_versus:
+            raise InputError("exact does not go with versus: the strongest units of two answers are not the same ones")
+        return cls(given["recompute"], given["exact"])  # type: ignore[arg-type]

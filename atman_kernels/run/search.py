@@ -1,0 +1,108 @@
+"""The strongest units, found by a search that halves, and run exactly."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atman_kernels.inputs.objective import Objective
+from atman_kernels.planning.halving import agreement, kept, rungs
+from atman_kernels.run.runner import Outcome, Runner, Started
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found.
+
+    Attributes:
+        outcome: of all rows: those that are not exact have the values of the deepest round that they came to.
+        exact: per objective, (n_rows,) bool.
+    """
+
+    outcome: Outcome
+    exact: list[Tensor]
+
+
+def strongest(
+    runner: Runner,
+    objectives: Sequence[Objective],
+    factors: Sequence[Tensor],
+    exact: int,
+    found: Callable[[int, int, Tensor], object],
+) -> Found:
+    """Runs the rows that lower the objectives' values most exactly, as many as are asked for, and estimates the others.
+
+    Args:
+        runner: what runs.
+        objectives: what is asked; each is a causal sequence.
+        factors: per objective, (n_rows, positions).
+        exact: how many rows of each objective.
+        found: is told of every exact row; see `Runner.run`.
+
+    Raises:
+        UnsupportedModelError: variants of the model are full rows, which have no depth.
+    """
+    started = runner.start(objectives)
+    searches = [_Search(objective, rows, exact) for objective, rows in zip(objectives, factors, strict=True)]
+    while any(search.depth is not None for search in searches):
+        for depth in sorted({search.depth for search in searches if search.depth is not None}):
+            asked = [n for n, search in enumerate(searches) if search.depth == depth]
+            _round(runner, started, searches, asked, depth, "searching")
+    places = [torch.tensor(search.candidates) for search in searches]
+
+    def exactly(objective: int, row: int, difference: Tensor) -> None:
+        found(objective, int(places[objective][row]), difference)
+
+    rows = [search.factors[own] for search, own in zip(searches, places, strict=True)]
+    outcome = runner.run(objectives, rows, "explaining", exactly, started=started)
+    flags = []
+    for search, own, values in zip(searches, places, outcome.perturbed, strict=True):
+        search.values[own] = values
+        flags.append(torch.zeros(len(search.factors), dtype=torch.bool).index_fill_(0, own, True))
+    perturbed = [search.values for search in searches]
+    return Found(Outcome(outcome.unperturbed, perturbed, outcome.work, outcome.path), flags)
+
+
+class _Search:
+    """One objective's candidates."""
+
+    def __init__(self, objective: Objective, factors: Tensor, exact: int) -> None:
+        assert objective.sequence is not None
+        self.factors, self.exact = factors, exact
+        self.values = torch.zeros(len(factors), len(objective.target_tokens))  # of the deepest round so far
+        self.candidates = list(range(len(factors)))
+        self._rungs = list(rungs(len(factors), objective.sequence.prompt_length, exact))
+        self._before: list[int] = []
+
+    @property
+    def depth(self) -> int | None:
+        """Of the next round; None where there is none."""
+        return self._rungs[0].recompute if self._rungs else None
+
+    def learn(self, unperturbed: Tensor, values: Tensor) -> None:
+        """What a round found out: (m,) and (n_candidates, m). The weaker candidates are out."""
+        rung = self._rungs.pop(0)
+        self.values[self.candidates] = values
+        falls = (unperturbed - values).double().sum(1)
+        ordered = [self.candidates[i] for i in torch.argsort(falls, descending=True, stable=True).tolist()]
+        agreed = agreement(self._before, ordered, self.exact) if self._before else 0.5
+        settled = bool(self._before) and ordered[: self.exact] == self._before[: self.exact]
+        self._before = ordered
+        if settled or not self._rungs:
+            self._rungs = []
+            self.candidates = ordered[: self.exact]
+        else:
+            self.candidates = ordered[: kept(rung, agreed)]
+
+
+def _round(
+    runner: Runner, started: Started, searches: list[_Search], asked: list[int], depth: int, description: str
+) -> None:
+    """One round of some objectives, which share packs."""
+    nothing = torch.ones(0, 0)
+    rows = [s.factors[s.candidates] if n in asked else nothing for n, s in enumerate(searches)]
+    rows = [own if len(own) else search.factors[:0] for own, search in zip(rows, searches, strict=True)]
+    outcome = runner.run(started.objectives, rows, description, recompute=depth, started=started)
+    for number in asked:
+        searches[number].learn(outcome.unperturbed[number], outcome.perturbed[number])

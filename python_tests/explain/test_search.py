@@ -1,0 +1,166 @@
+"""Recompute depth, and the search for the strongest units: against runs by hand, and against explanations of all."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+
+import atman_kernels as ak
+from atman_kernels.planning.halving import Rung, agreement, kept, rungs
+
+WORDS = " ".join(f"w{i % 90}" for i in range(70))
+ANSWER = "w20 w21 w22"
+
+
+def explainer(family="llama", **options):
+    return ak.Explainer(tiny_models.build(family), tiny_models.tokenizer(), progress=False, **options)
+
+
+def by_hand(model, ids, n, position, depth):
+    """(m,) log-probs: what comes before the last `depth` prompt tokens never feels that a token is gone."""
+    start = max(position, n - depth)
+    with torch.no_grad():
+        cache = model(ids[:, :start], use_cache=True).past_key_values if start else None
+        factor = torch.ones(1, ids.shape[1])
+        factor[0, position] = 0
+        with ak.suppress(model, factor):
+            logits = model(ids[:, start:], past_key_values=cache).logits[0]
+    return logits.log_softmax(-1)[n - 1 - start : -1].gather(1, ids[0, n:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("depth", [1, 5, 200])
+def test_only_the_last_tokens_feel_a_suppression(family, depth):
+    with_depth = explainer(family)
+    prompt = " ".join(WORDS.split()[:12])
+    found = with_depth.explain(prompt, ANSWER, recompute=depth)
+    tokenizer, model = tiny_models.tokenizer(), with_depth.model
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    ids = torch.tensor([prompt_ids + tokenizer(ANSWER, add_special_tokens=False)["input_ids"]])
+    for unit, scores in zip(found.units, found.scores, strict=True):
+        (position,) = unit.token_indices
+        expected = found.base_logprobs - by_hand(model, ids, len(prompt_ids), position, depth)
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-4)
+    whole = with_depth.explain(prompt, ANSWER)
+    assert ((found.scores - whole.scores).abs().max() > 1e-4) == (depth < 12)
+    assert (found.effect, whole.effect) == ({1: "direct"}.get(depth, f"last {depth}"), "total")
+
+
+def test_depth_holds_for_sets_of_units_other_methods_and_contrasts():
+    one = explainer()
+    prompt = " ".join(WORDS.split()[:12])
+    alone = one.explain(prompt, ANSWER, recompute=2)
+    masks = torch.eye(len(alone.units), dtype=torch.bool)
+    ablation = one.ablate(prompt, ANSWER, masks=masks, recompute=2)
+    torch.testing.assert_close(ablation.rises, alone.scores, atol=2e-5, rtol=1e-4)
+    assert ablation.settings["recompute"] == 2
+    other = one.explain(prompt, "w33 w34", recompute=2)
+    contrasted = one.explain(prompt, ANSWER, versus="w33 w34", recompute=2)
+    torch.testing.assert_close(contrasted.total, alone.total - other.total, atol=2e-5, rtol=1e-4)
+    assert contrasted.recompute == 2
+    batch = one.explain_batch([prompt, prompt + " w7"], [ANSWER, ANSWER], recompute=2)
+    torch.testing.assert_close(batch[0].scores, alone.scores, atol=2e-5, rtol=1e-4)
+    shapley = one.explain(prompt, ANSWER, method="shapley", permutations=4, recompute=2)
+    everything = one.ablate(prompt, ANSWER, masks=torch.ones(1, len(alone.units), dtype=torch.bool), recompute=2)
+    torch.testing.assert_close(shapley.scores.sum(0), everything.rises[0], atol=2e-5, rtol=1e-4)
+
+
+def test_sets_that_agree_later_on_share_nothing_before_their_depth():
+    """Sets whose factors agree from some token on still differ in what that token sees."""
+    one, prompt = explainer(), " ".join(WORDS.split()[:12])
+    count = len(one.explain(prompt, ANSWER, recompute=3).units)
+    masks = torch.zeros(64, count, dtype=torch.bool)
+    for row in range(64):
+        masks[row, : count // 2] = torch.tensor([bool(row >> bit & 1) for bit in range(count // 2)])
+    together = one.ablate(prompt, ANSWER, masks=masks, recompute=3).logprobs
+    apart = torch.cat([one.ablate(prompt, ANSWER, masks=row[None], recompute=3).logprobs for row in masks[:8]])
+    torch.testing.assert_close(together[:8], apart, atol=2e-5, rtol=1e-4)
+
+
+def test_exact_units_are_exact_and_the_others_are_said_to_be_estimates():
+    one = explainer()
+    everything = one.explain(WORDS, ANSWER)
+    found = one.explain(WORDS, ANSWER, exact=10)
+    assert sum(found.exact) == 10
+    exact = torch.tensor(found.exact)
+    torch.testing.assert_close(found.scores[exact], everything.scores[exact], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(found.scores[~exact], everything.scores[~exact], atol=1e-4)
+    assert found.stats["tokens_through_model"] < everything.stats["tokens_through_model"]
+    listed = {unit.token_indices for unit, _ in found.top(70)}
+    assert listed == {unit.token_indices for unit, flag in zip(found.units, found.exact, strict=True) if flag}
+    assert len(found.top(70, estimates=True)) == len(found.units)
+
+
+def test_a_search_over_several_prompts_finds_for_each_what_it_finds_alone():
+    one, short = explainer(), " ".join(WORDS.split()[:9])
+    prompts, targets = [WORDS, short, WORDS + " w3 w4"], [ANSWER, ANSWER, "w5"]
+    together = one.explain_batch(prompts, targets, exact=8)
+    for explanation, prompt, target in zip(together, prompts, targets, strict=True):
+        alone = one.explain(prompt, target, exact=8)
+        assert alone.exact == explanation.exact
+        torch.testing.assert_close(alone.scores, explanation.scores, atol=2e-5, rtol=1e-4)
+    assert all(together[1].exact), "so few units are all exact"
+
+
+def test_more_than_there_are_units_makes_all_exact():
+    one = explainer()
+    found = one.explain(WORDS, ANSWER, exact=1000)
+    assert all(found.exact)
+    torch.testing.assert_close(found.scores, one.explain(WORDS, ANSWER).scores, atol=2e-5, rtol=1e-4)
+
+
+def test_files_and_views_keep_what_is_an_estimate(tmp_path):
+    found = explainer().explain(WORDS, ANSWER, exact=5)
+    found.save(tmp_path / "e.json")
+    again = ak.Explanation.load(tmp_path / "e.json")
+    assert (again.exact, again.recompute, again.effect) == (found.exact, None, "total")
+    page = found.to_html()
+    assert page.count('class="unit estimate"') + page.count('class="unit negative estimate"') > 30
+    assert "Hatched and ≈" in page
+    whole = explainer().explain(WORDS, ANSWER, recompute=1)
+    assert "(direct effect)" in whole.to_html()
+    assert "estimate of the search" not in whole.to_html()
+    content = json.loads((tmp_path / "e.json").read_text())
+    del content["exact"], content["recompute"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert ak.Explanation.load(tmp_path / "old.json").exact is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recompute": 0}, "recompute must be an integer >= 1 or None, got 0"),
+        ({"exact": 0}, "exact must be an integer >= 1 or None, got 0"),
+        ({"exact": 2.5}, "exact must be an integer >= 1 or None, got 2.5"),
+        ({"exact": 2, "recompute": 2}, "do not go together"),
+        ({"exact": 2, "method": "shapley"}, "method with exact must be 'atman', got 'shapley'"),
+        ({"recompute": 2, "method": "attnlrp"}, "method with recompute must be one of atman, shapley, lasso"),
+        ({"exact": 2, "versus": "w3"}, "exact does not go with versus"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ak.InputError, match=message):
+        explainer().explain(WORDS, ANSWER, **options)
+
+
+def test_full_rows_have_no_depth():
+    one = explainer()
+    one.runner.unpackable = "because"
+    for option in ("recompute", "exact"):
+        with pytest.raises(ak.UnsupportedModelError, match=r"recompute: .* shares no keys and values .*because"):
+            one.explain(WORDS, ANSWER, **{option: 4})
+
+
+def test_rounds():
+    assert rungs(40, 4000, 16) == ()
+    for units, length, exact in [(41, 41, 1), (1000, 1000, 16), (5000, 8000, 10), (300, 10_000, 16), (100, 60, 90)]:
+        found = rungs(units, length, exact)
+        assert found[0].recompute <= found[-1].recompute <= max(16, length // 2)
+        candidates = units
+        for before, rung in zip([None, *found], found, strict=False):
+            assert exact <= rung.keep <= candidates
+            assert before is None or rung.recompute > before.recompute
+            candidates = rung.keep
+    assert kept(Rung(64, 40), 0.0) == 80
+    assert agreement([1, 2, 3], [3, 2, 1], 2) == 0.5
