@@ -25,6 +25,19 @@ class Listener:
     """Is told everything that becomes known while an explanation goes on, in the order of these methods.
 
     `question` counts the questions of `asked`: those of `explain_batch`'s prompts, then those of their other answers.
+    Raising `atman_kernels.Cancelled` from any of these methods ends the call there.
+
+    Example:
+        >>> class Counting(Listener):
+        ...     units = 0
+        ...
+        ...     def found(self, question, unit, scores):
+        ...         self.units += 1
+        >>> counting = Counting()
+        >>> with listening(counting):                                                   # doctest: +SKIP
+        ...     explainer.explain("The capital of France is", " Paris")
+        >>> counting.units
+        0
     """
 
     def answering(self) -> Callable[[int], object]:

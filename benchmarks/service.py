@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -52,16 +53,25 @@ def asked(passage: str, question: str, answer: str) -> dict[str, Any]:
     return {"prompt": f"{passage}\n\nQuestion: {question}\nAnswer:", "target": answer, "units": "word"}
 
 
-def interleaved(rounds: int, **ways: Callable[[], Any]) -> dict[str, float]:
-    """Median seconds of each way, tried in turn, after a round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def interleaved(rounds: int, **ways: Callable[[], Any]) -> dict[str, dict[str, float]]:
+    """Median seconds of each way, tried in turn, after a round that does not count.
+
+    Of the clock, and of this process's cores: where other processes take turns on them, the second is what is left.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             way()
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            counts = "" if number else " (does not count)"
+            print(f"{name}: {seconds:.2f} s, {cpu:.2f} s of cores{counts}", file=sys.stderr, flush=True)
             if number:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                taken[name].append((seconds, cpu))
+    return {
+        name: {"seconds": statistics.median(s for s, _ in each), "cpu_seconds": statistics.median(c for _, c in each)}
+        for name, each in taken.items()
+    }
 
 
 class Service:
@@ -108,6 +118,7 @@ class Service:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--words", type=int, default=72, help="of the passage: all it has, or its first ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
@@ -117,7 +128,8 @@ def main() -> None:
     model, tokenizer = ak.load_model("smollm2")
     explainer = ak.Explainer(model, tokenizer, progress=False)
     service = Service(model, tokenizer)
-    shared = [asked(PASSAGE, question, answer) for question, answer in QUESTIONS.items()]
+    words = PASSAGE.split()[: options.words]
+    shared = [asked(" ".join(words), question, answer) for question, answer in QUESTIONS.items()]
     turned = [" ".join(PASSAGE.split()[number * 9 :] + PASSAGE.split()[: number * 9]) for number in range(8)]
     apart = [asked(passage, *item) for passage, item in zip(turned, QUESTIONS.items(), strict=True)]
     try:
@@ -145,10 +157,17 @@ def main() -> None:
         results["streamed, answer given"] = {name: statistics.median(e[name] for e in firsts) for name in firsts[0]}
     finally:
         service.end()
+    pairs = {
+        "service / library": (results["one"]["service"], results["one"]["library"]),
+        "in a row / at once, one passage": (results["one passage"]["in a row"], results["one passage"]["at once"]),
+        "in a row / at once, eight passages": (
+            results["eight passages"]["in a row"],
+            results["eight passages"]["at once"],
+        ),
+    }
     results["ratios"] = {
-        "service / library": results["one"]["service"] / results["one"]["library"],
-        "at once, one passage": results["one passage"]["in a row"] / results["one passage"]["at once"],
-        "at once, eight passages": results["eight passages"]["in a row"] / results["eight passages"]["at once"],
+        name: {clock: one[clock] / other[clock] for clock in ("seconds", "cpu_seconds")}
+        for name, (one, other) in pairs.items()
     }
     results |= {"dtype": str(model.dtype), "environment": environment()}
     print(json.dumps(results, indent=2))

@@ -20,6 +20,11 @@ class Settings:
         keep: results kept for `GET /v1/explanations/{id}`, in memory.
         grace: seconds for what is queued when the service is asked to end.
         log_prompts: whether prompts and answers may be written to the log.
+
+    Example:
+        >>> settings = Settings(name="smollm2", token="a secret")
+        >>> settings.max_tokens, "secret" in repr(settings)
+        (8192, False)
     """
 
     name: str

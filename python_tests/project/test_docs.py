@@ -27,10 +27,19 @@ PUBLIC_MODULES = {
     "atman_kernels.explain.methods": ("names", "method", "TokenScores", "MethodOutcome"),
     "atman_kernels.hf.models.loading": ("choose_dtype", "find_smollm2"),
     "atman_kernels.plots": ("bar", "heat"),
+    "atman_kernels.progress": ("Listener", "listening"),
     "atman_kernels.result.data": ("AnswerLogprobs", "ImageSize"),
+    "atman_kernels.serve.app": ("create_app",),
+    "atman_kernels.serve.settings": ("Settings",),
     "atman_kernels.scale": ("DatasetRun", "Pool", "Result", "explain_dataset", "explain_part", "read_results"),
 }
-NEEDS = {"adapters.captum": "captum", "adapters.inseq": "inseq", "plots": "matplotlib", "evaluation.metrics": "scipy"}
+NEEDS = {
+    "adapters.captum": "captum",
+    "adapters.inseq": "inseq",
+    "plots": "matplotlib",
+    "evaluation.metrics": "scipy",
+    "serve.app": "fastapi",
+}
 
 
 def public_names() -> list[tuple[str, str]]:
