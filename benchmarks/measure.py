@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 if TYPE_CHECKING:
-    from benchmarks.prompts import Case  # which needs click: a GPU machine may not have it
+    pass  # which needs click: a GPU machine may not have it
 
 
 @dataclass
@@ -90,7 +90,7 @@ def linear_flops(model: Any, rows: int) -> int:
     return sum(2 * layer.weight.numel() for layer in layer_linears(model)) * rows
 
 
-def explanation_flops(model: Any, case: "Case", tokens: int) -> int:
+def explanation_flops(model: Any, case: Any, tokens: int) -> int:
     """What an explanation of every prompt token by packed suffixes computes, without its probe's attention.
 
     Layers: 2 * weights * tokens, for all tokens that passed. Attention: 4 * Hq * D * visible keys, for the rows of

@@ -184,7 +184,7 @@ class CaptumAblation:
 
 def _token_input(case: Case, positions: Sequence[int], tokenizer: Any, baseline: int) -> Any:
     """Captum's token input, with only the tokens at `positions` as features."""
-    from captum.attr import TextTokenInput  # type: ignore[import-untyped]
+    from captum.attr import TextTokenInput
 
     tokens = TextTokenInput(case.prompt, tokenizer, baselines=baseline)
     if not torch.equal(tokens.inp_tensor[0], case.ids[: case.prompt_tokens]):

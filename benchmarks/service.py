@@ -91,7 +91,7 @@ class Service:
     def explain(self, body: dict[str, Any]) -> dict[str, Any]:
         response = self.http.post("/v1/explanations", json=body)
         response.raise_for_status()
-        return response.json()  # type: ignore[no-any-return]
+        return response.json()
 
     def in_a_row(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [self.explain(body) for body in bodies]

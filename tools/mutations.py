@@ -127,7 +127,7 @@ class Runner:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps([str(tree), arguments]), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())  # type: ignore[no-any-return]
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         if self._process is not None:

@@ -39,12 +39,13 @@ Gradients = tuple[Tensor, ...]
 def shapes(tiny: bool) -> list[tuple[Shape, Shape]]:
     """(what is timed, a small one of the same kind, of which every gradient is looked at)"""
     k = 1024
-    small = [prefill(200, True), exact(96, rows=250), shared(130, 6, 8)]
+    small: list[Shape] = [prefill(200, True), exact(96, rows=250), shared(130, 6, 8)]
     if tiny:
         heads = replace(LLAMA, query=4, kv=2, dim=16)
         small = [prefill(60, True, heads), exact(40, heads, rows=60), shared(33, 3, 4, heads)]
         return [(shape, shape) for shape in small]
-    return list(zip([prefill(16 * k, True), exact(1 * k), shared(8 * k, 256, 8)], small, strict=True))
+    large: list[Shape] = [prefill(16 * k, True), exact(1 * k), shared(8 * k, 256, 8)]
+    return list(zip(large, small, strict=True))
 
 
 def settings(contender: Contender) -> list[Setting]:

@@ -68,14 +68,17 @@ def _ours(backend: str) -> Contender:
         reason = backends.unavailable_reason(backend, problem.query.device.type)
         if reason is not None:
             raise Unsupported(reason)
-        factor, options = problem.factors[setting.factor], {"mode": setting.mode, "backend": backend}
+        factor = problem.factors[setting.factor]
+        options: dict[str, Any] = {"mode": setting.mode, "backend": backend}
         p = problem
         if isinstance(p, DenseProblem):
             causal = p.shape.is_causal
-            return lambda: ak.suppressed_attention(p.query, p.key, p.value, factor, is_causal=causal, **options)
+            return lambda: ak.suppressed_attention(  # type: ignore[return-value]
+                p.query, p.key, p.value, factor, is_causal=causal, **options
+            )
         assert isinstance(p, PackProblem)
         inputs = (p.query, p.key, p.value, p.base_key, p.base_value, p.pack, factor)
-        return lambda: ak.packed_suppressed_attention(*inputs, **options)[None]
+        return lambda: ak.packed_suppressed_attention(*inputs, **options)[None]  # type: ignore[call-overload]
 
     return Contender(backend, prepare, _our_settings, is_ours=True)
 

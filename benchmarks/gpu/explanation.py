@@ -368,7 +368,8 @@ def measure(
     record["rates"] = vars(bench.stopwatch.rates(dtype))
     say("warming up")
     bench.warm_up()
-    record["rounds"] = rounds = []
+    rounds: list[dict[str, Any]] = []
+    record["rounds"] = rounds
     while len(rounds) < options.rounds and (not rounds or time.monotonic() < ends):
         rounds.append(bench.round())
         say(f"explained {question.prompt_tokens} tokens in {rounds[-1]['seconds']:.2f} s")

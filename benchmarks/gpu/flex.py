@@ -85,6 +85,7 @@ def shared_prefix(problem: PackProblem, factor: Tensor) -> Call:
         scores = (own_query @ own_key.mT).float() * scale + own_bias  # [Hkv, group, V, rows, rows]
         own_lse = scores.logsumexp(dim=-1).clamp(min=-1e30)  # finite where factors of 0 leave a row no own key
         own_output = (scores - own_lse[..., None]).exp().to(value.dtype) @ own_value
+        assert aux.lse is not None
         own_output, own_lse = own_output.reshape(output.shape), own_lse.reshape(aux.lse.shape)
         share = torch.sigmoid(own_lse - aux.lse)[..., None]  # of the suffix's keys
         return (output * (1 - share) + own_output * share).to(query.dtype)

@@ -8,10 +8,12 @@ of the arguments' kinds and of Triton itself.
 """
 
 import argparse
+import atexit
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ def _explanation() -> Iterator[tuple[str, Call]]:
 
     for variants in (16, 1):
         for keys in (length, length + 1):
-            yield f"explanation, {variants} variants of {keys} keys", lambda v=variants, k=keys: run(v, k)
+            yield f"explanation, {variants} variants of {keys} keys", partial(run, variants, keys)
 
 
 def _tuning() -> Iterator[tuple[str, Call]]:
@@ -98,6 +100,7 @@ def _tuning() -> Iterator[tuple[str, Call]]:
 
 
 _HELD = ExitStack()  # of the process, which compiles and does nothing else
+atexit.register(_HELD.close)
 
 
 def compile_only() -> list[str]:

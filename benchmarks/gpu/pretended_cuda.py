@@ -7,6 +7,7 @@ has them do; our ops compute with the reference backend; Triton's kernels are la
 memory are an H100's. It says nothing about kernels, nor about time.
 """
 
+import atexit
 import contextlib
 import ctypes
 import runpy
@@ -46,7 +47,7 @@ class Pretended(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "Pretended":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
             strides=held.stride(),
@@ -59,10 +60,10 @@ class Pretended(torch.Tensor):
         made.held = held
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _compute(func, args, kwargs or {})
 
     # A list of indices becomes a tensor on the device in C++, where there is none.
@@ -79,7 +80,7 @@ class Pretended(torch.Tensor):
         memo[id(self)] = copied
         return copied
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"pretended CUDA {self.held!r}"
 
 
@@ -279,15 +280,16 @@ def _patch_tensors() -> None:
         def __new__(cls, device: Any = "cpu") -> Any:
             return generator("cpu")
 
-    torch.Tensor.tolist = lambda self: tolist(held(self))  # type: ignore[method-assign]
-    torch.Tensor.data_ptr = lambda self: data_ptr(held(self))  # type: ignore[method-assign]
+    torch.Tensor.tolist = lambda self: tolist(held(self))  # type: ignore[method-assign, arg-type]
+    torch.Tensor.data_ptr = lambda self: data_ptr(held(self))  # type: ignore[method-assign, arg-type]
     torch.Tensor.to = moved  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self.to("cuda")  # type: ignore[method-assign]
     torch.tensor = tensor  # type: ignore[assignment]
-    torch.Generator = Generator  # type: ignore[misc, assignment]
+    torch.Generator = Generator  # type: ignore[misc]
 
 
 _HELD = ExitStack()  # of the process: nothing is launched in it
+atexit.register(_HELD.close)
 
 
 def _patch_backends() -> None:

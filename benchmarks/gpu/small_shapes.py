@@ -126,11 +126,11 @@ def _difference(op: Any, arguments: Arguments, backend: str, device: str, tolera
     for what, came, expected in (("output", output, exact), ("lse", lse, exact_lse)):
         came = came.double().cpu()
         same_infinities = torch.equal(came.isinf(), expected.isinf())
-        error = (came - expected).masked_fill(expected.isinf(), 0.0).abs()
+        off = (came - expected).masked_fill(expected.isinf(), 0.0).abs()
         largest = expected.masked_fill(expected.isinf(), 0.0).abs().max().clamp(min=1.0)
-        if not (same_infinities and bool((error <= tolerance * largest).all())):  # so that NaN is wrong
+        if not (same_infinities and bool((off <= tolerance * largest).all())):  # so that NaN is wrong
             return (
-                f"{what} is off by {float(error.nan_to_num(torch.inf).max()):.3g}, {tolerance * largest:.3g} is allowed"
+                f"{what} is off by {float(off.nan_to_num(torch.inf).max()):.3g}, {tolerance * largest:.3g} is allowed"
             )
     return None
 

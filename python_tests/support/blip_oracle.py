@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import tiny_image_models as tiny
 import torch
@@ -43,7 +44,8 @@ def processor():
 @contextmanager
 def changed(model, factor_of, mode):
     """Modules whose name `factor_of` gives factors (S,) have their scores changed; later keys count as 1."""
-    current, finished, hooks, real = [], SimpleNamespace(), [], torch.nn.functional.softmax
+    current: list[Any] = []
+    finished, hooks, real = SimpleNamespace(), [], torch.nn.functional.softmax
 
     def softmax(scores, *args, **kwargs):
         if current and current[-1] is not None:
@@ -63,7 +65,7 @@ def changed(model, factor_of, mode):
         if type(module).__name__ in ("BlipAttention", "BlipTextSelfAttention"):
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: current.append(factor_of(name))))
             hooks.append(module.register_forward_hook(lambda *_: setattr(finished, "last", current.pop())))
-    torch.nn.functional.softmax = softmax
+    torch.nn.functional.softmax = softmax  # type: ignore[assignment]
     try:
         yield
     finally:

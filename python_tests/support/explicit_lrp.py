@@ -94,7 +94,8 @@ class Attention:
         r_q, r_k = product(self.turned_q, self.scaled_k.mT, r_scores)
         r_k, r_v = (t.unflatten(0, (-1, self.group)).sum(1) for t in (r_k.mT, r_v))
         parts = {"q": unrotate(self.q, self.matrix, r_q), "k": unrotate(self.k, self.matrix, r_k), "v": r_v}
-        return sum(linear(self.x, self.weights[n], joined(r)) for n, r in parts.items()), absorbed
+        shares = [linear(self.x, self.weights[n], joined(r)) for n, r in parts.items()]
+        return sum(shares, torch.zeros(())), absorbed
 
 
 def mlp(module, x: Tensor, relevance: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ def launches() -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
     found: list[tuple[str, dict[str, Any]]] = []
 
-    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any) -> Any:
+    def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], ready: Any = None) -> Any:
         found.append((kernel.fn.__name__, arguments))
         return launch.on_stream(kernel, grid, arguments, ready)
 

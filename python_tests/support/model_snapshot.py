@@ -21,6 +21,10 @@ def snapshot(model) -> dict:
         "config": model.config.to_dict(),
         "gradients": {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()},
         "weights": {name: p._version for name, p in model.named_parameters()},
-        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "random": (
+            random.getstate(),
+            np.random.get_state(legacy=False)["state"]["key"].tolist(),
+            torch.get_rng_state().tolist(),
+        ),
         "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
     }

@@ -63,7 +63,8 @@ def events_of(response: httpx.Response) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def running(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Running]:
-    app = create_app(model, tokenizer, Settings(**{"name": "tiny", "grace": 5.0} | settings))
+    given: dict[str, Any] = {"name": "tiny", "grace": 5.0} | settings
+    app = create_app(model, tokenizer, Settings(**given))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,5 +1,7 @@
 """Linear layers whose rows depend on the rows beside them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,7 +14,7 @@ class SharedGrid(nn.Linear):
         return super().forward((input / step).round() * step)
 
 
-def on_a_shared_grid(model: nn.Module) -> nn.Module:
+def on_a_shared_grid(model: Any) -> Any:
     for module in model.model.layers.modules():
         if type(module) is nn.Linear:
             module.__class__ = SharedGrid

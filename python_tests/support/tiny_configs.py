@@ -116,7 +116,7 @@ def tiny_config(
         spec = getattr(kind, "sub_configs_defaults", {}).get(name)  # since transformers 5.20 or so
         if part is AutoConfig:
             part = CONFIG_MAPPING[spec.model_type] if spec is not None else type(getattr(kind(), name))
-        if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part.model_type:
+        if isinstance(part, type) and issubclass(part, PreTrainedConfig) and part.model_type:  # type: ignore[attr-defined]
             values[name] = tiny_config(part, spec.init_kwargs if spec else None, **wanted)
     taken = {name: value for name, value in wanted.items() if name in known | {"num_labels"}}
     values = (family_says or {}) | values | taken | special

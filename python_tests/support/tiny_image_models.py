@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers as hf
@@ -140,7 +141,7 @@ def _cohere2_vision() -> hf.PreTrainedModel:
     return hf.Cohere2VisionForConditionalGeneration(config)
 
 
-def _glm(name: str, text: dict[str, object]) -> Callable[[], hf.PreTrainedModel]:
+def _glm(name: str, text: dict[str, Any]) -> Callable[[], hf.PreTrainedModel]:
     def build() -> hf.PreTrainedModel:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
         config = getattr(hf, f"{name}Config")(
@@ -174,9 +175,7 @@ def _gemma3() -> hf.PreTrainedModel:
     return hf.Gemma3ForConditionalGeneration(config)
 
 
-def _qwen(
-    name: str, vision: dict[str, object], text: dict[str, object] | None = None
-) -> Callable[[], hf.PreTrainedModel]:
+def _qwen(name: str, vision: dict[str, Any], text: dict[str, Any] | None = None) -> Callable[[], hf.PreTrainedModel]:
     def build() -> hf.PreTrainedModel:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
         config = getattr(hf, f"{name}Config")(

@@ -84,9 +84,7 @@ def _gpt_oss() -> hf.PreTrainedModel:
 
 
 def _falcon(**extra: object) -> Callable[[], hf.PreTrainedModel]:
-    return lambda: hf.FalconForCausalLM(
-        hf.FalconConfig(**COMMON, **extra, attention_dropout=0.0, hidden_dropout=0.0)  # type: ignore[arg-type]
-    )
+    return lambda: hf.FalconForCausalLM(hf.FalconConfig(**COMMON, **extra, attention_dropout=0.0, hidden_dropout=0.0))
 
 
 def _gpt_neo() -> hf.PreTrainedModel:
