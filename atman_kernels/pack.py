@@ -51,10 +51,12 @@ class VariantPack:
 
     @property
     def num_variants(self) -> int:
+        """V."""
         return self.prefix_lengths.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are."""
         return self.prefix_lengths.device
 
     @classmethod

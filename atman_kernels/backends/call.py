@@ -93,6 +93,7 @@ class DenseCall(Call):
     options: ScoreOptions
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
         return self.query, self.key, self.value, self.factor, self.key_mask, self.sinks, self.position_bias
 
 
@@ -132,6 +133,7 @@ class PackedCall(Call):
     options: ScoreOptions
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of the fields."""
         layout = self.suffix_starts, self.prefix_lengths, self.base_starts, self.row_variant, self.row_position
         vectors = self.query, self.key, self.value, self.base_key, self.base_value
         return (*vectors, *layout, self.factor, self.sinks, self.position_bias)

@@ -47,6 +47,7 @@ def _device_problem(device: int) -> str:
 
 
 def unavailable_reason(device_type: str) -> str | None:
+    """Why it cannot run on a device type; None if it can."""
     module = _load()
     if isinstance(module, str):
         return module

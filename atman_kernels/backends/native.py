@@ -35,6 +35,7 @@ def described(module: ModuleType, tensors: Tensors) -> dict[str, Any]:
 
 
 def describe(module: ModuleType, tensor: Tensor) -> Any:
+    """A tensor as the module's `Tensor`: address, readable bytes, dtype code, shape, and strides in elements."""
     # an empty slice may begin beyond the end of its storage
     readable = max(0, tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size())
     code = dtype_code(module, tensor.dtype)

@@ -17,6 +17,7 @@ from atman_kernels.formula import Saved, suppress_scores, widened, window_visibl
 
 
 def unavailable_reason(device_type: str) -> str | None:
+    """None: it runs on every device."""
     return None
 
 

@@ -128,16 +128,23 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool) 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> dict[str, Any]:
+    """Ids and character offsets of a text.
+
+    Raises:
+        InputError: the tokenizer does not know offsets.
+    """
     check_fast(tokenizer)
     return dict(tokenizer(text, return_offsets_mapping=True, add_special_tokens=add_special_tokens))
 
 
 def check_fast(tokenizer: Any) -> None:
+    """Raises InputError for a tokenizer that does not know character offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"tokenizer must be a fast one, which knows character offsets; got {type(tokenizer).__name__}")
 
 
 def special_flags(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bool]:
+    """For each id, whether it is a special token."""
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [i in special for i in ids]

@@ -33,10 +33,12 @@ class Variant:
 
     @property
     def base_number(self) -> int:
+        """Which base its prefix is part of: that of its objective, or of a shared stretch."""
         return self.objective if self.base is None else self.base
 
     @property
     def suffix(self) -> int:
+        """Tokens that the variant recomputes itself."""
         return self.length - self.prefix - self.removed
 
 

@@ -152,7 +152,8 @@ class Workers(Protocol):
 
     facts: dict[str, Any] | None
 
-    def run(self, next_task: Callable[[], Task | None], most: int | None = None) -> Iterator[tuple[Task, Any]]: ...
+    def run(self, next_task: Callable[[], Task | None], most: int | None = None) -> Iterator[tuple[Task, Any]]:
+        """Each task with what came of it, in the order in which they end."""
 
 
 class Results(Protocol):
@@ -162,9 +163,11 @@ class Results(Protocol):
     failed: int
     fingerprints: dict[Id, str]
 
-    def begin(self, facts: Mapping[str, Any]) -> None: ...
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Called once before the first rows, with what holds for all of them."""
 
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps rows that are done."""
 
 
 @dataclass
@@ -177,6 +180,7 @@ class Queue:
     returned: deque[Row] = field(default_factory=deque)
 
     def next(self) -> Task | None:
+        """The next task; None when no row is left."""
         if self.returned:
             return Task("explain", ([self.returned.popleft()], self.asking))
         some = list(islice(self.rows, self.size))
@@ -196,6 +200,7 @@ class Run:
     warned: set[str] = field(default_factory=set)
 
     def go(self, progress: bool) -> None:
+        """Explains what is left, with a bar if `progress`."""
         done, tasks = self.total - self.left, -(-self.left // self.queue.size)
         with tqdm(
             total=self.total, initial=done, unit="row", desc="explaining", disable=not progress, smoothing=0.05

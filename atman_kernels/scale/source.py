@@ -68,6 +68,7 @@ class Source:
 
     @property
     def columns(self) -> list[str]:
+        """The columns that are read."""
         return [c for c in (self.id_column, self.prompt_column, self.target_column) if c is not None]
 
     def fingerprints(self) -> dict[Id, str]:

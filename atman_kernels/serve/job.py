@@ -57,6 +57,7 @@ class Job:
 
     @property
     def streamed(self) -> bool:
+        """Whether the client takes events as they come."""
         return self.request.stream
 
     def tell(self, name: str, data: Any) -> None:
@@ -77,6 +78,7 @@ class Job:
         self.deadline = self.begun + seconds
 
     def fail(self, error: RequestError) -> None:
+        """Ends the job with an error, which the client is told."""
         self.tell("error", error)
 
     def cancel(self, error: RequestError | None = None) -> None:

@@ -47,6 +47,7 @@ class Metrics:
         self._queue = Gauge("atman_queue_requests", "Requests that wait", registry=registry)
 
     def watch_queue(self, length: Callable[[], int]) -> None:
+        """From here on the queue's length is asked of `length` when metrics are read."""
         self._queue.set_function(length)
 
     def explained(self, explanations: "Sequence[Explanation]") -> None:
@@ -55,4 +56,5 @@ class Metrics:
         self.units.inc(sum(len(each.units) for each in explanations))
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -91,4 +91,5 @@ class AnswerRequest:
 
     @property
     def key(self) -> str:
+        """Of this request alone: answers are not shared."""
         return repr(("answer", id(self)))

@@ -35,6 +35,7 @@ class ToldJob:
         return getattr(self.job.request, "target", None) is None
 
     def begin_answer(self) -> None:
+        """The model begins to answer."""
         self._ids = []
 
     def say(self, token: int) -> None:
@@ -49,6 +50,7 @@ class ToldJob:
         self._said = text
 
     def ask(self, question: "Objective", total_tokens: int) -> None:
+        """Tells prompt, target and units, once."""
         if self._asked or not self.job.streamed:
             return
         self._asked = True
@@ -86,6 +88,7 @@ class Telling(Listener):
         self._halves: dict[tuple[int, int], Tensor] = {}
 
     def answering(self) -> Callable[[int], object]:
+        """What is told the answer's tokens, one by one; it raises `Cancelled` if nobody waits."""
         each = next(self._answering)
         each.begin_answer()
 
@@ -98,6 +101,7 @@ class Telling(Listener):
         return say
 
     def asked(self, questions: "Sequence[Objective]") -> None:
+        """The objectives are known, before the first forward."""
         self._look()
         requests = [each.job.request for each in self._told]
         contrasted = [number for number, each in enumerate(requests) if getattr(each, "versus", None) is not None]
@@ -109,6 +113,7 @@ class Telling(Listener):
             each.ask(question, question.positions)
 
     def progressed(self, done: int, total: int) -> None:
+        """`done` of `total` tokens went through the model."""
         self._done = done
         self._look()
         for each in self._told:
@@ -116,9 +121,11 @@ class Telling(Listener):
                 each.job.tell("progress", {"done": done, "total": total})
 
     def retried(self) -> None:
+        """A pack ran out of memory and is tried again in parts."""
         self._metrics.out_of_memory.inc()
 
     def found(self, question: int, unit: int, scores: Tensor) -> None:
+        """The scores of a unit are known."""
         number = self._versus.get(question, question)
         each = self._told[number]
         if question < len(self._told):

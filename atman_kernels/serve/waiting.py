@@ -35,6 +35,7 @@ class Waiting:
 
     @property
     def is_closed(self) -> bool:
+        """Whether it takes no more requests."""
         return self._closed is not None
 
     def put(self, job: Job) -> int:

@@ -33,9 +33,11 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
+        """Whether the thread that works is there."""
         return self._thread.is_alive()
 
     def start(self) -> None:
+        """Starts the thread that works."""
         self._thread.start()
 
     def drain(self, grace: float) -> None:

@@ -25,6 +25,7 @@ from atman_kernels.formula import Saved
 
 
 def unavailable_reason(device_type: str) -> str | None:
+    """Why it cannot run on a device type; None if it can."""
     return None if device_type == "cpu" else "it computes on the CPU only"
 
 

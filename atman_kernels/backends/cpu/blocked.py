@@ -82,6 +82,7 @@ def packed_suppressed_attention(call: PackedCall) -> Result:
 
 
 def dense_tiles(call: DenseCall) -> Iterator[Tile]:
+    """The tiles of a dense call, one batch entry after the other."""
     options, factor = call.options, call.factor
     batch, heads, queries, _ = call.query.shape
     keys = call.key.shape[2]
@@ -106,6 +107,7 @@ def dense_tiles(call: DenseCall) -> Iterator[Tile]:
 
 
 def packed_tiles(call: PackedCall) -> Iterator[Tile]:
+    """The tiles of a packed call, in the order of its rows."""
     options, row_variant, row_position = call.options, call.row_variant, call.row_position
     starts, prefixes, bases = (x.tolist() for x in (call.suffix_starts, call.prefix_lengths, call.base_starts))
     for group in _groups(starts, prefixes, bases):

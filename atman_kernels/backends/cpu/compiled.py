@@ -37,6 +37,7 @@ def _load() -> ModuleType | str:
 
 
 def unavailable_reason() -> str | None:
+    """Why there is no compiled module; None if there is one."""
     module = _load()
     return module if isinstance(module, str) else None
 

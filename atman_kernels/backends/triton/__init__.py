@@ -24,6 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable_reason(device_type: str) -> str | None:
+    """Why it cannot run on a device type; None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed; pip install 'atman-kernels[triton]'"
     if _interpreting():
@@ -41,6 +42,7 @@ def unavailable_reason(device_type: str) -> str | None:
 
 
 def unsupported_reason(query: Tensor, value: Tensor) -> str | None:
+    """What of a call's dtype and head dimensions the kernels do not take; None if they do."""
     if query.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(query.dtype).removeprefix('torch.')}"
     for name, dim in (("query and key", query.shape[-1]), ("value", value.shape[-1])):

@@ -212,6 +212,7 @@ def query_gradient(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """The gradient by the queries: rows walk over the keys that they see. `PASS` says what the walk collects."""
     program = tl.program_id(0)
     tile = num_tiles - 1 - program % num_tiles  # later rows reach further: they start first
     first_head = program // num_tiles % (HEADS // GROUP) * GROUP

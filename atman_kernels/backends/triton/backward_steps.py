@@ -143,6 +143,7 @@ def prepare_rows(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """Each row's lse as a power of 2, and its delta."""
     tiles = tl.cdiv(rows, BLOCK_M)
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.cast(tl.program_id(0) // tiles % HEADS, tl.int64)

@@ -139,6 +139,7 @@ def load(name: str) -> Table:
 
 
 def parse(entries: list[dict[str, Any]]) -> Table:
+    """The table from the entries of a JSON file."""
     return {
         Key(e["dtype"], e["regime"], e["head_dim"]): KernelConfig(
             e["block_m"], e["block_n"], e["num_warps"], e["num_stages"]
@@ -176,4 +177,5 @@ def forced(config: KernelConfig | None = None, splits: int | None = None) -> Ite
 
 
 def forced_now() -> Forced:
+    """What `forced` has set here."""
     return _forced.get()

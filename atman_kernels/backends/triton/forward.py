@@ -236,6 +236,7 @@ def attention(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """A tile of rows against all keys that they see: output and lse, or in the minimum pass the smallest scores."""
     # Later rows reach further, in causal batches as in packs that begin with their longest suffixes: they start first.
     program = tl.program_id(0)
     tile = num_tiles - 1 - program % num_tiles

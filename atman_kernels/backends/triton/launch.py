@@ -147,6 +147,7 @@ class Plan:
     partial: Room = field(default_factory=dict)
 
     def launch(self, tensors: dict[str, Tensor | None], output: Tensor, lse: Tensor | None) -> None:
+        """Allocates what the launches want beside inputs and results, and puts them on the stream in their order."""
         inputs = tensors.copy()
         factor, sinks = inputs.pop("factor"), inputs["sinks"]
         if self.prepare is not None:

@@ -167,6 +167,7 @@ class Method:
             integer(baseline, "baseline", most=vocabulary - 1, expected=f"None or a token id below {vocabulary}")
 
     def run(self, context: MethodContext, objectives: Sequence[Objective]) -> MethodOutcome:
+        """What the method finds for each objective."""
         if self.name in OF_UNITS:
             return self.function(context, objectives, **self.options)  # type: ignore[no-any-return]
         found = [self.function(context.model, objective, **self.options) for objective in objectives]

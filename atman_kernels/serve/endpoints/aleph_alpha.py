@@ -35,6 +35,8 @@ EXAMPLE = {
 
 
 class Rect(BaseModel):
+    """A rectangle, in parts of an image's width and height."""
+
     left: Number
     top: Number
     width: Number
@@ -64,6 +66,8 @@ class Item(BaseModel):
 
 
 class Granularity(BaseModel):
+    """What scores are for."""
+
     type: Literal["token", "word", "sentence", "paragraph", "custom"]
     delimiter: str | None = None
 
@@ -108,6 +112,7 @@ class Part:
 
 @router.get("/version", summary="Of Aleph Alpha's API", response_class=PlainTextResponse)
 async def version() -> str:
+    """The version of the API that is answered."""
     return VERSION
 
 
@@ -117,6 +122,7 @@ async def explain(
     service: TheService,
     body: Annotated[ExplainBody, Body(openapi_examples={"a question": {"value": EXAMPLE}})],
 ) -> Response:
+    """Explains an answer, in the form of Aleph Alpha's API."""
     service.check_model(body.model)
     wanted, parts = await run_in_threadpool(_request, service.engine.measuring, body)
     explanation = await service.outcome(http, wanted)

@@ -24,6 +24,7 @@ RESULT = result("The answer; with `stream` its events.")
 async def answer(
     http: Request, service: TheService, body: Annotated[AnswerBody, Body(openapi_examples=EXAMPLES)]
 ) -> Response:
+    """An answer of the model, with spans of the prompt suppressed or amplified."""
     service.check_model(body.model)
     wanted = body.request(service.settings)
     if body.stream:

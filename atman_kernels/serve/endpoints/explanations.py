@@ -26,6 +26,7 @@ RESULT = result("The explanation as `Explanation.save` writes it; with `stream` 
 async def explain(
     http: Request, service: TheService, body: Annotated[ExplanationBody, Body(openapi_examples=EXAMPLES)]
 ) -> Response:
+    """Which parts of the prompt an answer rests on."""
     service.check_model(body.model)
     wanted = body.request(service.settings)
     if body.stream:
@@ -35,10 +36,12 @@ async def explain(
 
 @router.get("/v1/explanations/{name}", summary="A kept result", responses={200: RESULT, **ERRORS})
 async def kept(service: TheService, name: str) -> Response:
+    """An explanation that was asked for before, by its name."""
     return JsonText(service.kept(name))
 
 
 @router.delete("/v1/requests/{name}", summary="Stop a request", status_code=204, responses=ERRORS)
 async def stop(service: TheService, name: str) -> Response:
+    """Stops an explanation that runs or waits."""
     service.cancel(name)
     return Response(status_code=204)

@@ -18,5 +18,6 @@ async def models(service: TheService) -> Response:
 
 @router.get("/v1/models/{name}", summary="One of them", responses=ERRORS)
 async def model(service: TheService, name: str) -> Response:
+    """The model that is served."""
     service.check_model(name)
     return json_response(service.engine.describe() | {"name": name, "ready": service.worker.is_alive})

@@ -22,11 +22,13 @@ SHARED = ("explanation.css", "explanation.js")  # which saved pages have, too
 
 @router.get("/")
 async def page() -> Response:
+    """The page in the browser."""
     return _file("index.html")
 
 
 @router.get("/page/{name}")
 async def part(name: str) -> Response:
+    """A file of the page."""
     return _file(name)
 
 

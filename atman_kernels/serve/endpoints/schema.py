@@ -48,12 +48,14 @@ class Asking(BaseModel):
         return self
 
     def asked(self) -> Prompt:
+        """The prompt, or the messages of a chat."""
         if self.messages is None:
             assert self.prompt is not None
             return self.prompt
         return [message.model_dump(exclude_unset=True) for message in self.messages]
 
     def new_tokens(self, settings: Settings) -> int:
+        """How many tokens the model may write."""
         return min(32, settings.max_new_tokens) if self.max_new_tokens is None else self.max_new_tokens
 
 
@@ -82,6 +84,7 @@ class ExplanationBody(Asking):
             raise ValueError("is not served yet; leave it out")
 
     def request(self, settings: Settings) -> ExplainRequest:
+        """The request that the body asks for."""
         return ExplainRequest(
             self.asked(),
             self.target,
@@ -125,6 +128,7 @@ class AnswerBody(Asking):
         return spans
 
     def request(self, settings: Settings) -> AnswerRequest:
+        """The request that the body asks for."""
         return AnswerRequest(
             self.asked(),
             tuple((span.start, span.end, span.factor) for span in self.spans),
@@ -140,6 +144,8 @@ class ErrorBody(BaseModel):
     """What went wrong."""
 
     class Wrong(BaseModel):
+        """What is wrong, and which parameter it is about."""
+
         type: str
         message: str
         param: str | None
