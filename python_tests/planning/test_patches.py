@@ -76,3 +76,11 @@ def test_queries_have_no_place():
 def test_bad_grids(arguments, message):
     with pytest.raises(InputError, match=message):
         patch_units(**{"grid_rows": 2, "grid_cols": 2, "image_size": (8, 8)} | arguments)
+
+
+def test_tokens_between_the_rows_belong_to_no_unit() -> None:
+    """Pixtral's processor writes one after each row of patches."""
+    units = patch_units(2, 3, (300, 200), first_position=5, step=4)
+    assert [unit.token_indices for unit in units] == [(5,), (6,), (7,), (9,), (10,), (11,)]
+    (whole,) = patch_units(2, 3, (300, 200), tile=3, step=5)
+    assert whole.token_indices == (0, 1, 2, 5, 6, 7)
