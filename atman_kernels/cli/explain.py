@@ -34,6 +34,15 @@ UNITS = ("token", "word", "sentence", "paragraph")
 @click.option(
     "--permutations", type=click.IntRange(4, 10**6), metavar="N", help="Orders that shapley draws; even, at least 4."
 )
+@click.option(
+    "--exact", type=click.IntRange(min=1), metavar="K", help="Find the K strongest units, and run only those exactly."
+)
+@click.option(
+    "--recompute",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Let only the last K prompt tokens feel it: 1 is what the answer reads directly.",
+)
 @click.option("--seed", type=SEED, metavar="N", help="Of methods that draw.")
 @click.option("--mode", type=click.Choice(MODES), default="log_additive", show_default=True, help="How to suppress.")
 @click.option(
@@ -69,6 +78,8 @@ def command(
     method: str,
     permutations: int | None,
     seed: int | None,
+    exact: int | None,
+    recompute: int | None,
     chat: bool,
     include_target: bool,
     max_new_tokens: int,
@@ -103,6 +114,7 @@ def command(
 
         explainer = Explainer(loaded, tokenizer, progress=not quiet and progress_is_seen(), **suppression)
         asked: dict[str, Any] = {"include_target": include_target, "chat": chat, "max_new_tokens": max_new_tokens}
+        asked |= {"exact": exact, "recompute": recompute}
         explanation = explainer.explain(text, answer, units, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
 

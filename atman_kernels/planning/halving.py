@@ -13,6 +13,7 @@ from dataclasses import dataclass
 FIRST_DEPTH = 16  # prompt tokens that the first rung recomputes
 GROWTH = 4  # from one rung's depth to the next
 SHARE = 3  # one candidate in so many goes on, where rungs agree
+WAKE = 3  # units before a strong one that follow it to the next round
 FEW_UNITS = 40  # up to here all units are exact: a search would save little and could miss one
 
 
@@ -33,7 +34,7 @@ def rungs(n_units: int, prompt_length: int, exact: int) -> tuple[Rung, ...]:
     """The rounds before the exact runs; none where all units are exact.
 
     Each round asks about a third of the candidates with four times the depth, so that none costs much more than the
-    one before. There is no round whose depth is beyond half of the prompt: exact runs cost hardly more.
+    one before. There is no round whose depth is beyond a quarter of the prompt: exact runs cost hardly more.
 
     Args:
         n_units: how many units have a score.
@@ -42,17 +43,38 @@ def rungs(n_units: int, prompt_length: int, exact: int) -> tuple[Rung, ...]:
 
     Example:
         >>> rungs(1000, 1000, exact=16)
-        (Rung(recompute=16, keep=334), Rung(recompute=64, keep=112), Rung(recompute=256, keep=38))
+        (Rung(recompute=16, keep=334), Rung(recompute=64, keep=112))
         >>> rungs(30, 1000, exact=16)
         ()
     """
     found: list[Rung] = []
     candidates, depth = n_units, FIRST_DEPTH
-    while n_units > max(FEW_UNITS, exact) and depth <= max(FIRST_DEPTH, prompt_length // 2) and candidates > exact:
+    while n_units > max(FEW_UNITS, exact) and depth <= max(FIRST_DEPTH, prompt_length // 4) and candidates > exact:
         candidates = max(exact, math.ceil(candidates / SHARE))
         found.append(Rung(depth, candidates))
         depth *= GROWTH
     return tuple(found)
+
+
+def promise(falls: Sequence[float], following: Sequence[Sequence[int]]) -> list[float]:
+    """What speaks for running each unit at the next depth: its own effect so far, or part of a follower's.
+
+    Digits of a number, pieces of a name: the answer reads the last of them, which has read those before. Their effect
+    shows at depths that reach back to them only, but the last one's shows at once; so they follow in its wake, with
+    half of its effect one unit before it, a quarter two before, and so on.
+
+    Args:
+        falls: each unit's effect at the depth so far.
+        following: per unit, the units that begin after it, nearest first.
+
+    Example:
+        >>> promise([0.0, 0.0, 2.0], following=[[1, 2], [2], []])
+        [0.5, 1.0, 2.0]
+    """
+    return [
+        max([fall, *(falls[other] / 2**step for step, other in enumerate(others, 1))])
+        for fall, others in zip(falls, following, strict=True)
+    ]
 
 
 def agreement(before: Sequence[int], after: Sequence[int], count: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels.inputs.objective import Objective
-from atman_kernels.planning.halving import agreement, kept, rungs
+from atman_kernels.planning.halving import WAKE, agreement, kept, promise, rungs
 from atman_kernels.run.runner import Outcome, Runner, Started
 
 
@@ -74,6 +74,7 @@ class _Search:
         self.candidates = list(range(len(factors)))
         self._rungs = list(rungs(len(factors), objective.sequence.prompt_length, exact))
         self._before: list[int] = []
+        self._following = _following(objective)
 
     @property
     def depth(self) -> int | None:
@@ -84,8 +85,11 @@ class _Search:
         """What a round found out: (m,) and (n_candidates, m). The weaker candidates are out."""
         rung = self._rungs.pop(0)
         self.values[self.candidates] = values
-        falls = (unperturbed - values).double().sum(1)
-        ordered = [self.candidates[i] for i in torch.argsort(falls, descending=True, stable=True).tolist()]
+        falls = (unperturbed - self.values).double().sum(1)
+        falls[[row for row in range(len(falls)) if row not in set(self.candidates)]] = -torch.inf
+        worth = torch.tensor(promise(falls.tolist(), self._following))
+        worth[falls == -torch.inf] = -torch.inf
+        ordered = torch.argsort(worth, descending=True, stable=True)[: len(self.candidates)].tolist()
         agreed = agreement(self._before, ordered, self.exact) if self._before else 0.5
         settled = bool(self._before) and ordered[: self.exact] == self._before[: self.exact]
         self._before = ordered
@@ -94,6 +98,13 @@ class _Search:
             self.candidates = ordered[: self.exact]
         else:
             self.candidates = ordered[: kept(rung, agreed)]
+
+
+def _following(objective: Objective) -> list[list[int]]:
+    """Per unit, those that begin after it, nearest first."""
+    order = sorted(range(len(objective.units)), key=lambda i: min(objective.units[i].token_indices))
+    place = {unit: at for at, unit in enumerate(order)}
+    return [order[place[i] + 1 : place[i] + 1 + WAKE] for i in range(len(order))]
 
 
 def _round(
