@@ -17,6 +17,7 @@ good: the rules stand in for forwards, and a run for attention, while the scores
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import TokenScores
+from atman_kernels.formula import widened
 from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
@@ -129,20 +129,23 @@ def _passes_gradient(module: nn.Module) -> bool:
 
 
 class _Secant(torch.autograd.Function):
-    """`value`, as if it had been x times a constant `slope`."""
+    """`value`, as if it had been x times constant slopes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(ctx: Any, x: Tensor, value: Tensor, *slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(*slopes)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        slopes = ctx.saved_tensors  # once: checkpoints hand them out no second time
+        for slope in slopes:
+            gradient = gradient * slope
+        return (gradient, *(None,) * (1 + len(slopes)))
 
 
-def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    return _Secant.apply(x, value.detach(), slope.detach().to(x.dtype))  # type: ignore[no-any-return, no-untyped-call]
+def _with_slope(x: Tensor, value: Tensor, *slopes: Tensor) -> Tensor:
+    return _Secant.apply(x, value.detach(), *(s.detach().to(x.dtype) for s in slopes))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _scaled_gradient(x: Tensor, by: float) -> Tensor:
@@ -154,36 +157,38 @@ def _halved(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Ten
 
 
 def _activation(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
-    x, output = given.detach(), own(given)
-    return _with_slope(given, output, torch.where(x == 0, 0.0, output.detach() / x))
+    with torch.no_grad():
+        output = own(given)
+        slope = (output / given).masked_fill_(given == 0, 0.0)
+    return _with_slope(given, output, slope)
 
 
 def _rms_norm(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
-    output = own(given)
-    x = given.detach().to(torch.promote_types(given.dtype, torch.float32))
-    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
-    # whatever a family makes of its weight (Gemma adds 1), of ones it makes that
-    scale = own(torch.ones_like(given[..., :1, :])) * (1 + eps) ** 0.5
-    slope = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
-    _check_rule(module, x * slope, output)
-    return _with_slope(given, output, slope)
+    with torch.no_grad():
+        output, x = own(given), widened(given)
+        eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+        # whatever a family makes of its weight (Gemma adds 1), of ones it makes that
+        scale = own(torch.ones_like(given[..., :1, :])) * (1 + eps) ** 0.5
+        slope = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        _check_rule(module, (x * slope).mul_(scale), output)
+    return _with_slope(given, output, slope, scale)
 
 
 def _layer_norm(module: nn.Module, own: Callable[..., Tensor], given: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
-    output = own(given)
     centred = given - given.mean(-1, keepdim=True)  # linear, so the gradient goes through it
-    wide = centred.detach().to(torch.promote_types(centred.dtype, torch.float32))
-    slope = torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.eps)
-    slope = slope if module.weight is None else slope * module.weight
-    _check_rule(module, wide * slope if module.bias is None else wide * slope + module.bias, output)
-    return _with_slope(centred, output, slope)
+    with torch.no_grad():
+        output, wide = own(given), widened(centred)
+        slopes = [torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.eps)]
+        slopes += [] if module.weight is None else [module.weight]
+        expected = wide * slopes[0] if module.weight is None else (wide * slopes[0]).mul_(module.weight)
+        _check_rule(module, expected if module.bias is None else expected + module.bias, output)
+    return _with_slope(centred, output, *slopes)
 
 
 def _check_rule(module: nn.Module, expected: Tensor, output: Tensor) -> None:
     """Refuses a normalisation that computes something else than its rule supposes."""
-    output = output.detach()
-    error = float((expected.detach() - output).abs().amax())
+    error = float((expected - output).abs_().amax())
     eps = max(torch.finfo(output.dtype).eps, torch.finfo(torch.float32).eps)  # families compute in float32 at most
     if not error <= ROUNDING * eps * (1 + float(output.abs().amax())):
         raise UnsupportedModelError(
@@ -198,24 +203,11 @@ class _AttentionRules(Run):
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
 
-    def mask(self, **kwargs: Any) -> Tensor | None:
-        mask: Tensor | None = sdpa_mask(**kwargs)
-        return mask
-
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         if call.softcap is not None or call.sinks is not None or call.position_bias is not None:
             raise UnsupportedModelError(
                 f"{self.model_name} has no AttnLRP rules: its attention has a softcap, sinks or a position bias"
             )
         query, key = _scaled_gradient(call.query, 0.25), _scaled_gradient(call.key, 0.25)
-        output: Tensor
-        output, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            _scaled_gradient(call.value, 0.5),
-            call.mask,
-            scaling=call.scale,
-            is_causal=call.is_causal,
-        )
-        return output
+        changed = replace(call, query=query, key=key, value=_scaled_gradient(call.value, 0.5))
+        return changed.attend(None, "log_additive")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
+from atman_kernels.formula import wide_dtype
 from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.layers import LayerSelection
 from atman_kernels.hf.attention.switch import Run
@@ -101,7 +102,7 @@ class _EffectsRun(Run):
 
 def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tensor, mode: str) -> Tensor:
     """(n_units,) Σ Δo · dO over rows and heads; output and gradient (1, T, Hq, Dv), factor (n_units, S)."""
-    wide = torch.promote_types(output.dtype, torch.float32)
+    wide = wide_dtype(output.dtype)
     value = call.value[0].to(wide)  # [Hkv, S, Dv]
     output, gradient = (x[0].transpose(0, 1).to(wide) for x in (output, gradient))  # [Hq, T, Dv]
     factor = factor.to(wide)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atman_kernels.formula import window_visible
+from atman_kernels.formula import wide_dtype, window_visible
 from atman_kernels.hf.attention.calls import AttentionCall
 
 ROWS = 128  # of one layer whose weights are there at once
@@ -33,7 +33,7 @@ class RowBlock:
 
 def row_blocks(call: AttentionCall, first: int = 0, last: int | None = None) -> Iterator[RowBlock]:
     """The rows [first, last) of an attention with one batch entry, last by default all, `ROWS` at a time."""
-    wide = torch.promote_types(call.query.dtype, torch.float32)
+    wide = wide_dtype(call.query.dtype)
     query, key = grouped(call.query[0].to(wide), call), call.key[0].to(wide)
     length, scale = call.query.shape[2], call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     last = length if last is None else last
