@@ -1,32 +1,16 @@
 """The recipes of docs/interventions.md, run as they are printed, against the methods' definitions over all scores."""
 
 import math
-import re
-from pathlib import Path
 
 import eager_edits
 import pytest
 import tiny_models
 import torch
 import transformers as hf
+from recipes import recipe
 
-import atman_kernels as ak
-
-GUIDE = Path(__file__).parents[2] / "docs" / "interventions.md"
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]])
 FAMILIES = ("llama", "gpt2", "gemma2", "gpt_oss")
-
-
-def recipe(name: str):
-    """A function of the guide; all of them have at most ten lines below their head."""
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    (block,) = (block for block in blocks if f"def {name}(" in block)
-    assert len(block[block.index("def ") :].splitlines()) <= 11
-    if "sklearn" in block:
-        pytest.importorskip("sklearn")
-    namespace = {"torch": torch, "ak": ak}
-    exec(block, namespace)
-    return namespace[name]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ key's record is the only token that can tell the answer.
 
 import pytest
 import torch
+from recipes import recipe
 
 import atman_kernels as ak
 from benchmarks.planted_lookup import task as planted_lookup
@@ -73,3 +74,22 @@ def test_scores_equal_full_runs_under_a_float_mask(model, tokenizer, answered):
     assert expected.max() > 0.1, "the oracle must move, or the comparison says nothing"
     explanations = [explainer.explain(look_up.prompt, target=look_up.answer) for look_up in some]
     torch.testing.assert_close(torch.stack([e.total for e in explanations]).double(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_learned_mask_leaves_what_ablation_finds(model, tokenizer, answered):
+    """The guide's recipe: one token, which is enough for the answer, and without which there is none."""
+    learn_mask, found, some = recipe("learn_mask"), 0, answered[:8]
+    explainer = ak.Explainer(model, tokenizer, factor=0.0, progress=False)
+    for look_up in some:
+        ids = torch.tensor([tokenizer(look_up.prompt)["input_ids"]])
+        (answer,) = tokenizer(look_up.answer)["input_ids"]
+        kept = learn_mask(model, ids, answer) > 0.5
+        [(unit, _)] = explainer.explain(look_up.prompt, target=look_up.answer, units="token").top(1)
+        with torch.no_grad():
+            with ak.suppress(model, kept[None].float()):
+                with_it = int(model(ids).logits[0, -1].argmax())
+            with ak.suppress(model, (~kept)[None].float()):
+                without = int(model(ids).logits[0, -1].argmax())
+        is_found = kept.nonzero().flatten().tolist() == list(unit.token_indices) == [look_up.value_position]
+        found += is_found and with_it == answer != without
+    assert found >= 0.8 * len(some)
