@@ -126,9 +126,9 @@ def wrong(contender: str) -> str | None:
     output = plain(wide["query"], wide["key"], wide["value"], wide["factor"])
     expected = torch.autograd.grad(output, list(exact.values()), wide["d_output"])
     for name, got, truth in zip(names, found, expected, strict=True):
-        error = float((got - truth).abs().max() / truth.abs().max())
-        if not error < TOLERANCE:
-            return f"gradient by {name} is off by {error:.2g} of the largest"
+        off = float((got - truth).abs().max() / truth.abs().max())
+        if not off < TOLERANCE:
+            return f"gradient by {name} is off by {off:.2g} of the largest"
     return None
 
 

@@ -137,7 +137,7 @@ class _Secant(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         slopes = ctx.saved_tensors  # once: checkpoints hand them out no second time
         for slope in slopes:
             gradient = gradient * slope
