@@ -3,7 +3,8 @@
     python -m benchmarks.host_time [--calls 300] [--rounds 9]
 
 Needs Triton and no GPU: tensors are the CPU's, kernels are compiled for sm_90 and not run. CUDA's own part of launches
-and allocations is not in the figures. The smallest of the rounds' means is what an idle core takes.
+and allocations is not in the figures; of a backward, torch's way to it is. The smallest of the rounds' means is what an
+idle core takes.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,18 +73,39 @@ def calls() -> dict[str, Callable[[], Any]]:
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16)
 
-    def dense(rows: int, keys: int, has_factor: bool) -> Callable[[], Any]:
+    def backward(forward: Callable[[], torch.Tensor], *tensors: torch.Tensor) -> Callable[[], Any]:
+        """The gradients of a call by these tensors; the call itself is made before."""
+        for tensor in tensors:
+            tensor.requires_grad_()
+
+        @cache
+        def made() -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.enable_grad():
+                output = forward()
+            return output, torch.zeros_like(output)
+
+        return lambda: torch.autograd.grad(made()[0], tensors, made()[1], retain_graph=True)
+
+    def dense(rows: int, keys: int, has_factor: bool, differentiated: bool = False) -> Callable[[], Any]:
         query, key, value = zeros(1, HEADS, rows, DIM), zeros(1, KV_HEADS, keys, DIM), zeros(1, KV_HEADS, keys, DIM)
         factor = torch.ones(1, keys) if has_factor else None
-        return lambda: ops.suppressed_attention(query, key, value, factor, is_causal=True, backend="triton")
 
-    def packed(rows: int, has_factor: bool) -> Callable[[], Any]:
+        def call() -> Any:
+            return ops.suppressed_attention(query, key, value, factor, is_causal=True, backend="triton")
+
+        return backward(call, query, key, value) if differentiated else call
+
+    def packed(rows: int, has_factor: bool, differentiated: bool = False) -> Callable[[], Any]:
         variants, prefix = 64, 512
         pack = VariantPack.build([rows] * variants, [prefix] * variants)
         query, key, value = (zeros(heads, pack.num_rows, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
         base = zeros(KV_HEADS, prefix, DIM)
         factor = torch.ones(variants, pack.longest) if has_factor else None
-        return lambda: ops.packed_suppressed_attention(query, key, value, base, base, pack, factor, backend="triton")
+
+        def call() -> Any:
+            return ops.packed_suppressed_attention(query, key, value, base, base, pack, factor, backend="triton")
+
+        return backward(call, query, key, value, base) if differentiated else call
 
     return {
         "dense": dense(2048, 2048, False),
@@ -90,6 +113,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "decode, factors, split": dense(1, 8192, True),
         "pack": packed(32, False),
         "pack, factors": packed(32, True),
+        "backward, dense, factors": dense(2048, 2048, True, differentiated=True),
+        "backward, pack, factors": packed(32, True, differentiated=True),
     }
 
 
@@ -114,7 +139,7 @@ def main() -> None:
     with nothing_runs(), torch.no_grad():
         for name, call in calls().items():
             least, median = microseconds(call, options.calls, options.rounds)
-            print(f"{name:24}{least:8.1f} us, median {median:.1f}", flush=True)
+            print(f"{name:26}{least:8.1f} us, median {median:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from atman_kernels import backends
 if "triton" not in BACKENDS:
     pytest.skip(str(backends.availability()["triton"]), allow_module_level=True)
 
-from atman_kernels.backends.triton import configs, launch, launch_backward
+from atman_kernels.backends.triton import configs, launch
 from atman_kernels.backends.triton.configs import KernelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +87,28 @@ def test_at_the_borders_of_tiles(name: str) -> None:
         check_gradients(case, case.build(torch.float32, factor, DEVICE), mode, "triton")
 
 
+@pytest.mark.parametrize("name", ["window", "shared_keys", "bases_in_one_tile", "heads_apart", "pack_bias"])
+def test_in_splits(name: str) -> None:
+    """Rows and keys are shared out among three programs, some of which get none."""
+    case, mode, factor, config = BORDERS[name]
+    call = case.build(torch.float32, factor, DEVICE)
+    with configs.forced(config, 3), launches() as found:
+        check_gradients(case, call, mode, "triton")
+    passes = {(a.get("PASS", a.get("KIND")), a["num_splits"]) for n, a in found if n in PASSES[:2]}
+    assert passes >= {("query", 3), ("dense" if isinstance(case, DenseCase) else "base", 3)}
+    assert not {("own", 3), ("minimum", 3)} & passes
+
+
+def test_splits_are_for_calls_of_few_blocks() -> None:
+    few, many = DenseCase(**ONE, query_length=300, key_length=9), DenseCase(query_length=300, key_length=9)
+    splits = {}
+    for case in (few, many):
+        with launches() as found:
+            gradients(case, case.build(torch.float32, "keys", DEVICE), MODES[0], "key")
+        ((splits[case.query_heads],),) = [[a["num_splits"] for name, a in found if name == "key_gradient"]]
+    assert splits[few.query_heads] > splits[many.query_heads] == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["dense", "packed"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
@@ -108,16 +130,26 @@ def test_tiles_of_the_tables(name: str) -> None:
 # --- flags of factors ---
 
 
+@pytest.mark.parametrize("touched", [201, 262])
 @pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_factors_are_found_by_their_flags(kind: str) -> None:
-    """One factor that is not 1, in the last of several flags' stretches."""
-    case: Case = DenseCase(batch=1, key_batch=1, query_heads=1, kv_heads=1, query_length=2, key_length=300,
-                           head_dim=16, factor_values="1")  # fmt: skip
-    if kind == "packed":
-        case = PackCase((1, 2), (300, 290), **TWO, factor_values="1")
+def test_factors_are_found_by_their_flags(kind: str, touched: int) -> None:
+    """The window begins at key 200: the first block of 64 keys lies across the border of two flags, at 256."""
+    case: Case = DenseCase(**ONE, query_length=1, key_length=300, is_causal=True, sliding_window=100, factor_values="1")
+    if kind == "packed":  # blocks of base keys lie across borders, too
+        case = PackCase((1,), (299,), (30,), sliding_window=100, factor_values="1", **TWO)
     call = case.build(torch.float32, "keys", DEVICE)
-    call["factor"][0, 270] = 0.3
+    call["factor"][0, touched] = 0.3
     with configs.forced(KernelConfig(16, 64, 4, 2), 1):
+        check_gradients(case, call, MODES[1], "triton")
+
+
+def test_what_lies_behind_the_factors_is_not_read() -> None:
+    case = DenseCase(**ONE, query_length=5, key_length=21)
+    call = case.build(torch.float32, "keys", DEVICE)
+    behind = torch.nn.functional.pad(call["factor"], (0, 64), value=torch.nan)
+    call["factor"] = behind[:, :21]
+    assert call["factor"].is_contiguous()
+    with configs.forced(WIDE, 1):
         check_gradients(case, call, MODES[1], "triton")
 
 
@@ -194,11 +226,13 @@ def test_gradients_come_contiguous_whatever_came(layout: str) -> None:
         assert_same_bits(found[name], exact, name)
 
 
+@pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("kind", ["dense", "packed"])
-def test_the_same_bits_every_time(kind: str) -> None:
+def test_the_same_bits_every_time(kind: str, splits: int) -> None:
     case: Case = DENSE_CASES["shared_keys"] if kind == "dense" else PACK_CASES["several_bases"]
     call = case.build(torch.float16, "keys", DEVICE)
-    first, again = gradients(case, call, "shifted"), gradients(case, call, "shifted")
+    with configs.forced(splits=splits):
+        first, again = gradients(case, call, "shifted"), gradients(case, call, "shifted")
     for name, exact in first.items():
         assert_same_bits(again[name], exact, name)
 
@@ -219,7 +253,7 @@ def test_tables_are_complete(name: str) -> None:
     expected = {
         configs.Key(dtype, regime, dim)
         for dtype in configs.DTYPES
-        for regime in launch_backward.REGIMES
+        for regime in configs.BACKWARD_REGIMES
         for dim in configs.HEAD_DIMS
     }
     assert set(table) == expected

@@ -16,9 +16,10 @@ if os.environ.get("TRITON_INTERPRET"):
 from triton import JITFunction
 
 from atman_kernels import ops
-from atman_kernels.backends.triton import configs, launch, offline
+from atman_kernels.backends.triton import configs, launch, launch_backward, offline
 from atman_kernels.backends.triton.configs import KernelConfig, Key
 from atman_kernels.backends.triton.offline import Call, compile_call
+from atman_kernels.pack import VariantPack
 from benchmarks import compile_report, host_time
 
 DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
@@ -35,6 +36,23 @@ def test_common_entries_fit(regime: str, architecture: str) -> None:
     key = Key("16-bit", regime, 128)
     for call in compile_report.calls(key, entry(architecture, key)):
         row = compile_report.measure(architecture, key, call)
+        assert row["fits"], row
+
+
+@pytest.mark.parametrize("regime", ["packed_query", "dense_key"])
+def test_common_entries_of_the_backward_fit(regime: str) -> None:
+    key = Key("16-bit", regime, 128)
+    for call in compile_report.calls(key, configs.load("sm_80_backward")[key]):
+        row = compile_report.measure("sm_80", key, call)
+        assert row["fits"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", configs.BACKWARD_REGIMES)
+def test_features_of_the_backward_fit(regime: str) -> None:
+    key = Key("16-bit", regime, 128)
+    for call in compile_report.feature_calls(key, configs.load("sm_90_backward")[key]):
+        row = compile_report.measure("sm_90", key, call)
         assert row["fits"], row
 
 
@@ -129,6 +147,29 @@ def test_a_known_kind_of_call_only_launches(name: str, kernels: list[str], monke
         assert [known(given) for given in arguments] == first
 
 
+def test_a_known_kind_of_backward_only_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two splits, whose parts of the base's gradients are added up."""
+    pack = VariantPack.build([2, 3], [20, 20])
+    rows, base = torch.zeros(2, 5, 16, requires_grad=True), torch.zeros(2, 20, 16, requires_grad=True)
+    monkeypatch.setattr(launch_backward, "_plans", {})
+    with launched(monkeypatch) as (arguments, looked), configs.forced(KernelConfig(16, 16, 4, 1), 2):
+        with torch.enable_grad():
+            factor = torch.ones(2, 23)
+            output = ops.packed_suppressed_attention(rows, rows, rows, base, base, pack, factor, backend="triton")
+        found = []
+        for _ in range(3):
+            arguments.clear()
+            looked.clear()
+            torch.autograd.grad(output, [rows, base], torch.zeros_like(output), retain_graph=True)
+            found.append(([known(given) for given in arguments], looked.copy()))
+    first, second, third = found
+    assert first[1] == ["prepare_rows", "flag_factors", "prepare_places", "query_gradient", "add_splits", "list_tiles",
+                        "key_gradient", "add_splits", "add_splits", "key_gradient"]  # fmt: skip
+    assert second == (first[0], [])
+    assert third == second
+    assert len(launch_backward._plans) == 1
+
+
 def test_another_kind_of_call_has_a_plan_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever Triton would compile anew for: shapes, strides, dtypes, alignment, options, forced configurations."""
     monkeypatch.setattr(launch, "_plans", {})
@@ -172,6 +213,17 @@ def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         for rows in (1, 2, 3, 4, 5):
             ops.suppressed_attention(*[torch.zeros(1, 1, rows, 16)] * 3, backend="triton")
             assert len(launch._plans) <= 2
+
+
+def test_plans_of_backwards_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_backward, "_plans", {})
+    monkeypatch.setattr(launch, "MOST_PLANS", 2)
+    with launched(monkeypatch), configs.forced(KernelConfig(16, 16, 4, 1), 1):
+        for rows in (1, 2, 3):
+            leaf = torch.zeros(1, 1, rows, 16, requires_grad=True)
+            with torch.enable_grad():
+                ops.suppressed_attention(leaf, leaf.detach(), leaf.detach(), backend="triton").sum().backward()
+            assert len(launch_backward._plans) <= 2
 
 
 def test_nothing_is_left_behind() -> None:

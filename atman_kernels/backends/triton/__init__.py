@@ -1,7 +1,8 @@
 """Triton backend: kernels for NVIDIA GPUs of compute capability 8.0 and newer, and for Triton's interpreter.
 
-`forward` and `backward` are the kernels, `primitives` and `backward_steps` are what they are made of, `launch` and
-`launch_backward` get tensors into them, `configs` says in which tiles.
+`forward`, `backward_queries`, `backward_keys` and `backward_broadcast` are the kernels, `primitives` and
+`backward_steps` are what they are made of. `launch`, and for gradients `launch_backward` after `plan_backward`, get
+tensors into them, `configs` says in which tiles.
 Triton itself is imported when a call comes.
 """
 
@@ -70,7 +71,7 @@ def suppressed_attention_backward(call: DenseCall, saved: Saved, wanted: Wanted)
     from atman_kernels.backends.triton import launch, launch_backward
 
     extras = launch.Extras(call.factor, call.key_mask, call.sinks, call.position_bias)
-    asked = launch_backward.Wanted(**{_DENSE_NAMES.get(name, name): True for name in wanted})
+    asked = {_DENSE_NAMES.get(name, name) for name in wanted}
     found = launch_backward.gradients(call.query, call.key, call.value, None, extras, call.options, saved, asked)
     return {name: found[_DENSE_NAMES.get(name, name)] for name in wanted}
 
@@ -79,7 +80,7 @@ def packed_suppressed_attention_backward(call: PackedCall, saved: Saved, wanted:
     from atman_kernels.backends.triton import launch_backward
 
     tensors, layout, extras = _as_batch(call)
-    asked = launch_backward.Wanted(**{_PACKED_NAMES.get(name, name): True for name in wanted})
+    asked = {_PACKED_NAMES.get(name, name) for name in wanted}
     found = launch_backward.gradients(*tensors, layout, extras, call.options, saved.as_batch(), asked)
     return {name: found[_PACKED_NAMES.get(name, name)].reshape(getattr(call, name).shape) for name in wanted}
 

@@ -280,3 +280,23 @@ def list_tiles(
         tl.store(p_tiles + count + tl.cumsum(met, 0) - 1, entry, mask=meets)
         count += tl.sum(met)
     tl.store(counts + block, count)
+
+
+# --- after the kernels ---
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def add_splits(
+    partial,  # (num_splits, size) float32
+    result,  # (size,)
+    size,
+    num_splits,
+    BLOCK: tl.constexpr,
+):
+    """What several programs found of one result: added in their order."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(num_splits):
+        total += tl.load(partial + tl.cast(split, tl.int64) * size + index, mask=inside, other=0.0)
+    tl.store(result + index, total.to(result.dtype.element_ty), mask=inside)

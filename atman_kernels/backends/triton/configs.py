@@ -17,6 +17,8 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 DTYPES = ("16-bit", "32-bit")
 # decode: all rows of a key head fit into one tile. Else a dense batch, or a pack, whose tiles may span many variants.
 REGIMES = ("dense", "packed", "decode")
+# Of the backward's tables, `*_backward.json`: its kernels, and whether the call is a pack.
+BACKWARD_REGIMES = ("dense_query", "packed_query", "dense_key", "packed_key", "broadcast")
 # Compute capability → table. 8.6 to 8.9 and 12.x have less shared memory per block than their data-centre siblings.
 ARCHITECTURES = {"sm_80": (80, 87), "sm_86": (86, 88, 89, 120, 121), "sm_90": (90,), "sm_100": (100, 101, 103, 110)}
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # bytes per block
@@ -112,6 +114,31 @@ def fitted(
     if has_bias:
         most_rows = 64 if max(head_dim, value_dim) <= 64 else 32
         config = replace(config, block_m=min(config.block_m, most_rows), block_n=min(config.block_n, 32))
+    return config
+
+
+def fitted_backward(
+    config: KernelConfig, regime: str, head_dim: int, value_dim: int, has_bias: bool, mode: str, has_softcap: bool
+) -> KernelConfig:
+    """What is left of an entry of the backward's tables beside what else a thread's registers hold.
+
+    Where factors multiply scores, these are kept for it, and so are the slopes of a softcap; the loads of a head
+    dimension that is padded are masked. Each takes half a step of the walk, and kept scores half a tile of queries.
+
+    Example:
+        >>> fitted_backward(KernelConfig(64, 128, 8, 2), "dense_key", 80, 80, False, "log_additive", False)
+        KernelConfig(block_m=32, block_n=128, num_warps=8, num_stages=2)
+    """
+    config = fitted(config, head_dim, value_dim, has_bias)
+    keeps_scores = mode != "log_additive"
+    is_padded = (padded(head_dim), padded(value_dim)) != (head_dim, value_dim)
+    if keeps_scores and regime.endswith("_query"):
+        config = replace(config, block_m=max(config.block_m // 2, 16))
+    for _ in range(keeps_scores + is_padded + has_softcap):
+        if regime.endswith("_key"):
+            config = replace(config, block_m=max(config.block_m // 2, 16))
+        else:
+            config = replace(config, block_n=max(config.block_n // 2, 16))
     return config
 
 

@@ -72,9 +72,9 @@ def attend(
         query, key, value = query.float(), key.float(), value.float()
         if layout is not None:
             layout = replace(layout, own_key=layout.own_key.float(), own_value=layout.own_value.float())
-    tensors = _named(query, key, value, layout, extras)
+    tensors = named(query, key, value, layout, extras)
     plan = _plan_for(tensors, options)
-    with _on(query.device):
+    with on_device(query.device):
         plan.launch(tensors, output, lse if options.return_lse else None)
     return output, lse
 
@@ -152,17 +152,17 @@ class Plan:
         factor, sinks = inputs.pop("factor"), inputs["sinks"]
         if self.prepare is not None:
             assert factor is not None
-            made = _allocated(self.prepared, factor)
+            made = allocated(self.prepared, factor)
             layout = {name: inputs[name] for name in LAYOUT if name != "base_starts"}
             self.prepare({"factor": factor, **layout, **made})
             inputs |= made
         if self.minimum_pass is not None:
-            inputs |= _allocated(self.minimum, output)
+            inputs |= allocated(self.minimum, output)
             self.minimum_pass(inputs | {"terms": None, "own_terms": None, "sinks": None})
         if self.merge is None:
             self.attention(inputs | {"output": output, "lse": lse})
         else:
-            partial = _allocated(self.partial, output)
+            partial = allocated(self.partial, output)
             self.attention(inputs | {"output": partial["partial"], "lse": partial["partial_lse"], "sinks": None})
             self.merge({**partial, "sinks": sinks, "output": output, "lse": lse})
 
@@ -175,7 +175,7 @@ def _plan_for(tensors: dict[str, Tensor | None], options: ScoreOptions) -> Plan:
     query = tensors["query"]
     assert query is not None
     precision = float32_precision() if query.dtype == torch.float32 else None
-    kind = (query.device, options, configs.forced_now(), precision, *map(_layout_in_memory, tensors.values()))
+    kind = (query.device, options, configs.forced_now(), precision, *map(layout_in_memory, tensors.values()))
     plan = _plans.get(kind)
     if plan is None:
         if len(_plans) >= MOST_PLANS:
@@ -184,7 +184,7 @@ def _plan_for(tensors: dict[str, Tensor | None], options: ScoreOptions) -> Plan:
     return plan
 
 
-def _layout_in_memory(tensor: Tensor | None) -> Any:
+def layout_in_memory(tensor: Tensor | None) -> Any:
     """All of a tensor that a launch depends on but its address."""
     if tensor is None:
         return None
@@ -200,7 +200,7 @@ def _make_plan(tensors: dict[str, Any], options: ScoreOptions) -> Plan:
     config = _config(tensors, options, group)
     tiles = -(-rows * group // config.block_m)
     programs = tiles * (heads // group) * batch
-    splits = _splits(query.device, programs, keys)
+    splits = splits_for(query.device, programs, keys)
     grid = (programs * splits, 1, 1)
     arguments = _arguments(tensors, options, config, group, tiles, splits)
     plan = Plan(Step(forward.attention, grid, arguments))
@@ -220,7 +220,8 @@ def _make_plan(tensors: dict[str, Any], options: ScoreOptions) -> Plan:
     return plan
 
 
-def _allocated(room: Room, like: Tensor) -> dict[str, Tensor]:
+def allocated(room: Room, like: Tensor) -> dict[str, Tensor]:
+    """The room, with nothing in it yet, on the device of another tensor."""
     return {name: like.new_empty(shape, dtype=dtype) for name, (shape, dtype) in room.items()}
 
 
@@ -247,9 +248,7 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _named(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, extras: Extras
-) -> dict[str, Tensor | None]:
+def named(query: Tensor, key: Tensor, value: Tensor, layout: Layout | None, extras: Extras) -> dict[str, Tensor | None]:
     """The tensors of a call under the kernels' names for them."""
     named = {"query": query, "key": key, "value": value, "own_key": None, "own_value": None}
     if layout is None:
@@ -271,8 +270,8 @@ def _arguments(
     window, sinks = options.sliding_window, tensors["sinks"]
     strided = ("query", "key", "value", "own_key", "own_value", "bias")
     return {
-        **{f"{name}_strides": _strides(tensors[name], 4) for name in strided},
-        "key_mask_strides": _strides(tensors["key_mask"], 2),
+        **{f"{name}_strides": strides_of(tensors[name], 4) for name in strided},
+        "key_mask_strides": strides_of(tensors["key_mask"], 2),
         "sinks_stride": 0 if sinks is None else sinks.stride(0),
         **dict.fromkeys(("terms", "own_terms", "minimum", "output", "lse")),
         "touched_shift": 0,
@@ -307,7 +306,7 @@ def _arguments(
     }
 
 
-def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
+def strides_of(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
     """An axis of length 1 is broadcast."""
     if tensor is None:
         return (0,) * rank
@@ -318,7 +317,7 @@ def _prepare(tensors: dict[str, Any], unit: float, mode: str, is_sparse: bool) -
     """Factors as the kernel wants them, with flags that tell which of them are 1: made anew in every call."""
     factor, row_variant = tensors["factor"], tensors["row_variant"]
     variants, heads, length = factor.shape if factor.ndim == 3 else (factor.shape[0], 1, factor.shape[1])
-    strides = _strides(factor, factor.ndim)
+    strides = strides_of(factor, factor.ndim)
     words, pitch = variants * heads, HEADER + -(-length // ALIGNMENT) * ALIGNMENT
     # A block of keys may reach past the last position, and what it reads there is masked afterwards.
     room: Room = {"terms": ((words * pitch + MOST_KEYS,), torch.float32)}
@@ -377,12 +376,8 @@ def _config(tensors: dict[str, Any], options: ScoreOptions, group: int) -> Kerne
         return forced
     query, is_packed = tensors["query"], tensors["own_key"] is not None
     rows, (dim, value_dim) = query.shape[2] * group, (query.shape[3], tensors["value"].shape[3])
-    if INTERPRETED:
-        name = INTERPRETED_ARCHITECTURE
-    else:
-        name = configs.architecture(torch.cuda.get_device_capability(query.device))
     return configs.choose(
-        configs.load(name),
+        configs.load(architecture_of(query.device)),
         query.element_size(),
         configs.regime(rows, is_packed),
         dim,
@@ -395,7 +390,15 @@ def _config(tensors: dict[str, Any], options: ScoreOptions, group: int) -> Kerne
     )
 
 
-def _splits(device: torch.device, programs: int, keys: int) -> int:
+def architecture_of(device: torch.device) -> str:
+    """Whose tables a call gets."""
+    if INTERPRETED:
+        return INTERPRETED_ARCHITECTURE
+    return configs.architecture(torch.cuda.get_device_capability(device))
+
+
+def splits_for(device: torch.device, programs: int, walked: int) -> int:
+    """Among how many programs to share out what each of so many would walk over: keys, or rows."""
     forced = configs.forced_now().splits
     if forced is not None:
         return forced
@@ -403,8 +406,9 @@ def _splits(device: torch.device, programs: int, keys: int) -> int:
         processors = INTERPRETED_PROCESSORS
     else:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return configs.choose_splits(programs, keys, processors)
+    return configs.choose_splits(programs, walked, processors)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches inside go to this device; on the CPU, to the interpreter."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -59,7 +59,7 @@ class Call:
     sinks: bool = False
     key_mask: bool = False
     bias: bool = False
-    gradients: tuple[str, ...] = ()  # fields of `launch_backward.Wanted`: the call's backward instead of its forward
+    gradients: tuple[str, ...] = ()  # some of `launch_backward.NAMES`: the call's backward instead of its forward
 
     def fitted(self, config: KernelConfig) -> KernelConfig:
         """What such a call makes of a table's entry."""
@@ -102,8 +102,7 @@ class Call:
                 return
             output = zeros(batch, HEADS, ROWS, value_dim)
             lse = zeros(batch, HEADS, ROWS, dtype=torch.float32)
-            wanted = launch_backward.Wanted(**dict.fromkeys(self.gradients, True))
-            launch_backward.gradients(*call, Saved(output, lse, output, None), wanted)
+            launch_backward.gradients(*call, Saved(output, lse, output, None), set(self.gradients))
 
 
 def compile_call(capability: int, call: Call) -> list[Compiled]:
