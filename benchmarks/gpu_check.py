@@ -240,7 +240,13 @@ def pretended_arguments(module: str, arguments: list[str]) -> list[str]:
         with_value = [i for i, part in enumerate(arguments) if part in ("-n", "--timeout", "--timeout-method")]
         skipped = {j for i in with_value for j in (i, i + 1)}
         # these launch kernels or record gradients
-        suites = ("test_triton.py", "test_op_registration.py", "test_cuda_build.py")
+        suites = (
+            "test_triton.py",
+            "test_triton_backward.py",
+            "test_gradients.py",
+            "test_op_registration.py",
+            "test_cuda_build.py",
+        )
         kept = [part for i, part in enumerate(arguments) if i not in skipped and not part.endswith(suites)]
         arguments = [*kept, "-k", "triton and (test_packs and 64 and bfloat16 and two_bases)"]
     return arguments

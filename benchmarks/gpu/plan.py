@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 SUITES = (
     "test_triton.py",
+    "test_triton_backward.py",
+    "test_gradients.py",
     "test_real_head_dimensions.py",
     "test_backends.py",
     "test_pack.py",

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from atman_kernels.backends.call import DenseCall, PackedCall
+from atman_kernels.formula import MODES, ScoreOptions
 from benchmarks.gpu import pretended_cuda
 
 CAPABILITY = 90
@@ -28,6 +30,7 @@ def work() -> Iterator[tuple[str, Call]]:
     """(what for, a call that launches its kernels), to be made one after the other."""
     yield from _small_shapes()
     yield from _headline()
+    yield from _backward()
     yield from _explanation()
     yield from _tuning()
 
@@ -57,6 +60,41 @@ def _headline() -> Iterator[tuple[str, Call]]:
                 ours.prepare(problem, setting)()
 
         yield shape.name, run
+
+
+def _backward() -> Iterator[tuple[str, Call]]:
+    """Forward and backward as autograd calls them, of the small shapes that are compared and those that are timed."""
+    from benchmarks.gpu import backward, contenders, problems
+
+    ours = contenders.CONTENDERS["triton"]
+    for shape in (shape for pair in backward.shapes(tiny=False) for shape in pair):
+
+        def run(shape: Any = shape) -> None:
+            problem = problems.build(shape, torch.bfloat16, torch.device("cuda"))
+            for setting in backward.settings(ours):
+                _gradients(problem, problem.factors[setting.factor])
+
+        yield f"gradients, {shape.name}", run
+
+
+def _gradients(problem: Any, factor: torch.Tensor | None) -> None:
+    """By all tensors that the measurement asks for, without autograd, which wants a real device."""
+    from atman_kernels.backends import triton as backend
+    from atman_kernels.formula import Saved
+    from benchmarks.gpu.problems import DenseProblem
+
+    p, scale = problem, problem.query.shape[-1] ** -0.5
+    call: Any
+    if isinstance(p, DenseProblem):
+        options = ScoreOptions(MODES[0], p.shape.is_causal, scale, None, None, True)
+        call = DenseCall(p.query, p.key, p.value, factor, None, None, None, options)
+    else:
+        pack, options = p.pack, ScoreOptions(MODES[0], True, scale, None, None, True)
+        indices = pack.suffix_starts, pack.prefix_lengths, pack.base_starts, pack.row_variant, pack.row_position
+        call = PackedCall(p.query, p.key, p.value, p.base_key, p.base_value, *indices, factor, None, None, options)
+    output, lse = getattr(backend, call.OP)(call)
+    wanted = {"query", "key", "value"} | ({"base_key", "base_value"} & set(call.TENSORS))
+    getattr(backend, f"{call.OP}_backward")(call, Saved(output, lse, torch.empty_like(output), None), wanted)
 
 
 def _explanation() -> Iterator[tuple[str, Call]]:
@@ -108,7 +146,6 @@ def compile_only() -> list[str]:
     from triton.runtime.driver import driver
 
     from atman_kernels.backends import triton as backend
-    from atman_kernels.backends.call import DenseCall, PackedCall
     from atman_kernels.backends.triton import launch, offline
 
     compiled: list[str] = []

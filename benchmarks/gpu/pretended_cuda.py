@@ -36,6 +36,10 @@ PROPERTIES = SimpleNamespace(
     warp_size=32,
     gcnArchName="",
 )
+RECORDS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+_grad = torch.autograd.grad
 MOVES = (aten.copy_.default, aten._to_copy.default)
 INDEXED = ("aten.index.", "aten.index_put", "aten._index_put", "aten._unsafe_index")  # by indices that may be anywhere
 
@@ -114,8 +118,11 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         stays = isinstance(given[0], Pretended)
     if kwargs.get("pin_memory"):
         kwargs["pin_memory"] = False
-    is_ours = name.startswith("atman_kernels.") and on_device
-    result = _ours(func, args) if is_ours else func(*args, **kwargs)
+    is_ours = name.startswith("atman_kernels.")
+    # An op's own forward is run with gradients switched off.
+    records = torch.is_grad_enabled() or (is_ours and any(t.held.requires_grad for t in on_device))
+    with _recording() if on_device or is_ours else contextlib.nullcontext(), torch.set_grad_enabled(records):
+        result = _ours(func, args) if is_ours and on_device else func(*args, **kwargs)
     known = {id(t.held): t for t in on_device}
 
     def placed(value: Any) -> Any:
@@ -124,6 +131,24 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else Pretended(value)
 
     return tree_map(placed, result)
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Operations on what tensors hold are recorded where gradients are wanted: there is no engine for the device."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude - RECORDS):
+        yield
+
+
+def _gradients(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> tuple[Any, ...]:
+    """`torch.autograd.grad` through what the tensors hold."""
+    given, _ = tree_flatten((outputs, inputs, grad_outputs))
+    held = tree_map(lambda x: x.held if isinstance(x, Pretended) else x, (outputs, inputs, grad_outputs))
+    found = _grad(*held, **options)
+    if not any(isinstance(x, Pretended) for x in given):
+        return found
+    return tuple(Pretended(x) if _plain(x) else x for x in found)
 
 
 def by_reference(func: Any, arguments: list[Any]) -> Any:
@@ -245,7 +270,7 @@ def _guard_devices() -> None:
 def _patch_tensors() -> None:
     """What C++ would ask the device for before any operation is dispatched."""
     tolist, data_ptr, to = torch.Tensor.tolist, torch.Tensor.data_ptr, torch.Tensor.to
-    make, generator = torch.tensor, torch.Generator
+    make, generator, requires = torch.tensor, torch.Generator, torch.Tensor.requires_grad_
 
     def held(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.held if isinstance(tensor, Pretended) else tensor
@@ -280,6 +305,15 @@ def _patch_tensors() -> None:
         def __new__(cls, device: Any = "cpu") -> Any:
             return generator("cpu")
 
+    def requires_grad_(self: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
+        if isinstance(self, Pretended):
+            self.held = self.held.detach()
+            self.held.requires_grad_(requires_grad)
+            return self
+        return requires(self, requires_grad)
+
+    torch.autograd.grad = _gradients  # type: ignore[assignment]
+    torch.Tensor.requires_grad_ = requires_grad_  # type: ignore[method-assign, assignment]
     torch.Tensor.tolist = lambda self: tolist(held(self))  # type: ignore[method-assign, arg-type]
     torch.Tensor.data_ptr = lambda self: data_ptr(held(self))  # type: ignore[method-assign, arg-type]
     torch.Tensor.to = moved  # type: ignore[method-assign, assignment]
