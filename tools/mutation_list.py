@@ -6,7 +6,13 @@
 
 from typing import NamedTuple
 
-Tests = tuple[tuple[bool | str, ...], ...]
+
+class Tests(NamedTuple):
+    """A module of tests, or those of its tests that pytest's -k finds; `interpreted`: with Triton's kernels on the CPU."""
+
+    module: str
+    keyword: str = ""
+    interpreted: bool = False
 
 
 class Fault(NamedTuple):
@@ -16,34 +22,34 @@ class Fault(NamedTuple):
         name: where it is, and what.
         text, instead: what is replaced, and by what.
         why: which mistake it stands for.
-        tests: those that should see it: under Triton's interpreter?, test module, pytest's -k.
+        tests: those that should see it, the likeliest first.
     """
 
     name: str
     text: str
     instead: str
     why: str
-    tests: Tests
+    tests: tuple[Tests, ...]
 
 
-def plain(*modules: str) -> Tests:
-    return tuple((False, module) for module in modules)
+def all_of(*modules: str) -> tuple[Tests, ...]:
+    return tuple(Tests(module) for module in modules)
 
 
-OPS = plain("test_reference", "test_backends", "test_pack")
-GRADIENTS = plain("test_gradients")
-COMPILED = ((False, "test_backends", "cpu"), (False, "test_pack", "cpu"), (False, "test_compiled_cpu"))
-COMPILED_GRADIENTS = ((False, "test_gradients", "cpu"),)
-BLOCKED = ((False, "test_backends", "torch or blocked"), (False, "test_pack", "torch or blocked"))
+OPS = all_of("test_reference", "test_backends", "test_pack")
+GRADIENTS = all_of("test_gradients")
+COMPILED = (Tests("test_backends", "cpu"), Tests("test_pack", "cpu"), Tests("test_compiled_cpu"))
+COMPILED_GRADIENTS = (Tests("test_gradients", "cpu"),)
+BLOCKED = (Tests("test_backends", "torch or blocked"), Tests("test_pack", "torch or blocked"))
 SHARED = (
     "triton and (keys-log_additive or heads-shifted) and not odd_ and not every_prefix and not long_suffixes and test_"
 )
-TRITON: Tests = (
-    (True, "test_triton"),
-    (True, "test_backends", f"{SHARED}agrees_with_the_formula"),
-    (True, "test_pack", f"{SHARED}equals_each_variant_alone"),
+TRITON = (
+    Tests("test_triton", interpreted=True),
+    Tests("test_backends", f"{SHARED}agrees_with_the_formula", interpreted=True),
+    Tests("test_pack", f"{SHARED}equals_each_variant_alone", interpreted=True),
 )
-FAMILIES = plain("test_packed_models", "test_families", "test_suppress")
+FAMILIES = all_of("test_packed_models", "test_families", "test_suppress")
 
 FAULTS = (
     # --- the formula ---
@@ -64,80 +70,93 @@ FAULTS = (
     # --- ops ---
     Fault("ops: dtypes are not remembered", "(type(x), x.shape, x.dtype, x.device, x.layout)",
           "(type(x), x.shape, x.device, x.layout)", "what passed in one dtype passes unchecked in another",
-          plain("test_bad_input_ops", "test_op_registration", "test_backends")),
+          all_of("test_bad_input_ops", "test_op_registration", "test_backends")),
     Fault("ops: longer factors pass", "(factor.shape[-1] != length if exact else factor.shape[-1] < length)",
-          "factor.shape[-1] < length", "a dense factor of another length", plain("test_bad_input_ops")),
+          "factor.shape[-1] < length", "a dense factor of another length", all_of("test_bad_input_ops")),
     Fault("ops: scale by the dimension", "scale = query.shape[-1] ** -0.5", "scale = query.shape[-1] ** -1.0",
           "a power", OPS),
     Fault("pack: end of the base", "base_end=int((base + prefix).max())", "base_end=int(prefix.max())",
-          "later bases are forgotten", plain("test_pack", "test_bad_input_ops")),
+          "later bases are forgotten", (Tests("test_pack", "layout"), Tests("test_bad_input_ops"))),
     # --- planning ---
     Fault("factors: neighbours are amplified", "rows.clamp_(max=1).mul_(factor - 1).add_(1)",
-          "rows.clamp_(max=1).mul_(1 - factor).add_(1)", "a sign", plain("test_factors")),
+          "rows.clamp_(max=1).mul_(1 - factor).add_(1)", "a sign", all_of("test_factors")),
     Fault("factors: rounding decides", "matches = rows >= threshold - 8 *", "matches = rows >= threshold - 0 *",
-          "twins at a threshold of 1", plain("test_factors")),
+          "twins at a threshold of 1", all_of("test_factors")),
     Fault("factors: subsets multiply", "least = chosen.amin(dim=0)", "least = chosen.prod(dim=0)",
-          "a token of two units is suppressed twice", plain("test_factors", "test_subsets")),
+          "a token of two units is suppressed twice", all_of("test_factors", "test_subsets")),
     Fault("factors: amplified tokens are untouched", "touched = factors != 1", "touched = factors < 1",
-          "a prefix that is too long", plain("test_factors", "test_packed_models")),
+          "a prefix that is too long",
+          all_of("test_factors")),
     Fault("packing: factors of rows that are left out", "row[variant.prefix : variant.prefix + len(own)] = values[own]",
           "row[variant.prefix : variant.prefix + len(own)] = values[variant.prefix : variant.prefix + len(own)]",
-          "positions of the sequence for those of the pack", plain("test_sharing", "test_packed_models", "test_families")),
+          "positions of the sequence for those of the pack",
+          all_of("test_packing", "test_sharing")),
     Fault("packing: the budget does not shrink", "left -= taken[-1].suffix", "left -= 0", "packs beyond the budget",
-          plain("test_sharing", "test_contexts", "test_packed_models", "test_families")),
+          all_of("test_packing")),
     Fault("packing: one base for all", "[base_starts[v.base_number] for v in variants]", "[base_starts[0] for v in variants]",
-          "a wrong start of K/V", plain("test_packed_models", "test_families", "test_sharing")),
+          "a wrong start of K/V",
+          (Tests("test_packing"), Tests("test_families", "several_lengths"))),
     Fault("packing: all free memory", "free_bytes // 2 // max(1, bytes_per_token)", "free_bytes // max(1, bytes_per_token)",
-          "a factor of two", plain("test_sharing", "test_explainer", "test_packed_models")),
+          "a factor of two",
+          all_of("test_packing")),
     Fault("sharing: one position too far", "inside = limit[members] >= end", "inside = limit[members] >= end - 1",
-          "off by one: a stretch that predicts the answer", plain("test_sharing", "test_families")),
+          "off by one: a stretch that predicts the answer", all_of("test_sharing", "test_families")),
     Fault("sharing: whatever the factors", "factor.view(torch.int32).long()], dim=1)", "0 * factor.view(torch.int32).long()], dim=1)",
-          "stretches of other factors are taken for the same", plain("test_sharing", "test_subsets")),
+          "stretches of other factors are taken for the same", all_of("test_sharing", "test_subsets")),
     Fault("units: white space leads", "piece = bisect_right(starts, end - len(visible))", "piece = bisect_right(starts, start)",
-          "a token belongs to the piece before it", plain("test_units")),
+          "a token belongs to the piece before it", all_of("test_units")),
     Fault("units: target one late", "(first_position + index,), source=\"target\"", "(first_position + index + 1,), source=\"target\"",
-          "off by one", plain("test_units")),
+          "off by one", all_of("test_units")),
     Fault("units: rims of spans", "start, end = _trimmed(text, start, end)\n        tokens = sorted(", "tokens = sorted(",
-          "a span takes its neighbour's token", plain("test_units")),
+          "a span takes its neighbour's token", all_of("test_units")),
     Fault("image units: separators between rows", "first_position + r * below + c", "first_position + r * grid_cols + c",
-          "the row's step is forgotten", plain("test_patches")),
+          "the row's step is forgotten", all_of("test_patches")),
     Fault("image units: width of a tile", "(left + columns.stop * step_x", "(left + (columns.start + 1) * step_x",
-          "boxes of one patch", plain("test_patches")),
+          "boxes of one patch", all_of("test_patches")),
     # --- hf ---
     Fault("hf: keys counted from the queries", "first = self._forward.offsets.get((call.query.shape[2], keys), (0, 0))[1]",
           "first = self._forward.offsets.get((call.query.shape[2], keys), (0, 0))[0]",
-          "a sliding cache's keys begin elsewhere", FAMILIES),
+          "a sliding cache's keys begin elsewhere",
+          (Tests("test_suppress", "cache"), Tests("test_families", "cache"), *FAMILIES)),
     Fault("hf: beams in another order", ".to(device).repeat_interleave(batch // rows, dim=0)",
-          ".to(device).repeat(batch // rows, *[1] * (self.tensor.ndim - 1))", "rows of another prompt", FAMILIES),
+          ".to(device).repeat(batch // rows, *[1] * (self.tensor.ndim - 1))", "rows of another prompt",
+          (Tests("test_suppress", "beams"),)),
     Fault("hf: heads of values", "key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))",
           "key, value = (x.repeat(1, heads // x.shape[1], 1, 1) for x in (key, value))", "a wrong index of grouped heads",
-          plain("test_suppress", "test_suppress_gradients")),
+          (Tests("test_suppress", "interventions"), Tests("test_suppress_gradients"))),
     Fault("hf: the dtype's minimum stays", "return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)",
-          "return mask.float()", "hidden keys count for a row's minimum", plain("test_suppress", "test_families")),
+          "return mask.float()", "hidden keys count for a row's minimum",
+          (Tests("test_suppress", "4d_mask or padd"), Tests("test_families", "padding or mask"), Tests("test_suppress"))),
     Fault("hf: lost sinks", "sinks=call.sinks,\n            position_bias=self._position_bias(module, call",
-          "sinks=None,\n            position_bias=self._position_bias(module, call", "an argument is not handed on", FAMILIES),
+          "sinks=None,\n            position_bias=self._position_bias(module, call", "an argument is not handed on",
+          (Tests("test_packed_models", "full_runs"), Tests("test_coverage", "gpt_oss"))),
     Fault("hf: dropped position bias", "return call.key_bias.of_length(longest)", "return None",
-          "an argument is not handed on", FAMILIES),
+          "an argument is not handed on",
+          (Tests("test_packed_models", "full_runs and bloom"), Tests("test_families", "full_runs"))),
     Fault("hf: a pack's mode", "self.factor if module in self.layers else None,\n            mode=self.mode",
-          "self.factor if module in self.layers else None,\n            mode=\"log_additive\"", "a default instead", FAMILIES),
+          "self.factor if module in self.layers else None,\n            mode=\"log_additive\"", "a default instead",
+          (Tests("test_packed_models", "full_runs"),)),
     Fault("hf: stretches from the first base", "torch.arange(b, b + p, device=\"cpu\") for _, p, b in spans",
           "torch.arange(0, p, device=\"cpu\") for _, p, b in spans", "a wrong start of K/V",
-          plain("test_subsets", "test_families")),
+          (Tests("test_sharing"),)),
     Fault("hf: targets of the first chunk", "_log_softmax_at(targets[:, first : first + step], logits)",
           "_log_softmax_at(targets[:, : logits.shape[1]], logits)", "the wrong answer's tokens",
-          plain("test_packed_models", "test_families", "test_smollm2", "test_hooks")),
+          (Tests("test_hooks"), Tests("test_packed_models", "full_runs"), Tests("test_families", "full_runs"))),
     Fault("hf: a head's bias", "bias = None if head.bias is None else head.bias[part].float()", "bias = None",
-          "an argument is not handed on", plain("test_families", "test_loading", "test_autocast")),
+          "an argument is not handed on",
+          (Tests("test_families", "bfloat16"), Tests("test_autocast"), Tests("test_loading"))),
     Fault("hf: positions of an encoder's class token", "nn.functional.pad(own, (before, 0), value=1.0)",
-          "nn.functional.pad(own, (0, before), value=1.0)", "patches one to the left", plain("test_vision_suppression")),
+          "nn.functional.pad(own, (0, before), value=1.0)", "patches one to the left", all_of("test_vision_suppression")),
     Fault("hf: suffixes that cut a block", "furthest < positions[1:]", "furthest <= positions[1:]",
-          "an unsnapped suffix", plain("test_image_text")),
+          "an unsnapped suffix",
+          (Tests("test_image_text", "gemma3"), Tests("test_image_text", "paligemma"))),
     Fault("hf: where joined bases begin", "lengths = [next(iter(base.keys.values())).shape[1] for base in bases]",
           "lengths = [next(iter(base.keys.values())).shape[1] - 1 for base in bases]", "a wrong start of K/V",
-          plain("test_families", "test_packed_models")),
+          (Tests("test_families", "several_lengths"), Tests("test_sharing"))),
     Fault("run: the prompt's last token", ".prompt_length - 1 :] = False", ".prompt_length :] = False", "off by one: a row that predicts is not run",
-          plain("test_packed_models", "test_families")),
-    Fault("run: predicted tokens", ".prompt_length + 1) :]", ".prompt_length) :]", "off by one", plain("test_packed_models", "test_families")),
+          (Tests("test_sharing", "removed"), Tests("test_packed_models"), Tests("test_image_text", "removed"))),
+    Fault("run: predicted tokens", ".prompt_length + 1) :]", ".prompt_length) :]", "off by one",
+          (Tests("test_packed_models", "full_runs"),)),
     # --- the CPU backend in Python ---
     Fault("blocked: window one too short", "return max(0, position - options.sliding_window + 1)",
           "return max(0, position - options.sliding_window + 2)", "off by one", BLOCKED),
@@ -146,9 +165,11 @@ FAULTS = (
     Fault("blocked: first position of a group", "                min(prefixes[first:v]),", "                max(prefixes[first:v]),",
           "windows of shorter prefixes", BLOCKED),
     Fault("blocked: factors of a pack's tile", "[variant, ..., positions] += per_key", "[variant, ..., positions] = per_key",
-          "the last tile wins", GRADIENTS),
+          "the last tile wins",
+          (Tests("test_gradients", "torch or blocked"),)),
     Fault("blocked: unscaled keys", "torch.bmm(folded(d_scores).mT, folded(query)).mul_(options.scale)",
-          "torch.bmm(folded(d_scores).mT, folded(query))", "the scale is forgotten", GRADIENTS),
+          "torch.bmm(folded(d_scores).mT, folded(query))", "the scale is forgotten",
+          (Tests("test_gradients", "torch or blocked"),)),
     # --- the CPU kernels ---
     Fault("C++: window one too short", "const std::int64_t lowest = p.sliding_window > 0 ? larger(0, position - p.sliding_window + 1) : 0;",
           "const std::int64_t lowest = p.sliding_window > 0 ? larger(0, position - p.sliding_window + 2) : 0;",

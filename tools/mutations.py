@@ -189,9 +189,10 @@ def run_tests(tree: str, arguments: list[str], report: str) -> None:
 
 def seen_by(fault: Fault, tree: Path, runners: dict[bool, Runner], thorough: bool) -> str | None:
     """The test that sees a fault in a tree which has it."""
-    for interpreted, module, *keyword in fault.tests:
-        files = [str(path) for path in (tree / "python_tests").rglob(f"{module}.py")]
-        found = runners[interpreted].failed(tree, *files, *(["-k", keyword[0]] if keyword else [])) if files else None
+    for tests in fault.tests:
+        files = [str(path) for path in (tree / "python_tests").rglob(f"{tests.module}.py")]
+        chosen = ["-k", tests.keyword] if tests.keyword else []
+        found = runners[tests.interpreted].failed(tree, *files, *chosen) if files else None
         if found is not None:
             return found
     return runners[False].failed(tree) if thorough else None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mutations
 import pytest
-from mutation_list import FAULTS, Fault
+from mutation_list import FAULTS, Fault, Tests
 
 
 def test_most_faults_still_have_a_place() -> None:
@@ -15,7 +15,7 @@ def test_most_faults_still_have_a_place() -> None:
 
 
 def fault(text: str, instead: str) -> Fault:
-    return Fault("a sign", text, instead, "", ((False, "test_a"),))
+    return Fault("a sign", text, instead, "", (Tests("test_a"),))
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 | model | reads the image | reads the text |
 |---|---|---|
-| `BlipForConditionalGeneration` | the decoder's cross-attention | its self-attention: the caption's beginning |
-| `BlipForQuestionAnswering` | the question encoder's cross-attention | its self-attention; the decoder across |
+| `BlipForConditionalGeneration` | decoder: cross-attention | decoder: self-attention over the caption's beginning |
+| `BlipForQuestionAnswering` | question encoder: cross-attention | encoder: self-attention; decoder: cross-attention |
 """
 
 from collections.abc import Iterable
