@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from atman_kernels.arguments import integer
 from atman_kernels.errors import InputError
-from atman_kernels.inputs.encoder_inputs import EncoderInputs, encoder_objective, widened
+from atman_kernels.formula import widened
+from atman_kernels.inputs.encoder_inputs import EncoderInputs, encoder_objective
 from atman_kernels.inputs.objective import ForwardObjective
 
 

@@ -284,8 +284,3 @@ def encoder_objective(
         read_embeddings=embeddings,
         facts=read.facts | facts,
     )
-
-
-def widened(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from atman_kernels.arguments import texts as texts_of
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.inputs.encoder_inputs import EncoderInputs, encode, encoder_objective, widened
+from atman_kernels.formula import widened
+from atman_kernels.inputs.encoder_inputs import EncoderInputs, encode, encoder_objective
 from atman_kernels.inputs.limits import check_ids
 from atman_kernels.inputs.objective import ForwardObjective
 from atman_kernels.inputs.tokenization import checked_text

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.explain.methods import TokenScores
+from atman_kernels.formula import wide_dtype, widened
 from atman_kernels.hf.forward.gradients import (
     differentiable_run,
     differentiation,
@@ -79,7 +80,7 @@ def integrated_gradients(
         start = _baseline_embeddings(model, question, baseline)
         nodes, weights = np.polynomial.legendre.leggauss(steps)  # of [-1, 1]
         columns = 1 if whole_answer else len(targets)
-        total = torch.zeros(columns, *end.shape, dtype=_wide(end), device=end.device)  # (m or 1, L, H)
+        total = torch.zeros(columns, *end.shape, dtype=wide_dtype(end.dtype), device=end.device)  # (m or 1, L, H)
         for alphas, shares in _batches((nodes + 1) / 2, weights / 2, batch):
             way = start + alphas.to(end)[:, None, None] * (end - start)
             run = differentiable_run(model, ids, rows, targets, embeddings=way)
@@ -119,8 +120,4 @@ def _baseline_embeddings(model: PreTrainedModel, question: CausalObjective, base
 
 def _dot(embeddings: Tensor, gradient: Tensor) -> Tensor:
     """(…, L, H) twice -> (…, L), in float32 (float64 for float64 models)."""
-    return (embeddings.detach().to(_wide(embeddings)) * gradient.to(_wide(embeddings))).sum(-1)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return (widened(embeddings.detach()) * widened(gradient)).sum(-1)
