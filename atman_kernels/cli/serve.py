@@ -9,6 +9,7 @@ import click
 
 from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
 from atman_kernels.cli.output import say
+from atman_kernels.cli.values import Number
 from atman_kernels.errors import InputError
 
 COUNT = click.IntRange(min=1)
@@ -24,11 +25,11 @@ COUNT = click.IntRange(min=1)
 @click.option("--max-units", type=COUNT, default=4096, show_default=True, help="Of a request.")
 @click.option("--max-new-tokens", type=COUNT, default=512, show_default=True, help="Of the model's own answer.")
 @click.option("--max-bytes", type=COUNT, default=16 << 20, show_default=True, help="Of a request's body.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=600, show_default=True, help="Of work for a request.")
+@click.option("--seconds", type=Number(0.1), default=600, show_default=True, help="Of work for a request.")
 @click.option("--queue", type=COUNT, default=64, show_default=True, help="Requests that may wait.")
 @click.option("--batch", type=COUNT, default=8, show_default=True, help="Requests that are explained together.")
 @click.option("--keep", type=click.IntRange(0), default=64, show_default=True, help='Results kept for "store".')
-@click.option("--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds to end in.")
+@click.option("--grace", type=Number(0), default=30, show_default=True, help="Seconds to end in.")
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, which never happens otherwise.")
 @device_options
 @click.option("--quiet", "-q", is_flag=True, help="No messages, no log of requests.")

@@ -3,7 +3,8 @@
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from atman_kernels.errors import Cancelled, InputError
 from atman_kernels.explain import methods
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.formula import MODES
+from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.image_text import read_with_images
 from atman_kernels.inputs.limits import language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated
@@ -114,7 +116,7 @@ class Engine:
 
     def _work(self, told: list[ToldJob]) -> None:
         listener = Telling(told, self.settings, self.metrics)
-        with listening(listener):
+        with listening(listener), _before_forwards(self.model, listener.look):
             if isinstance(told[0].job.request, AnswerRequest):
                 told[0].job.tell("result", self._answer(told[0].job.request))
                 return
@@ -206,6 +208,16 @@ class Engine:
                 for span in steered.spans[0]
             ],
         }
+
+
+@contextmanager
+def _before_forwards(model: Any, look: Callable[[], None]) -> Iterator[None]:
+    """Inside, `look` is called before every forward, whoever makes it: answers and gradients do not tell a listener."""
+    handle = decoder_of(model).register_forward_pre_hook(lambda *_: look())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def as_json(result: Any) -> str:

@@ -15,6 +15,7 @@ from atman_kernels.serve.requests import AnswerRequest, ExplainRequest
 from atman_kernels.serve.settings import Settings
 
 Span = tuple[int, int]  # characters, end exclusive
+MOST_STEPS = 500  # of integrated gradients
 
 
 class Measuring:
@@ -46,7 +47,7 @@ class Measuring:
         with self._lock:
             if isinstance(request, AnswerRequest):
                 return self._checked(len(self._read(request, "token", "en").ids) + request.max_new_tokens)
-            methods.method(request.method, request.options)
+            self._check_method(request)
             answers = [text for text in (request.target, request.versus) if text is not None]
             longest = max((len(target_ids(self._model, self._tokenizer, text)) for text in answers), default=0)
             if request.target is None:
@@ -56,6 +57,13 @@ class Measuring:
             tokens = self._read(request, request.units, request.language)
             self._check_units(len(tokens.units))
             return self._checked(len(tokens.ids) + longest)
+
+    def _check_method(self, request: ExplainRequest) -> None:
+        options = methods.method(request.method, request.options).options
+        steps = options.get("steps")
+        if steps is not None and steps > MOST_STEPS:  # to find their places takes long, and nothing could stop it
+            message = f"options: steps must be at most {MOST_STEPS} here, got {steps}"
+            raise RequestError("invalid_request", message, param="options")
 
     def _read(self, request: ExplainRequest | AnswerRequest, units: Any, language: str) -> PromptTokens:
         return read_prompt(self._model, self._tokenizer, request.prompt, units, chat=request.chat, language=language)

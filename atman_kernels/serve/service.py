@@ -117,6 +117,7 @@ class Service:
         finally:
             for job in jobs:
                 self.left(job)
+            results.add_done_callback(_seen)
             for task in both:
                 task.cancel()
 
@@ -199,6 +200,12 @@ class JsonText(Response):
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """JSON in ASCII characters: an error may tell of text that is no text."""
     return JsonText(json.dumps(content, allow_nan=False), status, headers)
+
+
+def _seen(results: "asyncio.Future[Any]") -> None:
+    """Looks at an error that nobody waits for, or the event loop would complain of it."""
+    if not results.cancelled():
+        results.exception()
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:

@@ -93,7 +93,7 @@ class Telling(Listener):
         each.begin_answer()
 
         def say(token: int) -> None:
-            self._look()
+            self.look()
             if each.job.cancelled is not None:
                 raise Cancelled
             each.say(token)
@@ -102,7 +102,7 @@ class Telling(Listener):
 
     def asked(self, questions: "Sequence[Objective]") -> None:
         """The objectives are known, before the first forward."""
-        self._look()
+        self.look()
         requests = [each.job.request for each in self._told]
         contrasted = [number for number, each in enumerate(requests) if getattr(each, "versus", None) is not None]
         self._versus = dict(zip(range(len(self._told), len(questions)), contrasted, strict=True))
@@ -115,7 +115,7 @@ class Telling(Listener):
     def progressed(self, done: int, total: int) -> None:
         """`done` of `total` tokens went through the model."""
         self._done = done
-        self._look()
+        self.look()
         for each in self._told:
             if each.job.streamed:
                 each.job.tell("progress", {"done": done, "total": total})
@@ -152,7 +152,8 @@ class Telling(Listener):
             if count > most:
                 raise RequestError("too_large", f"the request has {count} {what}, this service takes {most}")
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Whether anybody still waits, and has time."""
         now = time.monotonic()
         for each in self._told:
             if each.job.deadline is not None and now > each.job.deadline:

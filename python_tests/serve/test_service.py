@@ -4,6 +4,7 @@ import json
 import logging
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -286,6 +287,16 @@ def test_work_that_takes_too_long(model, tokenizer, gate):
             threading.Event().wait(0.3)
         assert (late.result().status_code, late.result().json()["error"]["type"]) == (504, "timed_out")
         assert service.http.get("/ready").status_code == 200
+
+
+def test_no_method_goes_on_for_ever(model, tokenizer):
+    with running(model, tokenizer, seconds=0.5) as service:
+        body = {**ASKED, "method": "integrated_gradients", "options": {"steps": 500, "batch": 1}}
+        began = time.monotonic()
+        assert service.explain(**body).status_code == 504
+        assert time.monotonic() - began < 20
+        assert not model.get_decoder()._forward_pre_hooks
+        assert service.explain(**body | {"options": {"steps": 501}}).status_code == 400
 
 
 TOO_LARGE = {
