@@ -1,4 +1,4 @@
-"""`make bench`: the ops by pytest-benchmark, then the table of explanations. Options go to the table's program."""
+"""`make bench`: the ops, forward and backward together, the table of explanations. Options go to the last."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ def main() -> int:
         commands = (
             [sys.executable, "-m", "pytest", "-q", str(here), *options],
             [sys.executable, "-m", "benchmarks.ops_table", str(report)],
+            [sys.executable, "-m", "benchmarks.backward"],
             [sys.executable, "-m", "benchmarks.explain", *sys.argv[1:]],
         )
         return max(subprocess.run(command, cwd=here.parent, check=False).returncode for command in commands)
