@@ -126,7 +126,7 @@ FAULTS = (
           (Tests("test_suppress", "interventions"), Tests("test_suppress_gradients"))),
     Fault("hf: the dtype's minimum stays", "return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -math.inf)",
           "return mask.float()", "hidden keys count for a row's minimum",
-          (Tests("test_suppress", "4d_mask or padd"), Tests("test_families", "padding or mask"), Tests("test_suppress"))),
+          (Tests("test_masks"), Tests("test_families", "padding or mask"), Tests("test_suppress"))),
     Fault("hf: lost sinks", "sinks=call.sinks,\n            position_bias=self._position_bias(module, call",
           "sinks=None,\n            position_bias=self._position_bias(module, call", "an argument is not handed on",
           (Tests("test_packed_models", "full_runs"), Tests("test_coverage", "gpt_oss"))),
