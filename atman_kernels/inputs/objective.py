@@ -19,11 +19,10 @@ from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.attention.pooling import encoder_run
 from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
 from atman_kernels.planning.units import Unit
+from atman_kernels.result.data import LOG_PROBABILITY
 
 if TYPE_CHECKING:
     from atman_kernels.inputs.text_generation import CausalObjective
-
-LOG_PROBABILITY = "log-probability"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
