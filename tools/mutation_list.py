@@ -144,7 +144,7 @@ FAULTS = (
           (Tests("test_hooks"), Tests("test_packed_models", "full_runs"), Tests("test_families", "full_runs"))),
     Fault("hf: a head's bias", "bias = None if head.bias is None else head.bias[part].float()", "bias = None",
           "an argument is not handed on",
-          (Tests("test_families", "bfloat16"), Tests("test_autocast"), Tests("test_loading"))),
+          (Tests("test_families", "bias"), Tests("test_autocast"), Tests("test_loading"))),
     Fault("hf: positions of an encoder's class token", "nn.functional.pad(own, (before, 0), value=1.0)",
           "nn.functional.pad(own, (0, before), value=1.0)", "patches one to the left", all_of("test_vision_suppression")),
     Fault("hf: suffixes that cut a block", "furthest < positions[1:]", "furthest <= positions[1:]",

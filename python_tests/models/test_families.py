@@ -283,3 +283,13 @@ def test_what_differs_from_the_models_own_attention_is_refused():
     model.config._attn_implementation_internal = "eager"
     with pytest.raises(ak.UnsupportedModelError, match="does not reproduce its own"):
         explained(model, [draw(9, 1)], [draw(2, 2)])
+
+
+def test_a_16_bit_heads_bias_counts():
+    """The head's product is made anew in float32; GPT-J's has a bias."""
+    model = tiny_models.build("gptj").to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.bias.normal_(std=4, generator=torch.Generator().manual_seed(0))
+        logits = model(torch.tensor([[5, 6, 7, 20]])).logits[0, [2, 3]].float().log_softmax(-1)
+    found = ak.Explainer(model, tiny_models.tokenizer(), progress=False).explain("w5 w6 w7", "w20 w21")
+    torch.testing.assert_close(found.base_logprobs, logits[[0, 1], [20, 21]], atol=0.2, rtol=0)
