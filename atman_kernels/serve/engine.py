@@ -146,6 +146,7 @@ class Engine:
             max_new_tokens=first.max_new_tokens,
             language=first.language,
             method=first.method,
+            **first.depth,
             **first.options,
         )
 

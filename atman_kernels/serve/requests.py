@@ -61,6 +61,8 @@ class ExplainRequest:
     image_units: int | str | None = "patch"
     overlap: Overlap = "complete"
     controls: tuple[Control, ...] = ()
+    exact: int | None = None
+    recompute: int | None = None
     store: bool = False
     stream: bool = False
 
@@ -70,10 +72,15 @@ class ExplainRequest:
         return bool(self.controls) or (self.overlap == "partial" and isinstance(self.units, list))
 
     @property
+    def depth(self) -> dict[str, int | None]:
+        """How much of it is computed."""
+        return {"exact": self.exact, "recompute": self.recompute}
+
+    @property
     def key(self) -> str:
         """Requests of equal keys can be explained in one call."""
         alone = id(self) if self.images or self.needs_own_factors else 0
-        together = (self.chat, self.include_target, self.max_new_tokens, self.language, self.method)
+        together = (self.chat, self.include_target, self.max_new_tokens, self.language, self.method, self.depth)
         return repr((alone, self.perturbation, together, json.dumps(self.options, sort_keys=True)))
 
 

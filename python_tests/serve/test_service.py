@@ -74,6 +74,7 @@ ALIKE = {
     "versus": ({**ASKED, "versus": " w30"}, (PROMPT, ANSWER), {"versus": " w30"}),
     "earlier answer tokens": ({**ASKED, "include_target": True}, (PROMPT, ANSWER), {"include_target": True}),
     "chat": ({**ASKED, "chat": True}, (PROMPT, ANSWER), {"chat": True}),
+    "direct effect": ({**ASKED, "recompute": 1}, (PROMPT, ANSWER), {"recompute": 1}),
     "messages": (
         {"messages": [{"role": "w4", "content": PROMPT}], "target": ANSWER},
         ([{"role": "w4", "content": PROMPT}], ANSWER),
@@ -93,6 +94,19 @@ def test_an_explanation_is_the_librarys(service, explainer, name):
     response = service.explain(**body)
     assert response.status_code == 200, response.text
     same(response, explainer.explain(*given, **options))
+
+
+def test_the_strongest_exactly(service, explainer):
+    prompt = " ".join(f"w{5 + number % 90}" for number in range(60))
+    body = {"prompt": prompt, "target": ANSWER, "exact": 3, "units": [[4 * n, 4 * n + 2] for n in range(45)]}
+    expected = explainer.explain(prompt, ANSWER, body["units"], exact=3)
+    response = service.explain(**body)
+    assert response.status_code == 200, response.text
+    same(response, expected)
+    assert tuple(response.json()["exact"]) == expected.exact
+    assert 3 <= sum(expected.exact) < 45
+    told = {data["index"] for name, data in service.events(**body) if name == "unit"}
+    assert told == {unit for unit, exact in enumerate(expected.exact) if exact}
 
 
 def test_settings_of_the_explainer(service, model, tokenizer):
@@ -368,7 +382,9 @@ WRONG = {
     "option": ({**ASKED, "options": {"x": 1}}, None, "no option 'x'"),
     "layers": ({**ASKED, "layers": [7]}, None, "layers"),
     "new tokens": ({"prompt": PROMPT, "max_new_tokens": 21}, "max_new_tokens", "at most 20"),
-    "reserved": ({**ASKED, "exact": True}, "exact", "exact: is not served yet"),
+    "exact": ({**ASKED, "exact": True}, "exact", "exact: Input should be a valid integer"),
+    "recompute": ({**ASKED, "recompute": 0}, "recompute", "recompute: Input should be greater"),
+    "two depths": ({**ASKED, "recompute": 1, "exact": 1}, None, "recompute and exact do not go together"),
     "images": ({**ASKED, "images": ["aGVsbG8="]}, None, "reads none"),
     "address": ({**ASKED, "images": ["http://localhost/"]}, "images", "fetches nothing"),
     "no base64": ({**ASKED, "images": ["%"]}, "images", "no base64"),

@@ -73,15 +73,9 @@ class ExplanationBody(Asking):
     options: dict[str, StrictBool | StrictInt | Number | str | None] = Field(default_factory=dict)
     images: list[str] | None = Field(None, max_length=16, description="base64 or data: URLs of PNG, JPEG or WebP.")
     image_units: Positive | Literal["patch", "image"] | None = "patch"
-    exact: Any = Field(None, json_schema_extra={"type": "null"}, description="Reserved.")
-    recompute: Any = Field(None, json_schema_extra={"type": "null"}, description="Reserved.")
+    exact: Positive | None = Field(None, description="So many of the strongest units exactly, the others estimated.")
+    recompute: Positive | None = Field(None, description="Last prompt tokens that feel a suppression; null: all.")
     store: StrictBool = Field(False, description="Keep the result, for GET /v1/explanations/{id}.")
-
-    @field_validator("exact", "recompute")
-    @classmethod
-    def _reserved(cls, value: Any) -> None:
-        if value is not None:
-            raise ValueError("is not served yet; leave it out")
 
     def request(self, settings: Settings) -> ExplainRequest:
         """The request that the body asks for."""
@@ -101,6 +95,8 @@ class ExplanationBody(Asking):
             options=self.options,
             images=tuple(decoded(text, f"images[{number}]") for number, text in enumerate(self.images or ())),
             image_units=self.image_units,
+            exact=self.exact,
+            recompute=self.recompute,
             store=self.store,
             stream=self.stream,
         )
