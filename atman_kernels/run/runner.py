@@ -114,12 +114,8 @@ class Runner:
         started = self.start(objectives) if started is None else started
         objectives, work = started.objectives, started.work
         packs = self._packs(started, factors, recompute)
-        if packs is None and recompute is not None:
-            reason = self.unpackable or "its variants are full rows"
-            raise UnsupportedModelError(
-                f"recompute: {type(self.model).__name__} shares no keys and values between variants ({reason}), so "
-                "there is nothing to keep; leave recompute and exact out"
-            )
+        if recompute is not None:
+            self.check_depth(started)
         total = _full_row_tokens(objectives, factors) if packs is None else packs.tree.tokens
         with Meter(self.progress, total, description) as meter:
             finished: Iterable[tuple[Variant, Tensor]]
@@ -138,6 +134,15 @@ class Runner:
                 found(variant.objective, variant.row, unperturbed[variant.objective] - row)
         work.advance = lambda tokens: None
         return Outcome(unperturbed, perturbed, work, path)
+
+    def check_depth(self, started: "Started") -> None:
+        """Raises UnsupportedModelError if variants are full rows, which share no keys and values that could be kept."""
+        if started.unperturbed is None:
+            reason = self.unpackable or "its variants are full rows"
+            raise UnsupportedModelError(
+                f"recompute: {type(self.model).__name__} shares no keys and values between variants ({reason}), so "
+                "there is nothing to keep; leave recompute and exact out"
+            )
 
     def start(self, objectives: Sequence[Objective]) -> "Started":
         """The base runs, and the probe whether packs reproduce them."""

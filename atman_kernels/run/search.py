@@ -44,6 +44,7 @@ def strongest(
         UnsupportedModelError: variants of the model are full rows, which have no depth.
     """
     started = runner.start(objectives)
+    runner.check_depth(started)
     searches = [_Search(objective, rows, exact) for objective, rows in zip(objectives, factors, strict=True)]
     while any(search.depth is not None for search in searches):
         for depth in sorted({search.depth for search in searches if search.depth is not None}):

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import tiny_image_models
 import tiny_models
 import torch
+from image_text_cases import TEXTS
 
 import atman_kernels as ak
 from atman_kernels.planning.halving import Rung, agreement, kept, rungs
@@ -150,6 +152,21 @@ def test_full_rows_have_no_depth():
     for option in ("recompute", "exact"):
         with pytest.raises(ak.UnsupportedModelError, match=r"recompute: .* shares no keys and values .*because"):
             one.explain(WORDS, ANSWER, **{option: 4})
+
+
+def test_images_that_every_variant_sees_anew_have_no_depth():
+    image, text = tiny_image_models.picture(24, 24), TEXTS["llava"]
+    one = ak.Explainer(
+        tiny_image_models.build("llava"), tiny_image_models.processor("llava"), vision=True, progress=False
+    )
+    for option in ("recompute", "exact"):
+        with pytest.raises(ak.UnsupportedModelError, match=r"recompute: .* shares no keys and values"):
+            one.explain(text, "w20 w21", images=image, **{option: 4})
+    packed = ak.Explainer(one.model, one.processor, progress=False)
+    direct = packed.explain(text, "w20 w21", images=image, recompute=1)
+    whole = packed.explain(text, "w20 w21", images=image, recompute=1000)
+    assert (direct.effect, direct.settings["path"]) == ("direct", "packed")
+    torch.testing.assert_close(whole.scores, packed.explain(text, "w20 w21", images=image).scores, atol=2e-5, rtol=1e-4)
 
 
 def test_rounds():
