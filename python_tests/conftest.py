@@ -17,8 +17,12 @@ TEXT = (
 )
 
 
+LONGEST = ("test_triton_interpreter.py", "test_crew.py")  # first, so that no process is left with them at the end
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a machine with a GPU, what the shared suites do with a backend for GPUs is marked as needing one."""
+    """The longest first. On a machine with a GPU, what the shared suites do with a backend for GPUs is marked so."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
         return
     from attention_cases import HARDWARE_BACKENDS

@@ -201,7 +201,7 @@ FAULTS = (
           "last_flag = tl.cast(tl.minimum(position >> touched_shift, FLAGS - 1), tl.int64)\n            border", "blocks across a border", TRITON),
     Fault("Triton: reach of factors", "(position + BLOCK_N > touched_first)", "(position > touched_first)",
           "the block that it begins in", TRITON),
-    Fault("Triton: splits overlap", "stop = tl.minimum(stop, start + share)", "stop = tl.maximum(stop, 0)",
+    Fault("Triton: splits overlap", "    start += split * share\n    stop = tl.minimum(stop, start + share)", "    start += split * share",
           "keys are counted twice", TRITON),
     Fault("Triton: bias of own rows", "own_bias_row = bias_row + shift.to(tl.int64) * bias_strides[3]\n                part_bias = (bias, tl.where(own, own_bias_row, part_bias[1]), bias_strides[3])\n        accumulator",
           "own_bias_row = bias_row\n                part_bias = (bias, tl.where(own, own_bias_row, part_bias[1]), bias_strides[3])\n        accumulator", "positions that begin at the prefix", TRITON),

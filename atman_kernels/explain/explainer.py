@@ -343,7 +343,8 @@ class Explainer:
             rows = checked_masks(masks, objective.units)
             answered = time.perf_counter()
             outcome = run_subsets(self.runner, [objective], [rows], "ablating", depth.recompute)
-        how = self.suppression | {"path": outcome.path, "recompute": depth.recompute}
+        how = self.suppression | {"path": outcome.path}
+        how |= {} if depth.recompute is None else {"recompute": depth.recompute}
         settings = how | origin_of(self.model, units_named(self.task, request))
         seconds = {"seconds": time.perf_counter() - started, "answering_seconds": answered - started}
         return Ablation(

@@ -155,10 +155,11 @@ class Runner:
         if found is None:
             return started
         base, own = found
+        nothing = torch.ones(0, 1, dtype=torch.float32, device="cpu")
         runs = PackedRuns(
             self.model,
             sequences,
-            [torch.ones(0, each.positions) for each in sequences],  # riders have no row
+            [nothing.expand(0, each.positions) for each in sequences],  # riders have no row
             self.perturbation,
             self._budget(started.objectives),
             started.work,

@@ -50,7 +50,7 @@ def strongest(
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
             asked = [n for n, search in enumerate(searches) if search.depth == depth]
             _round(runner, started, searches, asked, depth, "searching")
-    places = [torch.tensor(search.candidates) for search in searches]
+    places = [torch.tensor(search.candidates, device="cpu") for search in searches]
 
     def exactly(objective: int, row: int, difference: Tensor) -> None:
         found(objective, int(places[objective][row]), difference)
@@ -60,7 +60,7 @@ def strongest(
     flags = []
     for search, own, values in zip(searches, places, outcome.perturbed, strict=True):
         search.values[own] = values
-        flags.append(torch.zeros(len(search.factors), dtype=torch.bool).index_fill_(0, own, True))
+        flags.append(torch.zeros(len(search.factors), dtype=torch.bool, device="cpu").index_fill_(0, own, True))
     perturbed = [search.values for search in searches]
     return Found(Outcome(outcome.unperturbed, perturbed, outcome.work, outcome.path), flags)
 
@@ -71,7 +71,8 @@ class _Search:
     def __init__(self, objective: Objective, factors: Tensor, exact: int) -> None:
         assert objective.sequence is not None
         self.factors, self.exact = factors, exact
-        self.values = torch.zeros(len(factors), len(objective.target_tokens))  # of the deepest round so far
+        # of the deepest round so far
+        self.values = torch.zeros(len(factors), len(objective.target_tokens), dtype=torch.float32, device="cpu")
         self.candidates = list(range(len(factors)))
         self._rungs = list(rungs(len(factors), objective.sequence.prompt_length, exact))
         self._before: list[int] = []
@@ -88,7 +89,7 @@ class _Search:
         self.values[self.candidates] = values
         falls = (unperturbed - self.values).double().sum(1)
         falls[[row for row in range(len(falls)) if row not in set(self.candidates)]] = -torch.inf
-        worth = torch.tensor(promise(falls.tolist(), self._following))
+        worth = torch.tensor(promise(falls.tolist(), self._following), dtype=torch.float64, device="cpu")
         worth[falls == -torch.inf] = -torch.inf
         ordered = torch.argsort(worth, descending=True, stable=True)[: len(self.candidates)].tolist()
         agreed = agreement(self._before, ordered, self.exact) if self._before else 0.5
@@ -112,9 +113,7 @@ def _round(
     runner: Runner, started: Started, searches: list[_Search], asked: list[int], depth: int, description: str
 ) -> None:
     """One round of some objectives, which share packs."""
-    nothing = torch.ones(0, 0)
-    rows = [s.factors[s.candidates] if n in asked else nothing for n, s in enumerate(searches)]
-    rows = [own if len(own) else search.factors[:0] for own, search in zip(rows, searches, strict=True)]
+    rows = [s.factors[s.candidates] if n in asked else s.factors[:0] for n, s in enumerate(searches)]
     outcome = runner.run(started.objectives, rows, description, recompute=depth, started=started)
     for number in asked:
         searches[number].learn(outcome.unperturbed[number], outcome.perturbed[number])

@@ -133,7 +133,7 @@ def _check_agree(ablations: list[Ablation]) -> None:
 def _joined(shares: list[tuple[list[int], Ablation]], seconds: float) -> Explanation:
     """Every share's scores in their places; each against its own process's unperturbed run."""
     first = shares[0][1]
-    scores = torch.zeros(len(first.units), len(first.target_tokens))
+    scores = torch.zeros(len(first.units), len(first.target_tokens), dtype=torch.float32, device="cpu")
     for indices, ablation in shares:
         scores[indices] = ablation.rises[: len(indices)]
     every = [ablation.stats for _, ablation in shares]

@@ -210,12 +210,12 @@ def _explanation(row: Mapping[str, Any]) -> Explanation:
         prompt=row["prompt"],
         target=row["target"],
         units=tuple(Unit(**unit | {"token_indices": tuple(unit["token_indices"])}) for unit in row["units"]),
-        scores=torch.tensor(row["scores"], dtype=torch.float32),
+        scores=torch.tensor(row["scores"], dtype=torch.float32, device="cpu"),
         target_tokens=tuple(row["target_tokens"]),
-        base_logprobs=torch.tensor(row["base_logprobs"], dtype=torch.float32),
+        base_logprobs=torch.tensor(row["base_logprobs"], dtype=torch.float32, device="cpu"),
         settings=json.loads(row["settings"]),
         stats=json.loads(row["stats"]),
-        standard_errors=None if errors is None else torch.tensor(errors, dtype=torch.float32),
+        standard_errors=None if errors is None else torch.tensor(errors, dtype=torch.float32, device="cpu"),
     )
 
 

@@ -81,7 +81,7 @@ class Worker:
         if isinstance(error, UnsupportedModelError) or (self.in_step and not isinstance(error, InputError)):
             raise error
         try:
-            torch.ones(1, device=self.explainer.model.device).add_(1).sum().cpu()
+            torch.ones(1, dtype=torch.float32, device=self.explainer.model.device).add_(1).sum().cpu()
         except RuntimeError as lost:
             raise DeviceLostError(f"{type(error).__name__}: {error}") from lost
 
@@ -97,7 +97,9 @@ class Worker:
 
         def masks(units: tuple[Unit, ...]) -> torch.Tensor:
             mine[:] = deal(suffix_tokens(units), of)[number]
-            rows = torch.zeros(max(1, len(mine)), len(units), dtype=torch.bool)  # a row at least, as `ablate` asks
+            rows = torch.zeros(
+                max(1, len(mine)), len(units), dtype=torch.bool, device="cpu"
+            )  # one at least, as `ablate` asks
             rows[range(len(mine)), mine] = True
             return rows
 

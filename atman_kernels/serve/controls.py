@@ -59,7 +59,7 @@ class ControlledExplainer(Explainer):
 
     def controls_of(self, objective: CausalObjective) -> Tensor:
         """(L,) what the attention to each token is scaled by all the time."""
-        scaled = torch.ones(len(objective.inputs))
+        scaled = torch.ones(len(objective.inputs), dtype=torch.float32, device="cpu")
         for control in self.controls:
             scaled *= self._scaled_by(objective, control)
         return scaled
