@@ -57,6 +57,9 @@ class Listener:
     def retried(self) -> None:
         """A forward ran out of memory; its work is done in smaller ones."""
 
+    def estimated(self, question: int, unit: int, scores: Tensor) -> None:
+        """(m,) one unit's scores as a search estimates them by now, on the CPU; better ones may follow."""
+
     def found(self, question: int, unit: int, scores: Tensor) -> None:
         """(m,) one unit's final scores for the answer's tokens, on the CPU."""
 

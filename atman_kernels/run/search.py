@@ -30,6 +30,7 @@ def strongest(
     factors: Sequence[Tensor],
     exact: int,
     found: Callable[[int, int, Tensor], object],
+    estimated: Callable[[int, int, Tensor], object] = lambda objective, row, difference: None,
 ) -> Found:
     """Runs the rows that lower the objectives' values most exactly, as many as are asked for, and estimates the others.
 
@@ -39,6 +40,7 @@ def strongest(
         factors: per objective, (n_rows, positions).
         exact: how many rows of each objective.
         found: is told of every exact row; see `Runner.run`.
+        estimated: is told likewise of every row in every round.
 
     Raises:
         UnsupportedModelError: variants of the model are full rows, which have no depth.
@@ -49,7 +51,7 @@ def strongest(
     while any(search.depth is not None for search in searches):
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
             asked = [n for n, search in enumerate(searches) if search.depth == depth]
-            _round(runner, started, searches, asked, depth, "searching")
+            _round(runner, started, searches, asked, depth, estimated)
     places = [torch.tensor(search.candidates, device="cpu") for search in searches]
 
     def exactly(objective: int, row: int, difference: Tensor) -> None:
@@ -110,10 +112,19 @@ def _following(objective: Objective) -> list[list[int]]:
 
 
 def _round(
-    runner: Runner, started: Started, searches: list[_Search], asked: list[int], depth: int, description: str
+    runner: Runner,
+    started: Started,
+    searches: list[_Search],
+    asked: list[int],
+    depth: int,
+    estimated: Callable[[int, int, Tensor], object],
 ) -> None:
     """One round of some objectives, which share packs."""
     rows = [s.factors[s.candidates] if n in asked else s.factors[:0] for n, s in enumerate(searches)]
-    outcome = runner.run(started.objectives, rows, description, recompute=depth, started=started)
+
+    def roughly(objective: int, row: int, difference: Tensor) -> None:
+        estimated(objective, searches[objective].candidates[row], difference)
+
+    outcome = runner.run(started.objectives, rows, "searching", roughly, recompute=depth, started=started)
     for number in asked:
         searches[number].learn(outcome.unperturbed[number], outcome.perturbed[number])

@@ -124,6 +124,12 @@ class Telling(Listener):
         """A pack ran out of memory and is tried again in parts."""
         self._metrics.out_of_memory.inc()
 
+    def estimated(self, question: int, unit: int, scores: Tensor) -> None:
+        """What a search thinks of a unit by now."""
+        job = self._told[question].job  # a search has no other answers
+        if job.streamed:
+            job.tell("unit", {"index": unit, "scores": scores.tolist(), "exact": False})
+
     def found(self, question: int, unit: int, scores: Tensor) -> None:
         """The scores of a unit are known."""
         number = self._versus.get(question, question)

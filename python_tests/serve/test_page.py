@@ -5,8 +5,10 @@ import time
 from importlib.resources import files
 
 import pytest
+import tiny_image_models
 import tiny_models
 from browser import CHROMIUM, browser
+from PIL import Image
 from running_service import Gate, running, until
 
 PAGE = {entry.name: entry.read_text() for entry in files("atman_kernels.serve").joinpath("page").iterdir()}
@@ -220,6 +222,51 @@ def test_a_contrast_the_direct_effect_a_link_and_a_chat(service, page):
     page.click("#go")
     page.until(f"{DONE} && {ALIVE}")
     assert page.text("#heatmap .texts .text").startswith("user")
+
+
+@pytest.mark.slow
+@in_browser
+def test_a_picture_is_explained_where_the_model_sees(page, tmp_path):
+    side = tiny_image_models.SIDE
+    Image.new("RGB", (side, side), "red").save(tmp_path / "red.png")
+    model, processor = tiny_image_models.build("llava"), tiny_image_models.processor("llava")
+    with running(model, processor, max_new_tokens=8) as service:
+        page.go(f"{service.url}/")
+        page.until(READY)
+        assert page.shown("#images")
+        root = page.call("DOM.getDocument")["root"]["nodeId"]
+        field = page.call("DOM.querySelector", nodeId=root, selector="#images")["nodeId"]
+        page.call("DOM.setFileInputFiles", nodeId=field, files=[str(tmp_path / "red.png")])
+        page.until("document.querySelector('#pictures img') !== null")
+        page.type("#prompt", "<image> w5 w6")
+        page.click("input[name=answer][value=given]")
+        page.type("#target", "w8")
+        page.click("#go")
+        page.until(f"{DONE} && {ALIVE}")
+        box = "document.querySelector('#heatmap .image').getBoundingClientRect()"
+        last = "[...document.querySelectorAll('#heatmap .image .unit')].at(-1).getBoundingClientRect()"
+        assert page.run(f"Math.abs({box}.right - {last}.right) + Math.abs({box}.bottom - {last}.bottom)") < 2
+        assert page.run("document.querySelector('#heatmap .image img').naturalWidth") == side
+        assert not page.shown("#steer")
+
+
+@pytest.mark.slow
+@in_browser
+def test_the_strongest_are_estimated_first(service, page):
+    page.go(f"{service.url}/")
+    page.until(READY)
+    page.type("#prompt", " ".join(f"w{5 + number % 90}" for number in range(100)))
+    page.type("#most", "3")
+    page.run("document.querySelector('#depth').value = 'strongest'")
+    page.run(
+        "new MutationObserver(() => { if (document.querySelectorAll('[aria-label*=\"not complete\"] .estimate').length)"
+        " window.estimated = true; }).observe(document.querySelector('#heatmap'),"
+        " {subtree: true, attributes: true, childList: true})"
+    )
+    page.click("#go")
+    page.until(f"{DONE} && {ALIVE}")
+    assert page.run("window.estimated")
+    assert page.text("#heatmap .legend + .quiet").endswith("found the strongest.")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutc
     if context.exact is None:
         outcome = context.runner.run(objectives, factors, found=heard.found, recompute=context.recompute)
     else:
-        searched = strongest(context.runner, objectives, factors, context.exact, heard.found)
+        searched = strongest(context.runner, objectives, factors, context.exact, heard.found, heard.estimated)
         outcome, exact = searched.outcome, searched.exact
     scores = [own - perturbed for own, perturbed in zip(outcome.unperturbed, outcome.perturbed, strict=True)]
     return replace(MethodOutcome.of_run(context, outcome, scores), exact=exact)

@@ -29,6 +29,7 @@ function formChanged() {
   at("given").hidden = !given;
   at("target").required = given;
   at("length").hidden = given;
+  at("most").disabled = given; // what cannot be seen must not keep the form back
   const contrast = given && at("versus").value !== "";
   at("depth").querySelector('[value="strongest"]').disabled = contrast; // two answers have different strongest units
   if (contrast && at("depth").value === "strongest") at("depth").value = "all";
@@ -49,7 +50,7 @@ function asked() {
     max_new_tokens: Number(at("most").value) || null,
     store: at("store").checked,
     ...depth,
-    ...(pictures.length && { images: pictures }),
+    ...(pictures.length && { images: pictures, image_units: Number(at("tiles").value) || at("tiles").value }),
   };
 }
 
@@ -109,6 +110,7 @@ async function explain() {
   try {
     const result = await mine.result("v1/explanations", request, listener(request));
     show(request, result, request.store ? mine.id : null);
+    window.history.replaceState(null, "", request.store ? `#${mine.id}` : location.pathname + location.search);
     history.remember(request, result);
     listHistory();
     say(`Done: ${result.units.length} units.`);
@@ -151,6 +153,7 @@ function listener(request) {
 function clear() {
   at("heatmap").replaceChildren();
   at("answering").textContent = "";
+  steer.end();
   for (const id of ["saying", "keep", "steer"]) at(id).hidden = true;
 }
 
@@ -197,6 +200,7 @@ async function fromLink() {
   if (!/^[0-9a-f]{32}$/.test(id)) return;
   try {
     const result = await kept(id);
+    running?.stop();
     complain(null);
     clear();
     show({}, result, id);

@@ -11,10 +11,14 @@ let running = null;
 let timer = 0;
 let baseline = null; // whether the answer as it is is known
 
-export function begin(asked, result) {
+export function end() {
   clearTimeout(timer);
   running?.stop();
   running = null;
+}
+
+export function begin(asked, result) {
+  end();
   at("steer").hidden = Boolean(asked.images?.length || asked.seen) || !asked.prompt;
   if (at("steer").hidden) return;
   asking = { asked, result };
