@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 import atman_kernels
 from atman_kernels.explain.methods import Method, MethodOutcome
-from atman_kernels.inputs.objective import LOG_PROBABILITY, Objective
-from atman_kernels.result.data import RISE
+from atman_kernels.inputs.objective import Objective
+from atman_kernels.result.data import LOG_PROBABILITY, RISE
 from atman_kernels.result.explanation import Explanation
 
 
