@@ -247,7 +247,7 @@ def counts(results: list[Result]) -> str:
 
 def _row(r: Result) -> str:
     numbers = ["" if x is None else f"{x:.1e}" if i == 0 else f"{x:.2g}" for i, x in enumerate((r.difference, r.size))]
-    remark = r.remark.replace("|", "\\|").replace("<", "&lt;")
+    remark = r.remark.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
     return f"| {r.family} | {r.model} | {r.state} | {numbers[0]} | {numbers[1]} | {remark} |"
 
 
