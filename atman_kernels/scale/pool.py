@@ -72,7 +72,7 @@ class Pool:
             prompt: a text, or a list of chat messages.
             target: the answer; None: the model's own.
             units: "token" | "word" | "sentence" | "paragraph".
-            options: of `Explainer.ablate`, by name: chat, include_target, max_new_tokens, language.
+            options: of `Explainer.ablate`, by name: chat, include_target, max_new_tokens, language, recompute.
 
         Raises:
             InputError: an argument does not fit, or the workers do not compute the same.
@@ -143,6 +143,7 @@ def _joined(shares: list[tuple[list[int], Ablation]], seconds: float) -> Explana
         "questions": 1,
         "workers": len(shares),
     }
+    settings = {"method": "atman", **first.settings}
     stats |= {name: sum(each[name] for each in every) for name in ("tokens_through_model", "forwards", "variants")}
     return Explanation(
         prompt=first.prompt,
@@ -151,6 +152,7 @@ def _joined(shares: list[tuple[list[int], Ablation]], seconds: float) -> Explana
         scores=scores,
         target_tokens=first.target_tokens,
         base_logprobs=first.base_logprobs,
-        settings={"method": "atman", **first.settings},
+        recompute=settings.pop("recompute", None),  # an ablation has it there
+        settings=settings,
         stats=stats | {"token_budget": max(each["token_budget"] for each in every)},
     )

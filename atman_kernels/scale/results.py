@@ -13,12 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import torch
-
-from atman_kernels import Explanation, Unit
+from atman_kernels import Explanation
 from atman_kernels.arguments import shown
 from atman_kernels.errors import InputError
 from atman_kernels.files import write_whole
+from atman_kernels.result.data import as_json
+from atman_kernels.result.json_format import FORMAT, VERSION, values_from_json
 from atman_kernels.scale.extra import needed
 from atman_kernels.scale.source import Id
 
@@ -26,10 +26,12 @@ SETTINGS, LOCK = "_run.json", "_lock"  # readers of Parquet pass over names that
 PART = "part-{:05d}.parquet"
 ROWS_PER_PART = 1000
 SECONDS_BETWEEN_WRITES = 10.0  # what a killed process can lose
-COLUMNS = (
-    "prompt", "target", "target_tokens", "base_logprobs", "units", "scores", "standard_errors", "settings", "stats",
-    "error", "version", "fingerprint",
+IN_JSON = ("settings", "stats")
+FIELDS = (  # of an explanation; what else it has stands in its settings, too
+    "prompt", "target", "target_tokens", "base_logprobs", "units", "scores", "standard_errors", "exact", "recompute",
+    *IN_JSON,
 )  # fmt: skip
+COLUMNS = (*FIELDS, "error", "version", "fingerprint")
 
 
 class Result(NamedTuple):
@@ -184,39 +186,13 @@ class Output:
 
 def row_of(explanation: Explanation) -> dict[str, Any]:
     """An explanation as a row, without its id."""
-    return {
-        "prompt": explanation.prompt,
-        "target": explanation.target,
-        "target_tokens": list(explanation.target_tokens),
-        "base_logprobs": explanation.base_logprobs.tolist(),
-        "units": [
-            {name: list(value) if name == "token_indices" else value for name, value in _fields(unit)}
-            for unit in explanation.units
-        ],
-        "scores": explanation.scores.tolist(),
-        "standard_errors": None if explanation.standard_errors is None else explanation.standard_errors.tolist(),
-        "settings": json.dumps(explanation.settings),
-        "stats": json.dumps(explanation.stats),
-    }
-
-
-def _fields(unit: Unit) -> Iterator[tuple[str, Any]]:
-    return ((name, getattr(unit, name)) for name in ("text", "start", "end", "token_indices", "source"))
+    row = {name: as_json(getattr(explanation, name)) for name in FIELDS}
+    return row | {name: json.dumps(row[name]) for name in IN_JSON}
 
 
 def _explanation(row: Mapping[str, Any]) -> Explanation:
-    errors = row["standard_errors"]
-    return Explanation(
-        prompt=row["prompt"],
-        target=row["target"],
-        units=tuple(Unit(**unit | {"token_indices": tuple(unit["token_indices"])}) for unit in row["units"]),
-        scores=torch.tensor(row["scores"], dtype=torch.float32, device="cpu"),
-        target_tokens=tuple(row["target_tokens"]),
-        base_logprobs=torch.tensor(row["base_logprobs"], dtype=torch.float32, device="cpu"),
-        settings=json.loads(row["settings"]),
-        stats=json.loads(row["stats"]),
-        standard_errors=None if errors is None else torch.tensor(errors, dtype=torch.float32, device="cpu"),
-    )
+    content = {name: row[name] for name in FIELDS} | {name: json.loads(row[name]) for name in IN_JSON}
+    return Explanation(**values_from_json({"format": FORMAT, "version": VERSION, **content}))
 
 
 def _schema(arrow: Any, id_column: str, id_type: type) -> Any:
@@ -231,6 +207,8 @@ def _schema(arrow: Any, id_column: str, id_type: type) -> Any:
         "units": arrow.list_(arrow.struct(list(unit.items()))),
         "scores": arrow.list_(floats),
         "standard_errors": floats,
+        "exact": arrow.list_(arrow.bool_()),
+        "recompute": arrow.int32(),
     }
     return arrow.schema([(id_column, texts if id_type is str else arrow.int64()), *kinds.items()])
 

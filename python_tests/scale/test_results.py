@@ -9,6 +9,7 @@ import torch
 
 import atman_kernels as ak
 from atman_kernels.errors import InputError
+from atman_kernels.result.data import AnswerLogprobs
 from atman_kernels.scale import results
 from atman_kernels.scale.results import Output, read_results, row_of
 
@@ -58,13 +59,20 @@ def ids(folder):
 
 
 def test_explanations_come_back_as_they_were(folder):
-    estimated = explanation(1, standard_errors=torch.rand(3))
+    """Every field of them, whatever it is."""
+    originals = [
+        explanation(0),
+        explanation(1, standard_errors=torch.rand(3), measure="a share", value="logit"),
+        explanation(2, exact=(True, False, True), recompute=2),
+        explanation(3, versus=" red", logprobs=AnswerLogprobs(-0.5, -2.0)),
+    ]
     with opened(folder) as output:
-        output.add([*rows(0), *rows(1, **row_of(estimated)), {"id": 2, "error": "InputError: no", "fingerprint": "f"}])
-    found = list(read_results(folder))
-    assert [(each.id, each.error) for each in found] == [(0, None), (1, None), (2, "InputError: no")]
-    assert found[2].explanation is None
-    for each, original in zip(found, (explanation(0), estimated), strict=False):
+        output.add([rows(i, **row_of(each))[0] for i, each in enumerate(originals)])
+        output.add([{"id": 9, "error": "InputError: no", "fingerprint": "f"}])
+    *found, failed = read_results(folder)
+    assert [(each.id, each.error) for each in found] == [(i, None) for i in range(len(originals))]
+    assert failed == (9, None, "InputError: no")
+    for each, original in zip(found, originals, strict=True):
         assert each.explanation.to_json() == original.to_json()
 
 

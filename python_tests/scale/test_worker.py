@@ -74,18 +74,19 @@ def test_dealing_is_fair_and_forgets_nothing(costs, shares):
     assert max(sums) - min(sums) <= max(costs, default=0)
 
 
-@pytest.mark.parametrize(("units", "count"), [("token", 1), ("token", 3), ("word", 2), ("sentence", 2)])
-def test_shares_make_up_one_explanation(explainer, units, count):
-    whole = explainer.explain(PROMPT, None, units, max_new_tokens=3)
-    shares = [
-        worker_of(explainer).share(i, count, PROMPT, None, {"units": units, "max_new_tokens": 3})[:2]
-        for i in range(count)
-    ]
+@pytest.mark.parametrize(
+    ("units", "count", "recompute"), [("token", 1, None), ("token", 3, 1), ("word", 2, None), ("sentence", 2, 4)]
+)
+def test_shares_make_up_one_explanation(explainer, units, count, recompute):
+    asked = {"max_new_tokens": 3, "recompute": recompute}
+    whole = explainer.explain(PROMPT, None, units, **asked)
+    shares = [worker_of(explainer).share(i, count, PROMPT, None, {"units": units, **asked})[:2] for i in range(count)]
     pool._check_agree([ablation for _, ablation in shares])
     joined = pool._joined(shares, 1.0)
     assert torch.allclose(joined.scores, whole.scores, atol=1e-4)
     assert torch.allclose(joined.base_logprobs, whole.base_logprobs, atol=1e-4)
-    assert (joined.units, joined.target_tokens, joined.settings) == (whole.units, whole.target_tokens, whole.settings)
+    for name in ("units", "target_tokens", "settings", "measure", "recompute"):
+        assert getattr(joined, name) == getattr(whole, name), name
     assert set(whole.stats) | {"workers"} == set(joined.stats)
 
 
