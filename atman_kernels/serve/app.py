@@ -1,6 +1,5 @@
 """The web application of a service."""
 
-import logging
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -20,7 +19,6 @@ from atman_kernels.serve.guard import Guard
 from atman_kernels.serve.service import Service, json_response
 from atman_kernels.serve.settings import Settings
 
-LOG = logging.getLogger("atman_kernels.serve")
 DESCRIPTION = (
     "Which parts of a prompt a language model's answer rests on, and what it says with some of them turned down."
 )
@@ -66,7 +64,6 @@ def create_app(model: Any, tokenizer: Any, settings: Settings, *, on_end: Callab
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _of_framework)
-    app.add_exception_handler(Exception, _defect)
     app.add_middleware(Guard, service=service)
     return app
 
@@ -106,7 +103,3 @@ async def _of_framework(http: Request, error: Exception) -> Response:
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
-
-
-async def _defect(http: Request, error: Exception) -> Response:
-    return await _refused(http, RequestError("internal", f"the service failed; see its log for {http.state.id}"))

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atman_kernels.serve.errors import RequestError
+from atman_kernels.serve.errors import RequestError, request_error
 from atman_kernels.serve.service import Service
 
 LOG = logging.getLogger("atman_kernels.serve")
@@ -43,14 +43,14 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name, began, status = uuid.uuid4().hex, time.perf_counter(), 499
+        name, began, status, answered = uuid.uuid4().hex, time.perf_counter(), 499, False
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
         state["id"] = name
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, answered = message["status"], True
                 _complete(MutableHeaders(scope=message), name, scope["path"])
             await send(message)
 
@@ -61,8 +61,12 @@ class Guard:
             try:
                 self._check(scope)
                 await self._app(scope, _limited(receive, self._service.settings.max_bytes), answer)
-            except RequestError as error:
-                await _refuse(answer, error)
+            except Exception as error:  # refused here, or a defect of ours
+                if not isinstance(error, RequestError):
+                    LOG.exception("request %s failed", name)
+                if answered:
+                    raise
+                await _refuse(answer, request_error(error))
             finally:
                 self._write_down(scope, name, status, time.perf_counter() - began)
 

@@ -94,6 +94,18 @@ def test_loopback(host, own):
     assert is_loopback(host) is own
 
 
+def test_a_defect_is_answered_counted_and_logged_as_one(model, monkeypatch, caplog):
+    with running(model, tiny_models.tokenizer()) as service:
+        monkeypatch.setattr(service.service.engine, "describe", lambda: 1 / 0)
+        response = service.http.get("/v1/models")
+        counted = service.http.get("/metrics").text
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "internal")
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert 'atman_requests_total{endpoint="/v1/models",status="500"} 1.0' in counted
+    (said,) = [record for record in caplog.records if record.exc_info]
+    assert said.getMessage() == f"request {response.headers['x-request-id']} failed"
+
+
 # The page -------------------------------------------------------------------------------------------------------------
 
 
