@@ -17,7 +17,6 @@ from atman_kernels.explain.explainer import Explainer
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.tokenization import encode_prompt
-from atman_kernels.planning.factors import factor_rows
 from atman_kernels.planning.units import Unit
 from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.run.runner import Outcome, Runner
@@ -68,19 +67,9 @@ class ControlledExplainer(Explainer):
         shares = self._shares_of(objective, control)
         if not shares:
             raise InputError(f"controls: no token lies in {control}")
-        unit = Unit("", 0, 0, tuple(shares))
-        row = factor_rows([unit], len(objective.inputs), control.factor)[0]
-        if self.similarity_threshold is not None and objective.embedded is None:
-            with torch.inference_mode():
-                table = self.model.get_input_embeddings()
-                embeddings = table(objective.inputs).float().cpu()
-            row = factor_rows(
-                [unit],
-                len(objective.inputs),
-                control.factor,
-                embeddings=embeddings,
-                similarity_threshold=self.similarity_threshold,
-            )[0]
+        threshold = self.similarity_threshold if objective.embedded is None else None
+        held = replace(objective, units=(Unit("", 0, 0, tuple(shares)),))
+        row = Perturbation(factor=control.factor, similarity_threshold=threshold).factors(self.model, held)[0]
         for token, share in shares.items():
             row[token] = 1 + (control.factor - 1) * (share if control.overlap == "partial" else 1)
         return row

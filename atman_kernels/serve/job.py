@@ -34,7 +34,7 @@ class Job:
         request: what is wanted.
         client: whose it is, for taking turns.
         tokens: of the prompt with the answer, or with the longest that the model may give.
-        begun, deadline: when its work began, and when it must be done.
+        deadline: when it must be done, once its work has begun.
         cancelled: why nobody waits for it any more.
         finished: whether its last event was told.
     """
@@ -44,7 +44,6 @@ class Job:
     tokens: int
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     queued: float = field(default_factory=time.monotonic)
-    begun: float | None = None
     deadline: float | None = None
     cancelled: RequestError | None = None
     finished: bool = False
@@ -74,8 +73,7 @@ class Job:
 
     def begin(self, seconds: float) -> None:
         """Its work begins, and may take so long."""
-        self.begun = time.monotonic()
-        self.deadline = self.begun + seconds
+        self.deadline = time.monotonic() + seconds
 
     def fail(self, error: RequestError) -> None:
         """Ends the job with an error, which the client is told."""

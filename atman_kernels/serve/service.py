@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from atman_kernels.serve.engine import Engine, as_json
 from atman_kernels.serve.errors import RequestError
-from atman_kernels.serve.job import Event, Job
+from atman_kernels.serve.job import LAST, Event, Job
 from atman_kernels.serve.metrics import Metrics
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest
 from atman_kernels.serve.settings import Settings
@@ -173,7 +173,7 @@ class EventStream(Response):
                     continue
                 event, coming = coming.result(), None
                 yield self._part(event)
-                if event.name in ("result", "error"):
+                if event.name in LAST:
                     return
         finally:
             if coming is not None:

@@ -49,7 +49,7 @@ class ToldJob:
         self.job.tell("answer", {"text": text[len(self._said) :]})
         self._said = text
 
-    def ask(self, question: "Objective", total_tokens: int) -> None:
+    def ask(self, question: "Objective") -> None:
         """Tells prompt, target and units, once."""
         if self._asked or not self.job.streamed:
             return
@@ -61,7 +61,7 @@ class ToldJob:
                 "target": question.target,
                 "target_tokens": list(question.target_tokens),
                 "units": [asdict(unit) for unit in question.units],
-                "total_tokens": total_tokens,
+                "total_tokens": question.positions,
             },
         )
 
@@ -110,7 +110,7 @@ class Telling(Listener):
             self._check_size(question)
             self._cost[number] = [question.positions - min(unit.token_indices) for unit in question.units]
             self._left[number] = sum(self._cost[number])
-            each.ask(question, question.positions)
+            each.ask(question)
 
     def progressed(self, done: int, total: int) -> None:
         """`done` of `total` tokens went through the model."""

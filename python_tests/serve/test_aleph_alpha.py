@@ -158,6 +158,28 @@ def test_controls_on_a_text(service, model, control, factors):
     assert not torch.allclose(scores(answer), by_hand(model, [1.0] * 6), atol=1e-2), "the control must matter"
 
 
+def test_controls_reach_similar_tokens_where_units_do(service, model):
+    items = [{"type": "text", "data": PROMPT, "controls": [{"start": 3, "length": 2, "factor": 0.25}]}]
+    found = scores(ask(service, items, prompt_granularity={"type": "token"}, contextual_control_threshold=0.05))
+    embedded = torch.nn.functional.normalize(
+        model.get_input_embeddings().weight[[5, 6, 7, 8, 9, 10, 20]].detach(), dim=1
+    )
+    cosine = embedded @ embedded.T
+
+    def factors(token, factor):
+        row = torch.where(cosine[token] >= 0.05, 1 - (1 - factor) * cosine[token], 1.0)
+        row[token] = factor
+        return row
+
+    control = factors(1, 0.25)
+    assert int((control != 1).sum()) > 1, "a token that is similar to the one under the control"
+    rows = torch.stack([control, *(control * factors(token, 0.1) for token in range(6))])
+    with ak.suppress(model, rows), torch.no_grad():
+        logits = model(torch.tensor([[5, 6, 7, 8, 9, 10, 20]] * 7)).logits[:, -2:].log_softmax(-1)
+    logprobs = logits[:, 0, 20] + logits[:, 1, 21]
+    torch.testing.assert_close(found, logprobs[0] - logprobs[1:], rtol=1e-3, atol=1e-4)
+
+
 def test_controls_on_token_ids(service, model):
     items = [{"type": "token_ids", "data": [5, 6, 7, 8, 9, 10], "controls": [{"index": 2, "factor": 0.5}]}]
     found = torch.tensor(ask(service, items)["explanations"][0]["items"][0]["scores"])

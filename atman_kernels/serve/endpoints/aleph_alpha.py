@@ -24,7 +24,6 @@ from atman_kernels.serve.service import TheService, json_response
 router = APIRouter(tags=["Aleph Alpha"])
 VERSION = "1.20.0"  # of that API; the client takes 1.19 and later of 1
 AROUND = 30  # units that a prompt gets where no granularity is asked for, or as near to that as there is
-GRANULARITIES = ("token", "word", "sentence", "paragraph")
 TILES: dict[str, int | str] = {"token": "patch", "word": 2, "sentence": 4, "paragraph": "image"}  # sides, in patches
 EXAMPLE = {
     "model": "smollm2",

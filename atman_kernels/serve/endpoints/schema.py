@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
+from atman_kernels.formula import Mode
 from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Prompt
@@ -15,7 +16,6 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Factor = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]
-Mode = Literal["log_additive", "multiplicative", "shifted"]
 Units = Literal["token", "word", "sentence", "paragraph"] | list[tuple[Index, Index]]
 
 
