@@ -156,7 +156,7 @@ FAULTS = (
     Fault("run: the prompt's last token", ".prompt_length - 1 :] = False", ".prompt_length :] = False", "off by one: a row that predicts is not run",
           (Tests("test_sharing", "removed"), Tests("test_packed_models"), Tests("test_image_text", "removed"))),
     Fault("run: predicted tokens", ".prompt_length + 1) :]", ".prompt_length) :]", "off by one",
-          (Tests("test_packed_models", "full_runs"),)),
+          (Tests("test_explainer", "later_ones"),)),
     # --- the CPU backend in Python ---
     Fault("blocked: window one too short", "return max(0, position - options.sliding_window + 1)",
           "return max(0, position - options.sliding_window + 2)", "off by one", BLOCKED),

@@ -94,11 +94,9 @@ class Explainer:
         self.tokenizer = self._reader.tokenizer
         if self.task == CAUSAL and not hasattr(self.tokenizer, "is_fast"):
             raise InputError(f"tokenizer must be a tokenizer or processor of transformers, got {described(tokenizer)}")
-        self.factor = checked_factor(factor)
-        self.similarity_threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
-        how = Perturbation(
-            choice(mode, "mode", MODES), self.factor, self.similarity_threshold, checked_layers(part, layers)
-        )
+        factor = checked_factor(factor)
+        threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
+        how = Perturbation(choice(mode, "mode", MODES), factor, threshold, checked_layers(part, layers))
         self.runner = Runner(model, how, token_budget, checked_progress(progress))
 
     def explain(
@@ -272,7 +270,7 @@ class Explainer:
         contrasted = [index for index, request in enumerate(requests) if request.versus is not None]
         pairs = list(zip(contrasted, range(len(requests), len(requests) + len(contrasted)), strict=True))
         asked = requests + [requests[index].of_versus() for index in contrasted]
-        objectives = self._objectives(asked, _names(len(requests), contrasted))
+        objectives = ROWS[self.task].build(self._reader, asked, _names(len(requests), contrasted))
         for first, second in pairs:
             check_answers(objectives[first], objectives[second])
         answered = time.perf_counter()
@@ -286,11 +284,6 @@ class Explainer:
             errors = None if outcome.draws is None else errors_of(outcome.draws[first] - outcome.draws[second])
             explanations[first] = contrast(explanations[first], explanations[second], errors)
         return explanations[: len(requests)]
-
-    def _objectives(self, requests: list[Request], names: list[str | None]) -> Sequence[Objective]:
-        if self.task == CAUSAL:
-            return causal_objectives(self._reader, requests, names)
-        return [ROWS[self.task].build(self._reader, request) for request in requests]
 
     def ablate(
         self,
@@ -358,6 +351,16 @@ class Explainer:
             settings=settings,
             stats=seconds | outcome.work.stats,
         )
+
+    @property
+    def factor(self) -> float:
+        """What is kept of the attention to a suppressed unit."""
+        return self.runner.perturbation.factor
+
+    @property
+    def similarity_threshold(self) -> float | None:
+        """The cosine from which tokens are suppressed along with a unit; None: the unit alone."""
+        return self.runner.perturbation.similarity_threshold
 
     @property
     def suppression(self) -> dict[str, Any]:

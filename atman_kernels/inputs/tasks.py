@@ -59,24 +59,20 @@ class Row:
 
     Attributes:
         takes: the argument that must be there.
-        build: makes the objective of one request.
+        build: makes the objectives of requests that belong to one call; the names are theirs in errors.
         beside: a prompt may come beside the images.
         pairs: the prompt may be a pair of texts.
         options: which of "labels" and "pooling" it has.
     """
 
     takes: Literal["prompt", "images", "audio"]
-    build: Callable[[Reader, Request], Objective]
+    build: Callable[[Reader, Sequence[Request], Sequence[str | None] | None], Sequence[Objective]]
     beside: bool = False
     pairs: bool = False
     options: tuple[str, ...] = ()
 
 
 # Builders -----------------------------------------------------------------------------------------------------
-
-
-def _causal(reader: Reader, asked: Request) -> Objective:
-    return causal_objectives(reader, [asked])[0]
 
 
 def causal_objectives(
@@ -169,17 +165,24 @@ def _embedding(reader: Reader, asked: Request) -> Objective:
     return similarity.text_objective(reader.model, reader.part, reader.processor, read, asked.target, asked.pooling)
 
 
+def _each(
+    builder: Callable[[Reader, Request], Objective],
+) -> Callable[[Reader, Sequence[Request], Sequence[str | None] | None], list[Objective]]:
+    """A builder of one objective, for every request."""
+    return lambda reader, asked, names: [builder(reader, request) for request in asked]
+
+
 ROWS: dict[Task, Row] = {
-    CAUSAL: Row("prompt", _causal),
-    "text2text-generation": Row("prompt", _text_to_text),
-    "automatic-speech-recognition": Row("audio", _audio_to_text),
-    "image-text-to-text": Row("images", _images_to_text, beside=True),
-    "visual-question-answering": Row("images", _blip, beside=True),
-    "image-to-text": Row("images", _blip, beside=True),
-    "text-classification": Row("prompt", _text_label, pairs=True),
-    "image-classification": Row("images", _image_label),
-    "zero-shot-image-classification": Row("images", _image_among_texts, options=("labels",)),
-    "feature-extraction": Row("prompt", _embedding, options=("pooling",)),
+    CAUSAL: Row("prompt", causal_objectives),
+    "text2text-generation": Row("prompt", _each(_text_to_text)),
+    "automatic-speech-recognition": Row("audio", _each(_audio_to_text)),
+    "image-text-to-text": Row("images", _each(_images_to_text), beside=True),
+    "visual-question-answering": Row("images", _each(_blip), beside=True),
+    "image-to-text": Row("images", _each(_blip), beside=True),
+    "text-classification": Row("prompt", _each(_text_label), pairs=True),
+    "image-classification": Row("images", _each(_image_label)),
+    "zero-shot-image-classification": Row("images", _each(_image_among_texts), options=("labels",)),
+    "feature-extraction": Row("prompt", _each(_embedding), options=("pooling",)),
 }
 
 

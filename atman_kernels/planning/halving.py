@@ -23,7 +23,8 @@ class Rung:
 
     Attributes:
         recompute: prompt tokens before the answer that its variants recompute.
-        keep: candidates that go on to the next round, if the rounds agree about the strongest.
+        keep: candidates that go on to the next round, if the rounds agree about the strongest; of the last round, those
+            that are run exactly.
     """
 
     recompute: int
@@ -43,7 +44,7 @@ def rungs(n_units: int, prompt_length: int, exact: int) -> tuple[Rung, ...]:
 
     Example:
         >>> rungs(1000, 1000, exact=16)
-        (Rung(recompute=16, keep=334), Rung(recompute=64, keep=112))
+        (Rung(recompute=16, keep=334), Rung(recompute=64, keep=16))
         >>> rungs(30, 1000, exact=16)
         ()
     """
@@ -53,7 +54,7 @@ def rungs(n_units: int, prompt_length: int, exact: int) -> tuple[Rung, ...]:
         candidates = max(exact, math.ceil(candidates / SHARE))
         found.append(Rung(depth, candidates))
         depth *= GROWTH
-    return tuple(found)
+    return (*found[:-1], *(Rung(last.recompute, exact) for last in found[-1:]))
 
 
 def promise(falls: Sequence[float], following: Sequence[Sequence[int]]) -> list[float]:
@@ -81,12 +82,14 @@ def agreement(before: Sequence[int], after: Sequence[int], count: int) -> float:
     """Which part of the strongest `count` candidates of one round were among those of the round before.
 
     Args:
-        before, after: candidates of both rounds, strongest first.
+        before, after: candidates of both rounds, strongest first; a first round has none before it, and agrees by half.
 
     Example:
         >>> agreement([4, 2, 9, 1], [2, 4, 1], count=3)
         0.6666666666666666
     """
+    if not before:
+        return 0.5
     strongest = after[:count]
     return len(set(strongest) & set(before[:count])) / max(1, len(strongest))
 

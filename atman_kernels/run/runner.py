@@ -1,7 +1,7 @@
 """`Runner`: what a model says to some objectives under suppression, by the fastest way that was shown to be exact."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -113,18 +113,19 @@ class Runner:
         factors = list(factors)
         started = self.start(objectives) if started is None else started
         objectives, work = started.objectives, started.work
-        packs = self._packs(started, factors, recompute)
-        if recompute is not None:
-            self.check_depth(started)
-        total = _full_row_tokens(objectives, factors) if packs is None else packs.tree.tokens
+        packable = started.packable if recompute is None else self.packable(started)
+        finished: Iterable[tuple[Variant, Tensor]]
+        if packable is None:
+            total = _full_row_tokens(objectives, factors)
+        else:
+            total, finished = self._packed(packable, factors, recompute, work)
         with Meter(self.progress, total, description) as meter:
-            finished: Iterable[tuple[Variant, Tensor]]
-            if packs is None or started.unperturbed is None:
+            work.advance = meter.advance
+            if packable is None:
                 path: Path = "batched"
                 unperturbed, finished = self._full_rows(objectives, factors, self._budget(objectives), work, meter)
             else:
-                path, work.advance, unperturbed = "packed", meter.advance, started.unperturbed
-                finished = packs.runs.run_tree(packs.base, packs.tree)
+                path, unperturbed = "packed", packable.unperturbed
             # a variant that suppresses nothing, and tokens before its suffix, are as they were
             perturbed = [own.repeat(len(rows), 1) for own, rows in zip(unperturbed, factors, strict=True)]
             for variant, values in finished:
@@ -135,14 +136,19 @@ class Runner:
         work.advance = lambda tokens: None
         return Outcome(unperturbed, perturbed, work, path)
 
-    def check_depth(self, started: "Started") -> None:
-        """Raises UnsupportedModelError if variants are full rows, which share no keys and values that could be kept."""
-        if started.unperturbed is None:
+    def packable(self, started: "Started") -> "Packable":
+        """What packs go on from.
+
+        Raises:
+            UnsupportedModelError: variants are full rows, which share no keys and values that could be kept.
+        """
+        if started.packable is None:
             reason = self.unpackable or "its variants are full rows"
             raise UnsupportedModelError(
                 f"recompute: {type(self.model).__name__} shares no keys and values between variants ({reason}), so "
                 "there is nothing to keep; leave recompute and exact out"
             )
+        return started.packable
 
     def start(self, objectives: Sequence[Objective]) -> "Started":
         """The base runs, and the probe whether packs reproduce them."""
@@ -155,17 +161,9 @@ class Runner:
         if found is None:
             return started
         base, own = found
-        nothing = torch.ones(0, 1, dtype=torch.float32, device="cpu")
-        runs = PackedRuns(
-            self.model,
-            sequences,
-            [nothing.expand(0, each.positions) for each in sequences],  # riders have no row
-            self.perturbation,
-            self._budget(started.objectives),
-            started.work,
-        )
-        unperturbed = self._probe(runs, base, own)
-        return started if unperturbed is None else replace(started, base=base, unperturbed=unperturbed)
+        no_rows = [torch.ones(0, each.positions, dtype=torch.float32, device="cpu") for each in sequences]
+        unperturbed = self._probe(self._runs(sequences, no_rows, started.work), base, own)
+        return started if unperturbed is None else replace(started, packable=Packable(sequences, base, unperturbed))
 
     def _forget_other_dtypes(self) -> None:
         """Autocast comes and goes: what was found out about the model is about one dtype."""
@@ -173,7 +171,7 @@ class Runner:
         if dtype != self._dtype:
             self._dtype, self._tolerance, self.unpackable = dtype, None, None
 
-    def _budget(self, objectives: list[Objective]) -> int:
+    def _budget(self, objectives: Sequence[Objective]) -> int:
         """Tokens per forward, of the memory that base runs leave."""
         if self.token_budget is not None:
             return self.token_budget
@@ -183,14 +181,15 @@ class Runner:
 
     # Packs ----------------------------------------------------------------------------------------------------
 
-    def _packs(self, started: "Started", factors: list[Tensor], recompute: int | None) -> "_Packs | None":
-        """What is to run over the base runs; None if these objectives do not pack."""
-        base = started.base
-        if base is None or started.unperturbed is None:
-            return None
-        sequences = [each for objective in started.objectives if (each := objective.sequence) is not None]
-        budget = self._budget(started.objectives)
-        runs = PackedRuns(self.model, sequences, factors, self.perturbation, budget, started.work)
+    def _runs(self, sequences: list[CausalObjective], factors: list[Tensor], work: Work) -> PackedRuns:
+        return PackedRuns(self.model, sequences, factors, self.perturbation, self._budget(sequences), work)
+
+    def _packed(
+        self, packable: "Packable", factors: list[Tensor], recompute: int | None, work: Work
+    ) -> tuple[int, Iterator[tuple[Variant, Tensor]]]:
+        """How many tokens will run, and every variant with its values, which run as they are asked for."""
+        sequences, base = packable.sequences, packable.base
+        runs = self._runs(sequences, factors, work)
         firsts = [first_suppressed(rows) for rows in factors]
         if recompute is not None:
             firsts = [
@@ -200,7 +199,8 @@ class Runner:
         variants = variants_of(sequences, firsts, _snap(base.suffix_starts()))
         # where K/V of suppressed tokens are the unperturbed ones, variants that agree from there on are still different
         tree = PrefixTree(variants) if recompute is not None else self._tree(runs, base, variants)
-        return _Packs(runs, base, runs.thinned(base, tree))
+        tree = runs.thinned(base, tree)
+        return tree.tokens, runs.run_tree(base, tree)
 
     def _tree(self, runs: PackedRuns, base: Base, variants: list[Variant]) -> PrefixTree:
         """The variants, and what several of them have in common."""
@@ -323,7 +323,6 @@ class Runner:
         riders = [Variant(number, None, 0, objective.positions) for number, objective in enumerate(objectives)]
         everything = [*variants, *riders]
         meter.restart(_full_row_tokens(objectives, factors))
-        work.advance = meter.advance
         alone = self._rows_alone(objectives, work)
         unperturbed, finished = list(alone), []
         if self._mixing is not None:
@@ -380,30 +379,33 @@ class Runner:
 
 
 @dataclass(frozen=True, eq=False)
+class Packable:
+    """What packs go on from, where they were shown to reproduce the model.
+
+    Attributes:
+        sequences: the objectives.
+        base: their K/V with nothing suppressed.
+        unperturbed: per objective, (m,) its values by a packed suffix with nothing suppressed.
+    """
+
+    sequences: list[CausalObjective]
+    base: Base
+    unperturbed: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Started:
     """Objectives whose base runs are there.
 
     Attributes:
         objectives: what is asked.
         work: what it cost so far; runs that go on from here add to it.
-        base: K/V of the objectives with nothing suppressed; None where they do not pack.
-        unperturbed: per objective, (m,) its values by a packed suffix with nothing suppressed; None where packs do not
-            reproduce the model.
+        packable: None where variants are full rows.
     """
 
     objectives: list[Objective]
     work: Work
-    base: Base | None = None
-    unperturbed: list[Tensor] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Packs:
-    """What runs over a base: the variants, and what several of them have in common."""
-
-    runs: PackedRuns
-    base: Base
-    tree: PrefixTree
+    packable: Packable | None = None
 
 
 def _full_row_tokens(objectives: list[Objective], factors: list[Tensor]) -> int:

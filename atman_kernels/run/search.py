@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from atman_kernels.inputs.objective import Objective
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.halving import WAKE, agreement, kept, promise, rungs
 from atman_kernels.run.runner import Outcome, Runner, Started
 
@@ -46,8 +47,11 @@ def strongest(
         UnsupportedModelError: variants of the model are full rows, which have no depth.
     """
     started = runner.start(objectives)
-    runner.check_depth(started)
-    searches = [_Search(objective, rows, exact) for objective, rows in zip(objectives, factors, strict=True)]
+    packable = runner.packable(started)
+    searches = [
+        _Search(sequence, rows, own, exact)
+        for sequence, rows, own in zip(packable.sequences, factors, packable.unperturbed, strict=True)
+    ]
     while any(search.depth is not None for search in searches):
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
             asked = [n for n, search in enumerate(searches) if search.depth == depth]
@@ -70,13 +74,12 @@ def strongest(
 class _Search:
     """One objective's candidates."""
 
-    def __init__(self, objective: Objective, factors: Tensor, exact: int) -> None:
-        assert objective.sequence is not None
+    def __init__(self, objective: CausalObjective, factors: Tensor, unperturbed: Tensor, exact: int) -> None:
         self.factors, self.exact = factors, exact
-        # of the deepest round so far
-        self.values = torch.zeros(len(factors), len(objective.target_tokens), dtype=torch.float32, device="cpu")
+        self.values = unperturbed.repeat(len(factors), 1)  # then those of the deepest round so far
         self.candidates = list(range(len(factors)))
-        self._rungs = list(rungs(len(factors), objective.sequence.prompt_length, exact))
+        self._unperturbed = unperturbed
+        self._rungs = list(rungs(len(factors), objective.prompt_length, exact))
         self._before: list[int] = []
         self._following = _following(objective)
 
@@ -85,26 +88,22 @@ class _Search:
         """Of the next round; None where there is none."""
         return self._rungs[0].recompute if self._rungs else None
 
-    def learn(self, unperturbed: Tensor, values: Tensor) -> None:
-        """What a round found out: (m,) and (n_candidates, m). The weaker candidates are out."""
+    def learn(self, values: Tensor) -> None:
+        """What a round found out, (n_candidates, m). The weaker candidates are out."""
         rung = self._rungs.pop(0)
         self.values[self.candidates] = values
-        falls = (unperturbed - self.values).double().sum(1)
-        falls[[row for row in range(len(falls)) if row not in set(self.candidates)]] = -torch.inf
-        worth = torch.tensor(promise(falls.tolist(), self._following), dtype=torch.float64, device="cpu")
-        worth[falls == -torch.inf] = -torch.inf
-        ordered = torch.argsort(worth, descending=True, stable=True)[: len(self.candidates)].tolist()
-        agreed = agreement(self._before, ordered, self.exact) if self._before else 0.5
-        settled = bool(self._before) and ordered[: self.exact] == self._before[: self.exact]
+        falls = torch.full((len(self.values),), -torch.inf, dtype=torch.float64, device="cpu")  # of those that are out
+        falls[self.candidates] = (self._unperturbed - values).double().sum(1)
+        worth = promise(falls.tolist(), self._following)
+        ordered = sorted(self.candidates, key=lambda row: -worth[row])
+        agreed = agreement(self._before, ordered, self.exact)
+        if ordered[: self.exact] == self._before[: self.exact]:
+            self._rungs = []  # the order has settled
         self._before = ordered
-        if settled or not self._rungs:
-            self._rungs = []
-            self.candidates = ordered[: self.exact]
-        else:
-            self.candidates = ordered[: kept(rung, agreed)]
+        self.candidates = sorted(ordered[: kept(rung, agreed) if self._rungs else self.exact])
 
 
-def _following(objective: Objective) -> list[list[int]]:
+def _following(objective: CausalObjective) -> list[list[int]]:
     """Per unit, those that begin after it, nearest first."""
     order = sorted(range(len(objective.units)), key=lambda i: min(objective.units[i].token_indices))
     place = {unit: at for at, unit in enumerate(order)}
@@ -127,4 +126,4 @@ def _round(
 
     outcome = runner.run(started.objectives, rows, "searching", roughly, recompute=depth, started=started)
     for number in asked:
-        searches[number].learn(outcome.unperturbed[number], outcome.perturbed[number])
+        searches[number].learn(outcome.perturbed[number])

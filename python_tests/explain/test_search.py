@@ -9,7 +9,7 @@ import torch
 from image_text_cases import TEXTS
 
 import atman_kernels as ak
-from atman_kernels.planning.halving import Rung, agreement, kept, rungs
+from atman_kernels.planning.halving import Rung, agreement, kept, promise, rungs
 
 WORDS = " ".join(f"w{i % 90}" for i in range(70))
 ANSWER = "w20 w21 w22"
@@ -105,6 +105,14 @@ def test_a_search_over_several_prompts_finds_for_each_what_it_finds_alone():
     assert all(together[1].exact), "so few units are all exact"
 
 
+def test_exact_scores_of_a_float64_model_are_not_rounded_on_their_way():
+    model = tiny_models.build("llama").double()
+    one = ak.Explainer(model, tiny_models.tokenizer(), progress=False)
+    everything, found = one.explain(WORDS, ANSWER), one.explain(WORDS, ANSWER, exact=10)
+    exact = torch.tensor(found.exact)
+    torch.testing.assert_close(found.scores[exact], everything.scores[exact], atol=1e-9, rtol=3e-7)
+
+
 def test_more_than_there_are_units_makes_all_exact():
     one = explainer()
     found = one.explain(WORDS, ANSWER, exact=1000)
@@ -179,5 +187,12 @@ def test_rounds():
             assert exact <= rung.keep <= candidates
             assert before is None or rung.recompute > before.recompute
             candidates = rung.keep
+        assert found[-1].keep == exact, "these run exactly"
     assert kept(Rung(64, 40), 0.0) == 80
     assert agreement([1, 2, 3], [3, 2, 1], 2) == 0.5
+    assert agreement([], [3, 2, 1], 2) == 0.5
+
+
+def test_what_comes_before_a_strong_unit_goes_on_with_it():
+    assert promise([0.0, 0.0, 8.0, -1.0], [[1, 2, 3], [2, 3], [3], []]) == [2.0, 4.0, 8.0, -1.0]
+    assert promise([5.0, float("-inf"), 8.0], [[1, 2], [2], []]) == [5.0, 4.0, 8.0]

@@ -190,6 +190,9 @@ def test_pictures_go_through_the_processor_and_tiles_have_boxes():
     same = explainer(model, processor).explain(images=pixels, units=2)
     torch.testing.assert_close(found.scores, same.scores, atol=1e-6, rtol=0)
     assert explainer(model, processor).explain(images=pixels, units="image").scores.shape == (1, 1)
+    assert explainer(model, processor).explain(images=pixels, image_units="image").scores.shape == (1, 1)
+    with pytest.raises(ak.InputError, match="units and image_units both say how the image is cut, got 2 and 'patch'"):
+        explainer(model, processor).explain(images=pixels, units=2, image_units="patch")
 
 
 def test_boxes_leave_out_what_a_crop_cut_away():
