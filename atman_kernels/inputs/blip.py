@@ -17,7 +17,7 @@ from atman_kernels.hf.images.embedding import refusals_named
 from atman_kernels.inputs.encoder_inputs import EncoderInputs, read_image
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of, room_for_answer
 from atman_kernels.inputs.objective import ForwardObjective
-from atman_kernels.inputs.own_answer import generated, without_ends
+from atman_kernels.inputs.own_answer import check_said, generated, without_ends
 from atman_kernels.inputs.request import Request
 from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.inputs.tokenization import checked_target_ids, checked_text, encode, special_flags
@@ -183,4 +183,4 @@ def _own_answer(
             eos_token_id=config.sep_token_id,
             pad_token_id=config.pad_token_id,
         )
-    return without_ends(answer, {config.sep_token_id, config.pad_token_id})
+    return check_said(without_ends(answer, {config.sep_token_id, config.pad_token_id}))

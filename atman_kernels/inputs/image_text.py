@@ -25,7 +25,7 @@ from atman_kernels.inputs.chat import templated
 from atman_kernels.inputs.encoder_inputs import EncoderInputs, one_or_several
 from atman_kernels.inputs.image_units import ImageUnitChoice, image_units_of, sizes_of
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
-from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
+from atman_kernels.inputs.own_answer import check_said, end_ids, generated, without_ends
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.inputs.tokenization import Prompt, UnitChoice, checked_prompt, special_flags, target_ids
@@ -89,7 +89,7 @@ def ask_about_images(
             with refusals_named(model):
                 room = room_for_answer(length, most, max_new_tokens)
                 said = generated(model, tokenizer, read.inputs, length, room)
-            given = without_ends(said, end_ids(model, tokenizer))
+            given = check_said(without_ends(said, end_ids(model, tokenizer)))
             target = str(tokenizer.decode(given))
         answer = torch.tensor(given, device=model.device)
         rows = torch.arange(len(answer), device=model.device) + length - 1
@@ -212,7 +212,7 @@ def check_without_images(model: PreTrainedModel, processor: Any, prompt: Prompt)
     pixels = inspect.signature(model.forward).parameters.get("pixel_values")
     if pixels is not None and pixels.default is inspect.Parameter.empty:
         raise InputError(f"images is missing; {type(model).__name__} reads no text without them")
-    placeholder = _placeholder(processor)
+    placeholder = placeholder_of(processor)
     if placeholder and isinstance(prompt, str) and placeholder in prompt:
         raise InputError(f"images is missing, but the text has the placeholder {placeholder!r}")
 
@@ -226,7 +226,7 @@ def _processed(processor: Any, prompt: Any, images: list[Any], chat: bool) -> tu
         prompt = [{"role": "user", "content": content}]
     is_template = not isinstance(prompt, str)
     text = templated(processor, checked_prompt(prompt)) if is_template else text_or_empty(prompt, "prompt")
-    placeholder = _placeholder(processor)
+    placeholder = placeholder_of(processor)
     count = text.count(placeholder) if placeholder else 0
     if count and count != len(images):  # without any, some processors put them in themselves
         raise InputError(f"text has {count} times the placeholder {placeholder!r}, but images has {len(images)}")
@@ -238,7 +238,8 @@ def _processed(processor: Any, prompt: Any, images: list[Any], chat: bool) -> tu
         raise InputError(f"{type(processor).__name__} does not take these images and this text: {said[0]}") from error
 
 
-def _placeholder(processor: Any) -> str | None:
+def placeholder_of(processor: Any) -> str | None:
+    """What stands for a picture in a text; None where the processor has nothing for that."""
     for name in ("boi_token", "image_token"):  # Gemma 3 writes the first where others write the second
         token = getattr(processor, name, None)
         if token is not None:

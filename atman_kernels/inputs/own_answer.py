@@ -120,14 +120,10 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def without_ends(answer: list[int], ends: set[int]) -> list[int]:
-    """The answer without the marks at its end.
-
-    Raises:
-        InputError: nothing is left.
-    """
+    """The answer without the marks at its end; nothing may be left."""
     while answer and answer[-1] in ends:
         answer = answer[:-1]
-    return check_said(answer)
+    return answer
 
 
 def check_said(answer: list[int]) -> list[int]:

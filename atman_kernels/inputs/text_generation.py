@@ -14,7 +14,7 @@ from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.models.model_input import Embedded, ModelInput, WithPixels
 from atman_kernels.inputs.limits import check_length, language_positions, room_for_answer
 from atman_kernels.inputs.objective import Objective
-from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
+from atman_kernels.inputs.own_answer import check_said, end_ids, generated, without_ends
 from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.inputs.tokenization import Prompt, PromptTokens, UnitChoice, read_prompt, target_ids
 from atman_kernels.planning.units import target_units
@@ -175,4 +175,4 @@ def _own_answer(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     length = len(prompt_ids)
     answer = generated(model, tokenizer, inputs, length, room_for_answer(length, most, max_new_tokens))
-    return without_ends(answer, end_ids(model, tokenizer))
+    return check_said(without_ends(answer, end_ids(model, tokenizer)))

@@ -15,7 +15,7 @@ from atman_kernels.formula import MODES
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.image_text import read_with_images
 from atman_kernels.inputs.limits import language_positions, room_for_answer
-from atman_kernels.inputs.own_answer import end_ids, generated
+from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
 from atman_kernels.planning.units import GRANULARITIES, Unit
 from atman_kernels.progress import listening
 from atman_kernels.run.perturbation import Perturbation
@@ -192,12 +192,9 @@ class Engine:
             before = int(steered.inputs["input_ids"].shape[1])
             room = room_for_answer(before, language_positions(self.model), request.max_new_tokens)
             ids = generated(self.model, self.tokenizer, steered.inputs, before, room)
-        ends = end_ids(self.model, self.tokenizer)
-        while ids and ids[-1] in ends:
-            ids.pop()
         return {
             "prompt": steered.texts[0],
-            "answer": self.tokenizer.decode(ids),
+            "answer": self.tokenizer.decode(without_ends(ids, end_ids(self.model, self.tokenizer))),
             "spans": [
                 {
                     "text": span.unit.text,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from atman_kernels.explain import methods
+from atman_kernels.inputs.image_text import placeholder_of
 from atman_kernels.inputs.token_texts import token_texts_of
-from atman_kernels.inputs.tokenization import PromptTokens, encode, read_prompt, special_flags, target_ids
+from atman_kernels.inputs.tokenization import PromptTokens, encode, read_prompt, special_flags, target_ids, tokenizer_of
 from atman_kernels.planning.units import GRANULARITIES, split_units
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest
@@ -29,8 +30,8 @@ class Measuring:
 
     def __init__(self, model: Any, given: Any, settings: Settings) -> None:
         self._model, self._settings = model, settings
-        self._tokenizer = copy.deepcopy(getattr(given, "tokenizer", given))
-        self._placeholder = getattr(given, "boi_token", None) or getattr(given, "image_token", None)
+        self._tokenizer = copy.deepcopy(tokenizer_of(given))
+        self._placeholder = placeholder_of(given)
         self._lock = threading.Lock()
 
     def measure(self, request: ExplainRequest | AnswerRequest) -> int:
@@ -90,7 +91,7 @@ class Measuring:
         """
         if self._placeholder is None:
             raise RequestError("invalid_request", "prompt: this model reads no images", param="prompt")
-        return str(self._placeholder)
+        return self._placeholder
 
     def text_of(self, ids: Sequence[int], name: str) -> tuple[str, list[Span]]:
         """The text of token ids, and the characters of each.
