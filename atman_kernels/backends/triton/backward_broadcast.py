@@ -6,8 +6,8 @@ A tile of it walks over all of these pairs. Nothing is added atomically, see `ba
 import triton
 import triton.language as tl
 
-from atman_kernels.backends.triton.backward_steps import exponential, pair_gradients, score
-from atman_kernels.backends.triton.primitives import sees, visible_positions
+from atman_kernels.backends.triton.backward_steps import exponential, pair_gradients, row_states, score
+from atman_kernels.backends.triton.primitives import load_rows, sees, visible_positions
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "variants", "queries", "places_of_keys", "window"])
@@ -118,37 +118,10 @@ def broadcast_gradient(
                     row_exists = row_exists & (at_query >= prefix)
                 row = tl.where(row_exists, at_query + row_origin, 0)
                 offset = (batch * HEADS + wide_head) * rows + row
-                row = row.to(tl.int64)
-                o_query = batch * query_strides[0] + wide_head * query_strides[1] + row * query_strides[2]
-                b_query = tl.load(
-                    query + o_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0
-                )
-                o_grad = (
-                    batch * grad_output_strides[0] + wide_head * grad_output_strides[1] + row * grad_output_strides[2]
-                )
-                b_grad = tl.load(
-                    grad_output + o_grad[:, None] + o_dv[None, :] * grad_output_strides[3],
-                    mask=o_dv[None, :] < DV,
-                    other=0.0,
-                )
-                b_total = tl.load(total + offset, mask=row_exists, other=float("inf"))[:, None]
-                b_delta = tl.load(delta + offset)[:, None]
-                states = (b_total, b_delta, None, None, None)
-                if MODE == "shifted":
-                    states = (
-                        b_total,
-                        b_delta,
-                        tl.load(minimum + offset)[:, None],
-                        tl.load(lowest + offset)[:, None],
-                        tl.load(share + offset)[:, None],
-                    )
-                first, last = visible_positions(
-                    at_query + ahead,
-                    tl.zeros([BLOCK_M], tl.int32),
-                    tl.zeros([BLOCK_M], tl.int32) + all_keys,
-                    window,
-                    IS_CAUSAL,
-                )
+                b_query = load_rows(query, query_strides, batch, wide_head, row, D, BLOCK_D)
+                b_grad = load_rows(grad_output, grad_output_strides, batch, wide_head, row, DV, BLOCK_DV)
+                states = row_states(total, delta, minimum, lowest, share, offset, row_exists, MODE, 1)
+                first, last = visible_positions(at_query + ahead, 0, all_keys, window, IS_CAUSAL)
                 last = tl.where(row_exists, last, 0)
                 seen_stop = tl.minimum(key_stop, tl.max(last))
                 for key_start in range(0 if OVER_KEYS else key_begin, seen_stop, BLOCK_N):
@@ -192,7 +165,7 @@ def broadcast_gradient(
 
                     product = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
                     scores, _ = score(product, b_bias, unit, inner_scale, SOFTCAP)
-                    by_weight = tl.dot(b_grad, tl.trans(b_value), input_precision=PRECISION) - b_delta
+                    by_weight = tl.dot(b_grad, tl.trans(b_value), input_precision=PRECISION) - states[1]
                     exponentials = exponential(scores, b_factor, True, states, unit, MODE, OF == "factor")
                     exponentials = tl.where(visible, exponentials, 0.0)
                     by_weight = tl.where(visible, by_weight, 0.0)

@@ -15,9 +15,10 @@ from atman_kernels.backends.triton.backward_steps import (
     SHIFT,
     exponential,
     pair_gradients,
+    row_states,
     score,
 )
-from atman_kernels.backends.triton.primitives import visible_positions
+from atman_kernels.backends.triton.primitives import load_rows, visible_positions
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "num_tiles", "num_blocks", "window"])
@@ -177,13 +178,7 @@ def key_gradient(
                     full = full & (farthest < start + window)
                     if not IS_CAUSAL:
                         full = full & (nearest > stop - 1 - window)
-                first, last = visible_positions(
-                    row + (keys - rows),
-                    tl.zeros([BLOCK_M], tl.int32),
-                    tl.zeros([BLOCK_M], tl.int32) + keys,
-                    window,
-                    IS_CAUSAL,
-                )
+                first, last = visible_positions(row + (keys - rows), 0, keys, window, IS_CAUSAL)
                 bias_query = row
             else:
                 first = tl.load(places + (BASE_FIRST if KIND == "base" else OWN_FIRST) * rows + row)
@@ -210,33 +205,14 @@ def key_gradient(
                 p_bias = bias + o_bias[None, :] + tile_at.to(tl.int64) * bias_strides[3]
                 b_bias = tl.load(p_bias, mask=visible, other=float("-inf")).to(tl.float32)
 
-            row = row.to(tl.int64)
-            o_query = batch * query_strides[0] + head * query_strides[1] + row * query_strides[2]
-            b_query = tl.load(
-                query + o_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0
-            )
-            b_total = tl.load(total + offset, mask=row_exists, other=float("inf"))[None, :]
-            b_delta = tl.load(delta + offset)[None, :]
-            states = (b_total, b_delta, None, None, None)
-            if MODE == "shifted":
-                states = (
-                    b_total,
-                    b_delta,
-                    tl.load(minimum + offset)[None, :],
-                    tl.load(lowest + offset)[None, :],
-                    tl.load(share + offset, mask=row_exists, other=0.0)[None, :],
-                )
+            b_query = load_rows(query, query_strides, batch, head, row, D, BLOCK_D)
+            states = row_states(total, delta, minimum, lowest, share, offset, row_exists, MODE, 0)
             scores, slope = score(
                 tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION), b_bias, unit, inner_scale, SOFTCAP
             )
             exponentials = exponential(scores, b_factor, flagged, states, unit, MODE, BY_FACTOR)
-            o_grad = batch * grad_output_strides[0] + head * grad_output_strides[1] + row * grad_output_strides[2]
-            b_grad = tl.load(
-                grad_output + o_grad[:, None] + o_dv[None, :] * grad_output_strides[3],
-                mask=o_dv[None, :] < DV,
-                other=0.0,
-            )
-            by_weight = tl.dot(b_value, tl.trans(b_grad), input_precision=PRECISION) - b_delta
+            b_grad = load_rows(grad_output, grad_output_strides, batch, head, row, DV, BLOCK_DV)
+            by_weight = tl.dot(b_value, tl.trans(b_grad), input_precision=PRECISION) - states[1]
             if key_mask is not None:
                 visible &= key_exists[:, None]
             if bias is not None:

@@ -16,10 +16,23 @@ from atman_kernels.backends.triton.backward_steps import (
     SHIFT,
     exponential,
     pair_gradients,
+    row_states,
     score,
 )
-from atman_kernels.backends.triton.forward import ALIGNED, FAR, FLAGS, OWN
-from atman_kernels.backends.triton.primitives import sees, visible_positions
+from atman_kernels.backends.triton.primitives import (
+    ALIGNED,
+    FAR,
+    OWN,
+    flags_of_block,
+    keys_of_part,
+    load_rows,
+    next_part,
+    reach,
+    rows_of_program,
+    sees,
+    share_of,
+    visible_positions,
+)
 
 
 @triton.jit
@@ -57,16 +70,9 @@ def _sweep(
 ):
     """All rows of a tile against one array of keys, or against this split's share of it."""
     key, key_row_stride, key_stride, value, value_row_stride, value_stride = keys_and_values
-    seeing = first < last
-    first = tl.where(seeing, first, FAR)
-    last = tl.where(seeing, last, 0)
-    stop = tl.max(last)
-    start = origin + ((tl.minimum(tl.min(first), FAR - 1) - origin) & -ALIGNED)
-    full_start, full_stop = tl.max(first), tl.min(last)
+    first, last, start, stop, full_start, full_stop = reach(first, last, origin)
     if num_splits != 1:  # 1 is known when compiling, as Triton specializes it
-        share = tl.cdiv(tl.maximum(stop - start, 0), num_splits * BLOCK_N) * BLOCK_N
-        start += split * share
-        stop = tl.minimum(stop, start + share)
+        start, stop = share_of(start, stop, split, num_splits, BLOCK_N)
 
     if factor_rows is not None:
         row_word, positions = factor_rows
@@ -88,9 +94,7 @@ def _sweep(
         if factors is not None:
             position = tl.multiple_of(block - origin, ALIGNED)
             p_factor = factors + position + o_n
-            first_flag = tl.cast(position >> touched_shift, tl.int64)
-            last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
-            flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
+            _, _, flagged = flags_of_block(touched, touched_shift, position, BLOCK_N)
             if factor_rows is None:
                 b_factor = tl.load(p_factor, mask=in_reach, other=1.0)[None, :]
                 flagged = True  # to look costs less than not to
@@ -216,26 +220,11 @@ def query_gradient(
     BLOCK_DV: tl.constexpr,
 ):
     """The gradient by the queries: rows walk over the keys that they see. `PASS` says what the walk collects."""
-    program = tl.program_id(0)
-    tile = num_tiles - 1 - program % num_tiles  # later rows reach further: they start first
-    first_head = program // num_tiles % (HEADS // GROUP) * GROUP
-    batch = program // num_tiles // (HEADS // GROUP) % BATCH
-    split = 0
-    if num_splits != 1:
-        split = program // num_tiles // (HEADS // GROUP) // BATCH
-
-    lane = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    stored = lane < rows * GROUP
-    lane = tl.minimum(lane, rows * GROUP - 1)  # past the end the last row is computed again
-    row = lane // GROUP
-    head = (first_head + lane % GROUP).to(tl.int64)
-    kv_head = tl.cast(first_head // (HEADS // KV_HEADS), tl.int64)
+    batch, split, row, head, kv_head, stored = rows_of_program(rows, num_tiles, BATCH, HEADS, KV_HEADS, GROUP, BLOCK_M)
 
     if places is None:
         variant = tl.zeros([BLOCK_M], tl.int32) + batch
-        first, last = visible_positions(
-            row + (keys - rows), tl.zeros([BLOCK_M], tl.int32), tl.zeros([BLOCK_M], tl.int32) + keys, window, IS_CAUSAL
-        )
+        first, last = visible_positions(row + (keys - rows), 0, keys, window, IS_CAUSAL)
         base_start = tl.zeros([BLOCK_M], tl.int32)
         bias_query = row
         shift = base_start
@@ -251,26 +240,9 @@ def query_gradient(
     batch = tl.cast(batch, tl.int64)
 
     offset = (batch * HEADS + head) * rows + row
-    o_d = tl.arange(0, BLOCK_D)
-    o_dv = tl.arange(0, BLOCK_DV)
-    row = row.to(tl.int64)
-    p_query = query + batch * query_strides[0] + head * query_strides[1] + row * query_strides[2]
-    b_query = tl.load(p_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0)
-    p_grad = grad_output + batch * grad_output_strides[0] + head * grad_output_strides[1] + row * grad_output_strides[2]
-    b_grad = tl.load(p_grad[:, None] + o_dv[None, :] * grad_output_strides[3], mask=o_dv[None, :] < DV, other=0.0)
-    if MODE == "shifted":
-        if PASS == "minimum":
-            states = (tl.load(total + offset)[:, None], None, None, None, None)
-        else:
-            states = (
-                tl.load(total + offset)[:, None],
-                tl.load(delta + offset)[:, None],
-                tl.load(minimum + offset)[:, None],
-                tl.load(lowest + offset)[:, None],
-                tl.load(share + offset)[:, None],
-            )
-    else:
-        states = (tl.load(total + offset)[:, None], tl.load(delta + offset)[:, None], None, None, None)
+    b_query = load_rows(query, query_strides, batch, head, row, D, BLOCK_D)
+    b_grad = load_rows(grad_output, grad_output_strides, batch, head, row, DV, BLOCK_DV)
+    states = row_states(total, delta, minimum, lowest, share, offset, None, MODE, 1)
 
     mask_row = None
     if key_mask is not None:
@@ -284,9 +256,13 @@ def query_gradient(
         b_touched = tl.reduce_or(tl.load(touched + word), 0)
     p_key = key + batch * key_strides[0] + kv_head * key_strides[1]
     p_value = value + batch * value_strides[0] + kv_head * value_strides[1]
+    base_keys = (p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3])
     if places is not None:
-        p_own_key = own_key + kv_head * own_key_strides[1]
-        p_own_value = own_value + kv_head * own_value_strides[1]
+        p_key = own_key + kv_head * own_key_strides[1]
+        p_value = own_value + kv_head * own_value_strides[1]
+        own_keys = (
+            p_key, own_key_strides[2], own_key_strides[3], p_value, own_value_strides[2], own_value_strides[3]
+        )  # fmt: skip
 
     by_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     smallest = tl.full([BLOCK_M], float("inf"), tl.float32)
@@ -301,7 +277,7 @@ def query_gradient(
         here = base_start == part
         part_first = tl.where(here, first, 0)
         part_last = tl.where(here, last, 0)
-        part_keys = (p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3])
+        part_keys = base_keys
         origin = part
         part_shift = shift
         part_factors = None
@@ -317,14 +293,7 @@ def query_gradient(
             own = part == OWN
             part_first = tl.where(own, own_first, part_first)
             part_last = tl.where(own, own_last, part_last)
-            part_keys = (
-                tl.where(own, p_own_key, p_key),
-                tl.where(own, own_key_strides[2], key_strides[2]),
-                tl.where(own, own_key_strides[3], key_strides[3]),
-                tl.where(own, p_own_value, p_value),
-                tl.where(own, own_value_strides[2], value_strides[2]),
-                tl.where(own, own_value_strides[3], value_strides[3]),
-            )
+            part_keys = keys_of_part(own, own_keys, base_keys)
             origin = tl.where(own, 0, part)
             part_shift = tl.where(own, shift, -part)
             if factors is not None:
@@ -366,7 +335,7 @@ def query_gradient(
             BLOCK_D,
             BLOCK_DV,
         )
-        part = tl.min(tl.where(base_start > part, base_start, tl.where(part < parts, parts, FAR)))
+        part = next_part(part, base_start, parts)
 
     if PASS == "minimum":
         tl.store(minimum + offset, tl.where(smallest == float("inf"), 0.0, smallest), mask=stored)
@@ -379,4 +348,5 @@ def query_gradient(
         b_result = (by_query * scale).to(grad_query.dtype.element_ty)
         if num_splits != 1:
             offset += tl.cast(split, tl.int64) * BATCH * HEADS * rows
+        o_d = tl.arange(0, BLOCK_D)
         tl.store(grad_query + offset[:, None] * D + o_d[None, :], b_result, mask=stored[:, None] & (o_d[None, :] < D))

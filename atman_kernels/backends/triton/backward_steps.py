@@ -12,8 +12,15 @@ the gradients of a pair of a row and a key are
 import triton
 import triton.language as tl
 
-from atman_kernels.backends.triton.forward import FAR, FLAGS
-from atman_kernels.backends.triton.primitives import LN_2, LOG2_E, suppression_term, tanh, visible_positions
+from atman_kernels.backends.triton.primitives import (
+    FAR,
+    FLAGS,
+    LN_2,
+    LOG2_E,
+    suppression_term,
+    tanh,
+    visible_positions,
+)
 
 # Rows of `places`, one entry per row of a pack: the base keys [first, last) and the own rows [first, last) that it
 # sees as indices, what turns an own row's index into its position, and where its base starts.
@@ -38,6 +45,34 @@ REACH: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
+def row_states(
+    total,  # (B, Hq, rows), as the next four
+    delta,
+    minimum,
+    lowest,
+    share,
+    offset,  # [M], of each row in them
+    exists,  # [M]: the other rows have weights of 0; None: all count
+    MODE: tl.constexpr,
+    AXIS: tl.constexpr,  # along which the keys lie
+):
+    """(lse, delta, minimum, lowest, share) of rows, as `query_gradient` has them; the last three in "shifted" only."""
+    gone, nothing = (None, None) if exists is None else (float("inf"), 0.0)
+    b_total = tl.expand_dims(tl.load(total + offset, mask=exists, other=gone), AXIS)
+    b_delta = tl.expand_dims(tl.load(delta + offset), AXIS)
+    states = (b_total, b_delta, None, None, None)
+    if MODE == "shifted":
+        states = (
+            b_total,
+            b_delta,
+            tl.expand_dims(tl.load(minimum + offset), AXIS),
+            tl.expand_dims(tl.load(lowest + offset), AXIS),
+            tl.expand_dims(tl.load(share + offset, mask=exists, other=nothing), AXIS),
+        )
+    return states
+
+
+@triton.jit
 def score(product, bias, unit, inner_scale, SOFTCAP: tl.constexpr):
     """Scores before suppression in the kernel's units, and what the softcap makes of a gradient on its way back."""
     scores = product
@@ -58,8 +93,7 @@ def exponential(scores, factor, flagged, row, unit, MODE: tl.constexpr, BY_FACTO
 
     Args:
         factor: None, or one that broadcasts; all of them are 1 where `flagged` is not set.
-        row: (lse, delta, minimum, lowest, share) of each row as `query_gradient` has them, the last three in "shifted"
-            only.
+        row: from `row_states`.
     """
     if factor is not None:
         if MODE == "log_additive":
@@ -216,7 +250,7 @@ def prepare_places(
     suffix_start = tl.load(suffix_starts + variant)
     suffix = tl.load(suffix_starts + variant + 1) - suffix_start
     shift = prefix - suffix_start
-    first, last = visible_positions(row + shift, tl.zeros([BLOCK_M], tl.int32), prefix, window, IS_CAUSAL)
+    first, last = visible_positions(row + shift, 0, prefix, window, IS_CAUSAL)
     seeing = first < last
     own_first, own_last = visible_positions(row + shift, prefix, prefix + suffix, window, IS_CAUSAL)
     first = tl.where(seeing, base_start + first, FAR)

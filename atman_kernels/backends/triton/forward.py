@@ -10,12 +10,23 @@ import triton
 import triton.language as tl
 
 from atman_kernels.backends.triton.primitives import (
+    ALIGNED,
+    FAR,
+    FLAGS,
     LN_2,
     LOG2_E,
+    OWN,
     add_sink,
+    flags_of_block,
+    keys_of_part,
+    load_rows,
+    next_part,
     online_softmax,
+    reach,
     reciprocal,
+    rows_of_program,
     sees,
+    share_of,
     suppress,
     suppression_term,
     tanh,
@@ -23,10 +34,6 @@ from atman_kernels.backends.triton.primitives import (
     visible_positions,
 )
 
-FAR: tl.constexpr = tl.constexpr(2**31 - 1)  # beyond every index
-OWN: tl.constexpr = tl.constexpr(2**31 - 2)  # in place of where a base starts: a variant's own rows
-ALIGNED: tl.constexpr = tl.constexpr(4)  # terms that are read at once
-FLAGS: tl.constexpr = tl.constexpr(64)  # of one row of factors
 CHUNKS: tl.constexpr = tl.constexpr(4)  # parts of a row of factors, each with a program that flags it
 HEADER: tl.constexpr = tl.constexpr(4 * CHUNKS.value)  # float32 before a row of terms: two words for each chunk
 
@@ -73,16 +80,8 @@ def _sweep(
 ):
     """All rows of a tile against one array of keys, or against this split's share of it."""
     key, key_row_stride, key_stride, value, value_row_stride, value_stride = keys_and_values
-    seeing = first < last
-    first = tl.where(seeing, first, FAR)
-    last = tl.where(seeing, last, 0)
-    stop = tl.max(last)
-    # Blocks begin where terms are aligned. FAR - 1 is no key, but a start that has no blocks after it.
-    start = origin + ((tl.minimum(tl.min(first), FAR - 1) - origin) & -ALIGNED)
-    full_start, full_stop = tl.max(first), tl.min(last)  # what every row sees needs no mask
-    share = tl.cdiv(tl.maximum(stop - start, 0), num_splits * BLOCK_N) * BLOCK_N
-    start += split * share
-    stop = tl.minimum(stop, start + share)
+    first, last, start, stop, full_start, full_stop = reach(first, last, origin)
+    start, stop = share_of(start, stop, split, num_splits, BLOCK_N)
 
     if term_rows is not None:
         one_term_row, pitch, row_word = term_rows
@@ -113,11 +112,9 @@ def _sweep(
             position = tl.multiple_of(block - origin, ALIGNED)
             p_terms = terms + position + o_n
             # BLOCK_N <= 1 << touched_shift, so a block's keys have at most two flags: the second's begin at `border`
-            first_flag = tl.cast(position >> touched_shift, tl.int64)
-            last_flag = tl.cast(tl.minimum((position + BLOCK_N - 1) >> touched_shift, FLAGS - 1), tl.int64)
+            first_flag, last_flag, flagged = flags_of_block(touched, touched_shift, position, BLOCK_N)
             border = tl.multiple_of((last_flag << touched_shift).to(tl.int32), 16)
             before_border = position + o_n < border
-            flagged = (((touched >> first_flag) | (touched >> last_flag)) & 1) != 0
             flagged &= (position < touched_last) & (position + BLOCK_N > touched_first)
             shared = flagged
             if term_rows is not None:
@@ -237,24 +234,12 @@ def attention(
     BLOCK_DV: tl.constexpr,
 ):
     """A tile of rows against all keys that they see: output and lse, or in the minimum pass the smallest scores."""
-    # Later rows reach further, in causal batches as in packs that begin with their longest suffixes: they start first.
-    program = tl.program_id(0)
-    tile = num_tiles - 1 - program % num_tiles
-    first_head = program // num_tiles % (HEADS // GROUP) * GROUP
-    batch = program // num_tiles // (HEADS // GROUP) % BATCH
-    split = program // num_tiles // (HEADS // GROUP) // BATCH
-
-    lane = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    stored = lane < rows * GROUP
-    lane = tl.minimum(lane, rows * GROUP - 1)  # past the end the last row is computed again
-    row = lane // GROUP
-    head = (first_head + lane % GROUP).to(tl.int64)
-    kv_head = tl.cast(first_head // (HEADS // KV_HEADS), tl.int64)
+    batch, split, row, head, kv_head, stored = rows_of_program(rows, num_tiles, BATCH, HEADS, KV_HEADS, GROUP, BLOCK_M)
 
     # where each row stands
     if suffix_starts is None:
         variant = tl.zeros([BLOCK_M], tl.int32) + batch
-        prefix = tl.zeros([BLOCK_M], tl.int32) + keys
+        prefix = keys
         base_start = tl.zeros([BLOCK_M], tl.int32)
         position = row + (keys - rows)
         bias_query = row
@@ -270,9 +255,7 @@ def attention(
 
     # what belongs to each row
     offset = ((split * BATCH + batch) * HEADS + head) * rows + row  # in (num_splits, B, Hq, rows)
-    o_d = tl.arange(0, BLOCK_D)
-    p_query = query + batch * query_strides[0] + head * query_strides[1] + row.to(tl.int64) * query_strides[2]
-    b_query = tl.load(p_query[:, None] + o_d[None, :] * query_strides[3], mask=o_d[None, :] < D, other=0.0)
+    b_query = load_rows(query, query_strides, batch, head, row, D, BLOCK_D)
     mask_row = None
     if key_mask is not None:
         mask_row = (key_mask + batch * key_mask_strides[0], key_mask_strides[1])
@@ -294,9 +277,10 @@ def attention(
     # All go through one loop, whose parts differ in numbers only: with a second loop the assembler moves accumulators
     # between registers, and waits for each product before it starts the next.
     parts: tl.constexpr = FAR if suffix_starts is None else OWN
-    first, last = visible_positions(position, tl.zeros([BLOCK_M], tl.int32), prefix, window, IS_CAUSAL)
+    first, last = visible_positions(position, 0, prefix, window, IS_CAUSAL)
     p_key = key + batch * key_strides[0] + kv_head * key_strides[1]
     p_value = value + batch * value_strides[0] + kv_head * value_strides[1]
+    base_keys = (p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3])
     if terms is not None:
         word = variant.to(tl.int64) * TERM_HEADS + head % TERM_HEADS
         first_word = tl.min(word)
@@ -316,15 +300,18 @@ def attention(
     if suffix_starts is not None:
         own_first, own_last = visible_positions(position, prefix, prefix + suffix, window, IS_CAUSAL)
         shift = prefix - suffix_start  # from an index to its position
-        p_own_key = own_key + kv_head * own_key_strides[1]
-        p_own_value = own_value + kv_head * own_value_strides[1]
+        p_key = own_key + kv_head * own_key_strides[1]
+        p_value = own_value + kv_head * own_value_strides[1]
+        own_keys = (
+            p_key, own_key_strides[2], own_key_strides[3], p_value, own_value_strides[2], own_value_strides[3]
+        )  # fmt: skip
     base_start = tl.where(first < last, base_start, parts)
     part = tl.min(base_start)
     while part < FAR:
         here = base_start == part
         part_first = tl.where(here, part + first, 0)
         part_last = tl.where(here, part + last, 0)
-        part_keys = (p_key, key_strides[2], key_strides[3], p_value, value_strides[2], value_strides[3])
+        part_keys = base_keys
         origin = part
         part_terms = None
         term_rows = None
@@ -339,14 +326,7 @@ def attention(
             own = part == OWN
             part_first = tl.where(own, own_first - shift, part_first)
             part_last = tl.where(own, own_last - shift, part_last)
-            part_keys = (
-                tl.where(own, p_own_key, p_key),
-                tl.where(own, own_key_strides[2], key_strides[2]),
-                tl.where(own, own_key_strides[3], key_strides[3]),
-                tl.where(own, p_own_value, p_value),
-                tl.where(own, own_value_strides[2], value_strides[2]),
-                tl.where(own, own_value_strides[3], value_strides[3]),
-            )
+            part_keys = keys_of_part(own, own_keys, base_keys)
             origin = tl.where(own, 0, part)
             if terms is not None:
                 part_terms = tl.where(own, own_terms + tl.min(head) % TERM_HEADS * rows, p_terms)
@@ -391,7 +371,7 @@ def attention(
             BLOCK_D,
             BLOCK_DV,
         )
-        part = tl.min(tl.where(base_start > part, base_start, tl.where(part < parts, parts, FAR)))
+        part = next_part(part, base_start, parts)
 
     if MINIMUM_PASS:
         tl.store(minimum + offset, extreme, mask=stored)
