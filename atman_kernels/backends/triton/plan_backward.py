@@ -112,11 +112,9 @@ class _Planner:
 
     def _launch(self, kernel: Any, programs: int, arguments: dict[str, Any], **renamed: str) -> None:
         """`renamed`: the tensors that parameters take which go by other names."""
-        there = (
-            {name for name, tensor in self.tensors.items() if tensor is not None} | {"factors"} | set(self.plan.room)
-        )
-        if self.tensors["factor"] is None:
-            there.discard("factors")
+        there = {name for name, tensor in self.tensors.items() if tensor is not None} | set(self.plan.room)
+        if self.tensors["factor"] is not None:
+            there.add("factors")  # by `_widen_factors`
         takes = {name: renamed.get(name, name) for name in kernel.arg_names}
         takes = {parameter: name for parameter, name in takes.items() if name in there and parameter not in arguments}
         strides = {}
