@@ -242,6 +242,8 @@ class _Planner:
         if self._wants("query"):
             splits = launch.splits_for(self.device, programs, self.keys)
             arguments |= {"PASS": "query", "num_splits": splits}
+            if splits > 1:  # where a share ends takes registers: half a step makes room for them
+                arguments |= {"BLOCK_N": max(config.block_n // 2, 16)}
             place = self._split("grad_query", splits)
             self._launch(query_gradient, programs * splits, arguments, grad_query=place)
             self._add_splits("grad_query", splits)
