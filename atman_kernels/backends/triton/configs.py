@@ -123,7 +123,8 @@ def fitted_backward(
     """What is left of an entry of the backward's tables beside what else a thread's registers hold.
 
     Where factors multiply scores, these are kept for it, and so are the slopes of a softcap; the loads of a head
-    dimension that is padded are masked. Each takes half a step of the walk, and kept scores half a tile of queries.
+    dimension that is padded are masked; the gradient of a bias walks over the bias. Each takes half a step of the walk,
+    and kept scores half a tile of queries.
 
     Example:
         >>> fitted_backward(KernelConfig(64, 128, 8, 2), "dense_key", 80, 80, False, "log_additive", False)
@@ -134,7 +135,8 @@ def fitted_backward(
     is_padded = (padded(head_dim), padded(value_dim)) != (head_dim, value_dim)
     if keeps_scores and regime.endswith("_query"):
         config = replace(config, block_m=max(config.block_m // 2, 16))
-    for _ in range(keeps_scores + is_padded + has_softcap):
+    of_bias = has_bias and regime == "broadcast"
+    for _ in range(keeps_scores + is_padded + has_softcap + of_bias):
         if regime.endswith("_key"):
             config = replace(config, block_m=max(config.block_m // 2, 16))
         else:
