@@ -59,4 +59,5 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         versus=other.target,
         logprobs=AnswerLogprobs(own, others),
         recompute=explanation.recompute,
+        levels=explanation.levels,
     )

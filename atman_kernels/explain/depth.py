@@ -1,4 +1,4 @@
-"""How much of an explanation is computed: which rows feel a suppression, and how many units are run exactly."""
+"""How much of an explanation is computed: which rows feel a suppression, which units are run exactly or opened."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,23 @@ from atman_kernels.inputs.tasks import CAUSAL
 
 @dataclass(frozen=True)
 class Depth:
-    """`recompute` and `exact` of `Explainer.explain`."""
+    """`recompute`, `exact` and `refine` of `Explainer.explain`."""
 
     recompute: int | None = None
     exact: int | None = None
+    refine: int | None = None
 
     @classmethod
     def checked(
-        cls, recompute: object, exact: object, method: Method, task: Task, *, with_versus: bool = False
+        cls,
+        recompute: object,
+        exact: object,
+        method: Method,
+        task: Task,
+        *,
+        refine: object = None,
+        nested: bool = False,
+        with_versus: bool = False,
     ) -> "Depth":
         """Raises InputError if one of them does not fit, or does not go with the rest."""
         given = {"recompute": recompute, "exact": exact}
@@ -38,4 +47,12 @@ class Depth:
             raise InputError(f"method with exact must be 'atman', got {method.name!r}")
         if exact is not None and with_versus:
             raise InputError("exact does not go with versus: the strongest units of two answers are not the same ones")
-        return cls(given["recompute"], given["exact"])  # type: ignore[arg-type]
+        if nested and method.name != "atman":
+            raise InputError(f"method with nested units must be 'atman', got {method.name!r}")
+        if nested and exact is not None:
+            raise InputError("exact does not go with nested units, which are all exact; refine says how many are cut")
+        if refine is not None:
+            refine = integer(refine, "refine", least=1, expected="an integer >= 1 or None")
+            if not nested:
+                raise InputError("refine is for nested units, such as units=('paragraph', 'sentence', 'word')")
+        return cls(given["recompute"], given["exact"], refine)  # type: ignore[arg-type]

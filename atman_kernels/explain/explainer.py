@@ -13,6 +13,7 @@ from atman_kernels.explain import methods
 from atman_kernels.explain.assembly import errors_of, explanation_of, origin_of, settings_of, stats_of
 from atman_kernels.explain.contrast import check_answers, check_versus, contrast
 from atman_kernels.explain.depth import Depth
+from atman_kernels.explain.levels import run_levels
 from atman_kernels.formula import MODES
 from atman_kernels.hf.attention.layers import checked_layers
 from atman_kernels.hf.images.embedding import check_vision
@@ -23,7 +24,7 @@ from atman_kernels.inputs.image_units import PATCHES, ImageUnitChoice
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.request import Common, Request, batch_of
 from atman_kernels.inputs.tasks import CAUSAL, ROWS, Reader, causal_objectives, check_request, units_named
-from atman_kernels.inputs.tokenization import Prompt, UnitChoice
+from atman_kernels.inputs.tokenization import NestedChoice, Prompt, UnitChoice
 from atman_kernels.planning.factors import checked_factor, checked_threshold
 from atman_kernels.progress import Progress, checked_progress
 from atman_kernels.result.ablation import Ablation
@@ -103,7 +104,7 @@ class Explainer:
         self,
         prompt: Prompt | tuple[str, str] | Mapping[str, Any] | None = None,
         target: str | int | None = None,
-        units: UnitChoice | float | None = "token",
+        units: UnitChoice | NestedChoice | float | None = "token",
         *,
         versus: str | None = None,
         images: Any = None,
@@ -118,6 +119,7 @@ class Explainer:
         language: str = "en",
         recompute: int | None = None,
         exact: int | None = None,
+        refine: int | None = None,
         method: str = "atman",
         **options: Any,
     ) -> Explanation:
@@ -128,8 +130,10 @@ class Explainer:
                 image-text model also what its processor made of one prompt with images.
             target: the answer, tokenized apart from the prompt and appended to it (so it usually starts with a
                 space); None lets the model answer first, greedily.
-            units: "token" | "word" | "sentence" | "paragraph", or (start, end) character spans of the prompt,
-                which may overlap and leave text out. None, with images: only they are explained.
+            units: "token" | "word" | "sentence" | "paragraph", or (start, end) or (start, end, name) character spans
+                of the prompt, which may overlap and leave text out. Several of them from coarse to fine, such as
+                ("paragraph", "sentence", "word") or (spans, "sentence"), are nested units: the strongest of each level
+                are cut into the next one's, see docs/long-prompts.md. None, with images: only they are explained.
             versus: another answer: the scores then say why the model gives the target rather than this one. They
                 are those of the target minus those of this answer, summed up, on the one target token "A rather
                 than B". Not with images.
@@ -149,6 +153,8 @@ class Explainer:
                 docs/search.md.
             exact: find this many of the strongest units and run them exactly; the others keep an estimate, and
                 `Explanation.exact` says which is which. None: all are exact.
+            refine: of nested units, how many of each level are cut into the next one's; None: those that make up
+                four fifths of the level's effects, at least 3 and at most 8.
             method: "atman", or another of `atman_kernels.explain.methods.names()`, whose scores mean something else
                 and need not be in nats: see docs/methods.md and `Explanation.measure`.
             options: of that method, by name.
@@ -165,7 +171,6 @@ class Explainer:
         if not (prompt is None or text is None):
             raise InputError("give the prompt once, as prompt or as text")
         chosen = methods.method(method, options)
-        depth = Depth.checked(recompute, exact, chosen, self.task, with_versus=versus is not None)
         common = Common.checked(
             image_units=image_units,
             include_target=include_target,
@@ -183,16 +188,27 @@ class Explainer:
             if asked is None:
                 raise InputError("give the prompt once, as prompt or as text; got none")
             request = request.checked()
+        elif isinstance(units, list | tuple) and any(isinstance(level, str) for level in units):
+            raise InputError(f"nested units are for causal language models; {type(self.model).__name__} is none")
         elif common.include_target or common.chat or versus is not None or method != "atman":
             name = type(self.model).__name__
             raise InputError(f"include_target, chat, versus and other methods are for language models; {name} is none")
+        depth = Depth.checked(
+            recompute,
+            exact,
+            chosen,
+            self.task,
+            refine=refine,
+            nested=request.is_nested,
+            with_versus=versus is not None,
+        )
         return self._explained(chosen, [request], depth)[0]
 
     def explain_batch(
         self,
         prompts: Sequence[Prompt | Mapping[str, Any]],
         targets: Sequence[str | None] | None = None,
-        units: str | Sequence[UnitChoice | None] | None = "token",
+        units: str | Sequence[UnitChoice | NestedChoice | None] | None = "token",
         *,
         versus: Sequence[str | None] | None = None,
         images: Sequence[Any] | None = None,
@@ -203,6 +219,7 @@ class Explainer:
         language: str = "en",
         recompute: int | None = None,
         exact: int | None = None,
+        refine: int | None = None,
         method: str = "atman",
         **options: Any,
     ) -> list[Explanation]:
@@ -214,11 +231,12 @@ class Explainer:
         Args:
             prompts: as in `explain`, one or more.
             targets: one per prompt; None, whole or in places, lets the model answer.
-            units: one granularity for all prompts, or one choice per prompt; None, with images: these alone.
+            units: one granularity for all prompts, or one choice per prompt, as in
+                [("paragraph", "sentence", "word")] * len(prompts); None, with images: these alone.
             versus: one other answer per prompt, or None, whole or in places.
             images: per prompt its image, a list of its images, or None; None: no prompt has images.
             image_units: of all images.
-            include_target, chat, max_new_tokens, language, recompute, exact, method, options: as in `explain`.
+            include_target, chat, max_new_tokens, language, recompute, exact, refine, method, options: as in `explain`.
 
         Returns:
             One `Explanation` per prompt. `stats` are those of what shared forwards.
@@ -239,7 +257,8 @@ class Explainer:
         if self.task != CAUSAL:
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
         contrasted = any(request.versus is not None for request in listed)
-        depth = Depth.checked(recompute, exact, chosen, self.task, with_versus=contrasted)
+        nested = any(request.is_nested for request in listed)
+        depth = Depth.checked(recompute, exact, chosen, self.task, refine=refine, nested=nested, with_versus=contrasted)
         return self._explained(chosen, listed, depth)
 
     def _explained(self, method: methods.Method, requests: list[Request], depth: Depth) -> list[Explanation]:
@@ -274,7 +293,11 @@ class Explainer:
         for first, second in pairs:
             check_answers(objectives[first], objectives[second])
         answered = time.perf_counter()
-        outcome = method.run(methods.MethodContext(self.model, self.runner, depth.recompute, depth.exact), objectives)
+        context = methods.MethodContext(self.model, self.runner, depth.recompute, depth.exact)
+        if any(request.is_nested for request in asked):
+            objectives, outcome = run_levels(method, context, objectives, pairs, depth.refine)
+        else:
+            outcome = method.run(context, objectives)
         stats = stats_of(outcome, started, answered)
         explanations = []
         for index, (objective, request) in enumerate(zip(objectives, asked, strict=True)):
@@ -329,6 +352,8 @@ class Explainer:
             raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
         depth = Depth.checked(recompute, None, methods.method("atman", {}), self.task)
         request = Request(common, prompt, target, units).checked()
+        if request.is_nested:
+            raise InputError("units of an ablation are of one level: a mask has a column for each of them")
         check_request(self._reader, request)
         started = time.perf_counter()
         with evaluating(self.model):

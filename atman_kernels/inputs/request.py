@@ -9,7 +9,8 @@ from atman_kernels.errors import InputError
 from atman_kernels.inputs.image_text import checked_images
 from atman_kernels.inputs.image_units import ImageUnitChoice, Unsaid, checked_image_units
 from atman_kernels.inputs.tokenization import checked_prompt
-from atman_kernels.planning.units import check_language, checked_choice
+from atman_kernels.planning.levels import Levels, checked_units
+from atman_kernels.planning.units import check_language
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class Request:
         return self.images is not None or isinstance(self.prompt, Mapping)
 
     @property
+    def is_nested(self) -> bool:
+        """Whether its units are of several levels, once it is `checked`."""
+        return isinstance(self.units, Levels)
+
+    @property
     def only_image_units(self) -> Any:
         """Units of an image that is all a model reads, for which either name will do.
 
@@ -101,7 +107,7 @@ class Request:
             prompt=prompt,
             images=images,
             target=None if target is None else text_or_empty(target, "target", expected="a text or None"),
-            units=None if self.units is None else checked_choice(self.units),
+            units=None if self.units is None else checked_units(self.units),
             versus=None
             if versus is None
             else text(versus, "versus", expected="a text with at least one character, or None"),

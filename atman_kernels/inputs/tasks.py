@@ -20,6 +20,7 @@ from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.request import Request
 from atman_kernels.inputs.text_generation import CausalObjective, ask_all
 from atman_kernels.inputs.tokenization import tokenizer_of
+from atman_kernels.planning.levels import Levels
 
 CAUSAL: Task = "text-generation"
 
@@ -190,6 +191,8 @@ def units_named(task: Task, asked: Request) -> Any:
     """The units as an explanation's settings name them."""
     row = ROWS[task]
     units = asked.only_image_units if row.takes == "images" and not row.beside else asked.units
+    if isinstance(units, Levels):
+        return list(units.names)
     return units if units is None or isinstance(units, str | int | float) else "spans"
 
 
@@ -216,6 +219,9 @@ def check_request(reader: Reader, asked: Request) -> None:
 
 
 def _check_causal(reader: Reader, asked: Request) -> None:
+    if asked.is_nested and (asked.has_images or asked.common.include_target):
+        other = "images" if asked.has_images else "include_target"
+        raise InputError(f"nested units do not go with {other}: give one level of units")
     if asked.has_images:
         if asked.versus is not None:
             raise InputError("versus does not go with images; explain either answer by itself")

@@ -17,7 +17,8 @@ from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.own_answer import check_said, end_ids, generated, without_ends
 from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.inputs.tokenization import Prompt, PromptTokens, UnitChoice, read_prompt, target_ids
-from atman_kernels.planning.units import target_units
+from atman_kernels.planning.levels import Levels
+from atman_kernels.planning.units import Unit, target_units
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,12 +28,15 @@ class CausalObjective(Objective):
     Attributes:
         ids: (n + m,) token ids of prompt and answer.
         prompt_length: n.
+        finer, levels: of nested units, see `PromptTokens`.
         embedded: (n + m - 1,) what the model's decoder reads where images are among the tokens.
         with_pixels: the same with images still to be seen, where they are suppressed in the vision encoder, too.
     """
 
     ids: Tensor
     prompt_length: int
+    finer: tuple[tuple[Unit, ...], ...] = ()
+    levels: tuple[str, ...] = ()
     embedded: Embedded | None = None
     with_pixels: WithPixels | None = None
 
@@ -87,7 +91,7 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     target: str | None,
-    units: UnitChoice | None,
+    units: UnitChoice | Levels | None,
     **options: Any,
 ) -> CausalObjective:
     """One objective; see `ask_all`."""
@@ -97,7 +101,7 @@ def ask(
 def ask_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    entries: Iterable[tuple[Prompt, str | None, UnitChoice | None]],
+    entries: Iterable[tuple[Prompt, str | None, UnitChoice | Levels | None]],
     *,
     include_target: bool,
     chat: bool,
@@ -161,6 +165,8 @@ def _objective(
         target_tokens=tuple(pieces),
         ids=torch.tensor(prompt.ids + answer, device=model.device),
         prompt_length=len(prompt.ids),
+        finer=prompt.finer,
+        levels=prompt.levels,
     )
 
 

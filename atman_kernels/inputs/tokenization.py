@@ -11,19 +11,29 @@ from atman_kernels.arguments import described, shown, text_or_empty
 from atman_kernels.errors import InputError
 from atman_kernels.inputs.chat import as_texts, checked_messages, templated
 from atman_kernels.inputs.limits import check_ids
-from atman_kernels.planning.units import Unit, split_units
+from atman_kernels.planning.levels import Levels, split_levels
+from atman_kernels.planning.units import SpanChoice, Unit, split_units
 
 Prompt = str | Sequence[dict[str, Any]]  # a text, or chat messages
-UnitChoice = str | Sequence[tuple[int, int]]  # a granularity, or character spans
+UnitChoice = str | Sequence[SpanChoice]  # a granularity, or character spans
+NestedChoice = Sequence[str | Sequence[SpanChoice]]  # several of them, from coarse to fine
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt as the model reads it, before there is an answer: the text, its n token ids and its units."""
+    """A prompt as the model reads it, before there is an answer: the text, its n token ids and its units.
+
+    Attributes:
+        units: of the coarsest level, where there are several.
+        finer: the units of each further level, see `split_levels`.
+        levels: what the levels are called; () where units are not nested.
+    """
 
     text: str
     ids: list[int]
     units: tuple[Unit, ...]
+    finer: tuple[tuple[Unit, ...], ...] = ()
+    levels: tuple[str, ...] = ()
 
 
 def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
@@ -47,7 +57,7 @@ def read_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    units: UnitChoice | None,
+    units: UnitChoice | Levels | None,
     *,
     chat: bool,
     language: str,
@@ -55,15 +65,15 @@ def read_prompt(
     """A prompt's tokens and units; errors as of `ask_all`."""
     text, encoded = encode_prompt(model, tokenizer, prompt, chat)
     ids = encoded["input_ids"]
-    found = split_units(
-        text,
-        encoded["offset_mapping"],
-        units,
-        special=special_flags(tokenizer, ids),
-        token_texts=tokenizer.convert_ids_to_tokens(ids),
-        language=language,
-    )
-    return PromptTokens(text, ids, found)
+    options: dict[str, Any] = {
+        "special": special_flags(tokenizer, ids),
+        "token_texts": tokenizer.convert_ids_to_tokens(ids),
+        "language": language,
+    }
+    if isinstance(units, Levels):
+        first, *finer = split_levels(text, encoded["offset_mapping"], units, **options)
+        return PromptTokens(text, ids, first, tuple(finer), units.names)
+    return PromptTokens(text, ids, split_units(text, encoded["offset_mapping"], units, **options))
 
 
 def encode_prompt(

@@ -10,13 +10,16 @@ from functools import cache
 from itertools import groupby
 from typing import Any
 
+from atman_kernels import arguments
 from atman_kernels.arguments import entries, integer, shown, text_or_empty
 from atman_kernels.errors import InputError
 
 GRANULARITIES = ("token", "word", "sentence", "paragraph")
-_CHOICES = f"one of {', '.join(GRANULARITIES)}, or a list of (start, end) spans"
+_CHOICES = f"one of {', '.join(GRANULARITIES)}, or a list of (start, end) or (start, end, name) spans"
+_SPAN = "a span of two integers and perhaps a name: (start, end) or (start, end, name)"
 
 Span = tuple[int, int]  # character offsets, end exclusive
+SpanChoice = Span | tuple[int, int, str]  # the same, with a name
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Unit:
         box: left, top, right, bottom in pixels of the image; None for text, and for image tokens that are no place
             of it.
         image: which of the prompt's images.
+        name: what its reader calls it, such as the title of a document; None: its text says it.
+        parent: of nested units, the index of the unit that it lies in, among the units of its explanation; None for
+            those of the coarsest level.
 
     Example:
         >>> Unit(" sky", start=3, end=7, token_indices=(1,))
@@ -44,12 +50,14 @@ class Unit:
     source: str = "prompt"
     box: tuple[int, int, int, int] | None = field(default=None, repr=False)
     image: int = field(default=0, repr=False)
+    name: str | None = field(default=None, repr=False)
+    parent: int | None = field(default=None, repr=False)
 
 
 def split_units(
     text: str,
     offsets: Iterable[Sequence[int]],
-    units: str | Sequence[Span] | None = "token",
+    units: str | Sequence[SpanChoice] | None = "token",
     *,
     special: Iterable[Any] | None = None,
     token_texts: Sequence[str] | None = None,
@@ -74,7 +82,8 @@ def split_units(
     Args:
         text: the text that was tokenized, n_characters long.
         offsets: (n_tokens, 2) characters [start, end) of every token; start == end for a token without any.
-        units: "token", "word", "sentence", "paragraph", or a list of (start, end) character spans.
+        units: "token", "word", "sentence", "paragraph", or a list of character spans: (start, end), or
+            (start, end, name).
         special: (n_tokens,) true for special tokens. None: tokens without characters are the special ones.
         token_texts: (n_tokens,) what to show for tokens without characters, such as "<s>".
         language: code of the language whose abbreviations the sentence splitter knows; codes it has no rules
@@ -145,11 +154,11 @@ def target_units(
 # Checks --------------------------------------------------------------------------------------------------
 
 
-def checked_choice(units: Any) -> str | list[Span]:
-    """Units as they were chosen, before there is a text: a granularity, or spans as pairs of plain integers.
+def checked_choice(units: Any) -> str | list[SpanChoice]:
+    """Units as they were chosen, before there is a text: a granularity, or spans of plain integers, named or not.
 
     Raises:
-        InputError: an unknown granularity, no list of pairs, or an empty one.
+        InputError: an unknown granularity, no list of spans, or an empty one.
     """
     if isinstance(units, str):
         if units not in GRANULARITIES:
@@ -159,9 +168,21 @@ def checked_choice(units: Any) -> str | list[Span]:
         listed = entries(units, "units", "(start, end) spans")
     except InputError:
         raise InputError(f"units: got {shown(units)}, expected {_CHOICES}") from None
+    if any(isinstance(entry, str) for entry in listed):
+        raise InputError(
+            f"units: got {shown(units)}, expected {_CHOICES}; "
+            "several levels are for Explainer.explain and causal language models"
+        )
     if not listed:
         raise InputError("units: got an empty list, expected at least one (start, end) span")
-    return [_checked_pair(f"units[{index}]", pair) for index, pair in enumerate(listed)]
+    return [_checked_span(f"units[{index}]", span) for index, span in enumerate(listed)]
+
+
+def _checked_span(name: str, span: Any) -> SpanChoice:
+    if not isinstance(span, tuple | list) or len(span) != 3:
+        return _checked_pair(name, span, _SPAN)
+    start, end = _checked_pair(name, span[:2], _SPAN)
+    return start, end, arguments.text(span[2], f"{name}[2], its name,", blank=False)
 
 
 def check_language(language: Any) -> None:
@@ -189,12 +210,12 @@ def _checked_offsets(text: str, offsets: Iterable[Sequence[int]]) -> list[Span]:
     return spans
 
 
-def _checked_pair(name: str, pair: Any) -> Span:
+def _checked_pair(name: str, pair: Any, expected: str = "a pair of integers (start, end)") -> Span:
     try:
         start, end = entries(pair, name, "two integers")
         return integer(start, name), integer(end, name)
     except ValueError:
-        raise InputError(f"{name}: got {shown(pair)}, expected a pair of integers (start, end)") from None
+        raise InputError(f"{name}: got {shown(pair)}, expected {expected}") from None
 
 
 def _checked_special(special: Iterable[Any] | None, spans: Sequence[Span]) -> list[bool]:
@@ -262,13 +283,13 @@ def _unit(
     return Unit(text[start:end], start, end, tuple(tokens))
 
 
-def _custom_units(text: str, spans: Sequence[Span], pairs: list[Span]) -> tuple[Unit, ...]:
+def _custom_units(text: str, spans: Sequence[Span], chosen: list[SpanChoice]) -> tuple[Unit, ...]:
     tokens_at: list[list[int]] = [[] for _ in text]
     for token, (start, end) in enumerate(spans):
         for at in range(start, end):
             tokens_at[at].append(token)
     found = []
-    for index, (start, end) in enumerate(pairs):
+    for index, (start, end, *named) in enumerate(chosen):
         if not 0 <= start < end <= len(text):
             limits = f"0 <= start < end <= {len(text)}"
             raise InputError(f"units[{index}]: got ({start}, {end}), expected {limits}")
@@ -278,7 +299,7 @@ def _custom_units(text: str, spans: Sequence[Span], pairs: list[Span]) -> tuple[
         if not tokens:
             came = f"({start}, {end}), {text[start:end]!r}"
             raise InputError(f"units[{index}]: got {came}, expected a span that holds at least one token")
-        found.append(Unit(text[start:end], start, end, tuple(tokens)))
+        found.append(Unit(text[start:end], start, end, tuple(tokens), name=named[0] if named else None))
     return tuple(found)
 
 

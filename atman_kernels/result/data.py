@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class ExplanationData:
     images: tuple[ImageSize, ...] = ()
     recompute: int | None = None
     exact: tuple[bool, ...] | None = None
+    levels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target", "measure", "value"):
@@ -90,6 +92,7 @@ class ExplanationData:
         if self.recompute is not None and (not _is_index(self.recompute) or self.recompute < 1):
             raise InputError(f"recompute must be an integer >= 1 or None, got {self.recompute!r}")
         _check_exact(self.exact, len(self.units))
+        _check_levels(self.levels, self.units)
         for name in ("settings", "stats"):
             object.__setattr__(self, name, _json_copy(name, getattr(self, name)))
         _check_settings(self.settings)
@@ -124,6 +127,42 @@ class ExplanationData:
         likewise). "last 8": direct, and what the last 8 prompt tokens pass on.
         """
         return "total" if self.recompute is None else "direct" if self.recompute == 1 else f"last {self.recompute}"
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """(n_units,) the level of each unit, 0 being the coarsest; all 0 where units are not nested."""
+        depths: list[int] = []
+        for unit in self.units:
+            depths.append(0 if unit.parent is None else depths[unit.parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Per unit the indices of the units that it was cut into, in reading order; () where it was not."""
+        found: list[list[int]] = [[] for _ in self.units]
+        for index, unit in enumerate(self.units):
+            if unit.parent is not None:
+                found[unit.parent].append(index)
+        return tuple(map(tuple, found))
+
+    def of_level(self, level: int) -> list[int]:
+        """The indices of one level's units, in reading order."""
+        return [index for index, depth in enumerate(self.depths) if depth == level]
+
+    def level_number(self, level: object) -> int:
+        """A level by its name or number, 0 being the coarsest and -1 the finest, as a number from 0.
+
+        Raises:
+            InputError: there is no such level.
+        """
+        count = len(self.levels) or 1
+        if isinstance(level, str) and level in self.levels:
+            return self.levels.index(level)
+        number = level if isinstance(level, int) and not isinstance(level, bool) else count
+        if not -count <= number < count:
+            names = "".join(f", {name!r}" for name in self.levels)
+            raise InputError(f"level must be one of 0 to {count - 1}{names}, got {level!r}")
+        return number % count
 
     def is_exact(self, unit: int) -> bool:
         """Whether a unit's scores are exact, by its index; otherwise they are the estimate of a search."""
@@ -184,6 +223,8 @@ def _check_units(units: object, texts: dict[str, str]) -> None:
             )
         if not isinstance(unit.text, str):
             raise InputError(f"units[{i}].text must be a str, got {type(unit.text).__name__}")
+        if unit.name is not None and (not isinstance(unit.name, str) or not unit.name.strip()):
+            raise InputError(f"units[{i}].name must be a str that is not empty, or None, got {unit.name!r}")
         if not isinstance(unit.token_indices, tuple) or not all(map(_is_index, unit.token_indices)):
             indices = shortened(repr(unit.token_indices), 80)
             raise InputError(f"units[{i}].token_indices must be a tuple of integers >= 0, got {indices}")
@@ -195,6 +236,24 @@ def _check_exact(exact: object, count: int) -> None:
         return
     if not isinstance(exact, tuple) or len(exact) != count or not all(isinstance(flag, bool) for flag in exact):
         raise InputError(f"exact must be None or a tuple of {count} bools, got {shortened(repr(exact), 80)}")
+
+
+def _check_levels(levels: object, units: tuple[Unit, ...]) -> None:
+    if not isinstance(levels, tuple) or len(levels) == 1 or not all(isinstance(level, str) for level in levels):
+        raise InputError(f"levels must be () or a tuple of two or more str, got {shortened(repr(levels), 80)}")
+    depths: list[int] = []
+    for i, unit in enumerate(units):
+        parent = unit.parent
+        if parent is not None and not (_is_index(parent) and parent < i):
+            raise InputError(f"units[{i}].parent must be None or the index of a unit before it, got {parent!r}")
+        depths.append(0 if parent is None else depths[parent] + 1)
+        if depths[-1] and depths[-1] >= len(levels):
+            raise InputError(f"units[{i}] is of level {depths[-1]}, but levels names {len(levels)}: {levels!r}")
+        if parent is None:
+            continue
+        above = units[parent]
+        if unit.source != above.source or not set(unit.token_indices) <= set(above.token_indices):
+            raise InputError(f"units[{i}] must lie in its parent, units[{parent}]")
 
 
 def _check_box(i: int, unit: Unit) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +37,14 @@ class Explanation(ExplanationData):
         prompt: the exact text that was tokenized; with images what the processor made of it, one placeholder each.
         target: the text whose loss was measured.
         units: what has a score: of the text, of the answer or of images; they may overlap, and need not cover the
-            prompt.
+            prompt. Nested units follow level after level, each with its `parent`.
         scores: (n_units, n_target_tokens) float32 on the CPU, finite.
         target_tokens: the text to show for each target token.
         base_logprobs: (n_target_tokens,) float32 on the CPU: natural log of each target token's probability
             with nothing suppressed, or what `value` names instead.
-        settings: how it was computed; JSON types only (a copy is kept, tuples become lists). The last five fields are
-            here, too: one that is at its default takes what stands here, any other is written here.
+        settings: how it was computed; JSON types only (a copy is kept, tuples become lists). measure, value, versus,
+            logprobs and images are here, too: one that is at its default takes what stands here, any other is written
+            here.
         stats: what it cost; JSON types only, likewise.
         standard_errors: (n_units,) float32 on the CPU, of each unit's total, where scores are estimates from random
             draws; None where they are exact.
@@ -53,6 +54,7 @@ class Explanation(ExplanationData):
         logprobs: with versus, the natural log of either answer's probability: `logprobs.target`, `logprobs.versus`.
         recompute: how many prompt tokens before the answer felt a suppression; None: all of them. See `effect`.
         exact: per unit whether its scores are exact; the others are estimates of a search. None: all are exact.
+        levels: of nested units the names of the levels, coarsest first; () otherwise. See `at`, `depths`, `children`.
         images: per image of the prompt its size in pixels, to which the units' boxes refer: `images[0].width`.
 
     Raises:
@@ -69,20 +71,51 @@ class Explanation(ExplanationData):
         [(Unit(text=' sky', start=3, end=7, token_indices=(1,), source='prompt'), 2.5)]
     """
 
-    def top(self, k: int = 10, *, estimates: bool = False) -> list[tuple[Unit, float]]:
+    def top(self, k: int = 10, *, estimates: bool = False, level: int | str | None = None) -> list[tuple[Unit, float]]:
         """The k units with the highest total (all if there are fewer), highest first, ties in reading order.
 
         Args:
             estimates: list units whose scores are but estimates among the others, see `exact`.
+            level: of nested units the level, by its name or number; None: the finest.
 
         Raises:
-            InputError: k is not a positive integer.
+            InputError: k is not a positive integer, or there is no such level.
         """
         k = integer(k, "k", least=1, expected="a positive integer")
+        wanted = self.level_number(-1 if level is None else level)
         total = self.total
         order = torch.argsort(total, descending=True, stable=True).tolist()
-        listed = [i for i in order if estimates or self.is_exact(i)]
+        listed = [i for i in order if self.depths[i] == wanted and (estimates or self.is_exact(i))]
         return [(self.units[i], float(total[i])) for i in listed[:k]]
+
+    def at(self, level: int | str) -> Explanation:
+        """One level of nested units as an explanation by itself: of the levels below the coarsest, what was reached.
+
+        Args:
+            level: its name or its number; 0 is the coarsest, -1 the finest.
+
+        Raises:
+            InputError: there is no such level, or none of its units was reached.
+
+        Example:
+            >>> explanation.at("sentence").plot()                                     # doctest: +SKIP
+        """
+        number = self.level_number(level)
+        if not self.levels:
+            return self
+        own = self.of_level(number)
+        if not own:
+            raise InputError(f"level {level!r} has no units: none of the level above it can be cut")
+        errors = self.standard_errors
+        return replace(
+            self,
+            units=tuple(replace(self.units[i], parent=None) for i in own),
+            scores=self.scores[own],
+            standard_errors=None if errors is None else errors[own],
+            exact=None if self.exact is None else tuple(self.exact[i] for i in own),
+            settings=self.settings | {"units": self.levels[number]},
+            levels=(),
+        )
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, images: Image | Sequence[Image] | None = None

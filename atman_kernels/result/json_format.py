@@ -1,8 +1,9 @@
 """Explanations as JSON: what is written is read back exactly.
 
 Version 2 has every field of `ExplanationData` under its name. Version 1 kept `measure`, `value`, `versus`, `logprobs`
-and `images` in the settings alone; the constructor takes them from there. A field added later has a default, which
-holds where a file has none.
+and `images` in the settings alone; the constructor takes them from there. Version 3 is that of nested units, whose
+scores are of several levels: what reads version 2 alone refuses it, and does not take them for one. A field added later
+has a default, which holds where a file has none.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from atman_kernels.result.data import AnswerLogprobs, ExplanationData, ImageSize
 
 FORMAT = "atman-explanation"
 VERSION = 2
+NESTED = 3
 
 
 def json_line(explanation: ExplanationData) -> str:
     """An explanation as one line of JSON in ASCII characters."""
-    content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    content: dict[str, Any] = {"format": FORMAT, "version": NESTED if explanation.levels else VERSION}
     content |= {field.name: as_json(getattr(explanation, field.name)) for field in fields(ExplanationData)}
     return json.dumps(content, allow_nan=False) + "\n"
 
@@ -37,8 +39,8 @@ def values_from_json(content: Any) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise InputError(f'not an explanation: expected "format": "{FORMAT}", found {found!r}')
-    if content.get("version") not in range(1, VERSION + 1):
-        raise InputError(f"version {content.get('version')!r} cannot be read, only versions 1 to {VERSION}")
+    if content.get("version") not in range(1, NESTED + 1):
+        raise InputError(f"version {content.get('version')!r} cannot be read, only versions 1 to {NESTED}")
     known = fields(ExplanationData)
     missing = [field.name for field in known if field.name not in content and field.default is MISSING]
     if missing:
@@ -53,6 +55,7 @@ def values_from_json(content: Any) -> dict[str, Any]:
         values["images"] = tuple(ImageSize(**size) for size in _list("images", values.get("images", [])))
         if values.get("exact") is not None:
             values["exact"] = tuple(_list("exact", values["exact"]))
+        values["levels"] = tuple(_list("levels", values.get("levels", [])))
         if values.get("logprobs") is not None:
             values["logprobs"] = AnswerLogprobs(**values["logprobs"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -61,7 +64,7 @@ def values_from_json(content: Any) -> dict[str, Any]:
 
 
 def _unit_from_json(unit: dict[str, Any]) -> Unit:
-    added_later = {"box": None, "image": 0}
+    added_later = {"box": None, "image": 0, "name": None, "parent": None}
     values = added_later | {field.name: unit[field.name] for field in fields(Unit) if field.name not in added_later}
     values |= {name: unit[name] for name in added_later if name in unit}
     for name in ("token_indices", "box"):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +37,8 @@ class Perturbation:
         Raises:
             InputError: similar tokens are asked for where there are no word embeddings.
         """
+        if not objective.units:
+            return torch.ones(0, objective.positions, dtype=torch.float32, device="cpu")
         embeddings = None
         if self.similarity_threshold is not None:
             embeddings = objective.embeddings(model)

@@ -554,7 +554,7 @@ def llava_inputs(**changes):
         ({"text": "<image> w5", "images": PICTURE, "image_units": None, "units": None}, "are both None"),
         ({"text": "<image> w5", "images": PICTURE, "units": "syllable"}, "units: got 'syllable'"),
         ({"text": "<image> w5", "images": PICTURE, "units": [(3, 99)]}, r"units\[0\]: got \(3, 99\)"),
-        ({"text": "<image> w5", "images": PICTURE, "units": [7]}, r"units\[0\]: got 7, expected a pair"),
+        ({"text": "<image> w5", "images": PICTURE, "units": [7]}, r"units\[0\]: got 7, expected a span"),
         ({"text": "<image> w5", "images": PICTURE, "target": ""}, "target is empty"),
         ({"prompt": llava_inputs(pixel_values=torch.zeros(1, 3, 30, 30)), "target": None}, "inputs do not fit Llava"),
         ({"text": "<image> w5", "prompt": "<image> w5", "images": PICTURE}, "give the prompt once"),

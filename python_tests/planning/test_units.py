@@ -365,8 +365,14 @@ ERRORS = {
     "negative span": (("One Two", OFFSETS, [(-3, 2)]), {}, r"units\[0\]: got \(-3, 2\)"),
     "reversed span": (("One Two", OFFSETS, [(5, 4)]), {}, r"units\[0\]: got \(5, 4\)"),
     "empty span": (("One Two", OFFSETS, [(4, 4)]), {}, r"units\[0\]: got \(4, 4\)"),
-    "span that is no pair": (("One Two", OFFSETS, [(4, 5, 6)]), {}, r"units\[0\]: got \(4, 5, 6\), .*pair"),
-    "span of fractions": (("One Two", OFFSETS, [(0.5, 2.0)]), {}, r"units\[0\]: got \(0.5, 2.0\), .*pair"),
+    "span that is no pair": (("One Two", OFFSETS, [(4, 5, 6, 7)]), {}, r"units\[0\]: got \(4, 5, 6, 7\), .*span"),
+    "name that is no text": (
+        ("One Two", OFFSETS, [(4, 5, 6)]),
+        {},
+        r"units\[0\]\[2\], its name, must be a text, got int 6",
+    ),
+    "name without a letter": (("One Two", OFFSETS, [(4, 5, " ")]), {}, r"units\[0\]\[2\], its name, is empty"),
+    "span of fractions": (("One Two", OFFSETS, [(0.5, 2.0)]), {}, r"units\[0\]: got \(0.5, 2.0\), .*span"),
     "span without a token": (("One Two", [(0, 3)], [(4, 7)]), {}, r"units\[0\]: got \(4, 7\), 'Two'"),
 }
 

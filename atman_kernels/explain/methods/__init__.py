@@ -23,7 +23,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.run.perturbation import Perturbation
-from atman_kernels.run.runner import Outcome, Runner
+from atman_kernels.run.runner import Outcome, Runner, Started
 
 # name -> module, and what a score is; None for AtMan's own, which `Explanation` knows
 OF_UNITS: dict[str, tuple[str, str | None]] = {
@@ -73,12 +73,14 @@ class MethodContext:
         runner: runs objectives under factors.
         recompute: see `Runner.run`.
         exact: how many units of each objective are to be exact, the others estimated; None: all.
+        started: what the runner knows of these objectives already; None: it has to find out.
     """
 
     model: PreTrainedModel
     runner: Runner
     recompute: int | None = None
     exact: int | None = None
+    started: Started | None = None
 
     @property
     def perturbation(self) -> Perturbation:

@@ -19,7 +19,9 @@ def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutc
     heard.asked(objectives)
     exact = None
     if context.exact is None:
-        outcome = context.runner.run(objectives, factors, found=heard.found, recompute=context.recompute)
+        outcome = context.runner.run(
+            objectives, factors, found=heard.found, recompute=context.recompute, started=context.started
+        )
     else:
         searched = strongest(context.runner, objectives, factors, context.exact, heard.found, heard.estimated)
         outcome, exact = searched.outcome, searched.exact
