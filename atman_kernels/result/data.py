@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from atman_kernels.errors import InputError
+from atman_kernels.planning.levels import SPANS
 from atman_kernels.planning.units import Unit
 
 LOG_PROBABILITY = "log-probability"
@@ -144,6 +145,19 @@ class ExplanationData:
             if unit.parent is not None:
                 found[unit.parent].append(index)
         return tuple(map(tuple, found))
+
+    @property
+    def has_bands(self) -> bool:
+        """Whether the coarsest of nested units are stretches of text that are shown one below the other."""
+        return self.levels[:1] in (("paragraph",), (SPANS,))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Per level the largest total in absolute value, or 1 where all are 0."""
+        total = self.total.abs()
+        return tuple(
+            (float(total[own].max()) if own else 0.0) or 1.0 for own in map(self.of_level, range(len(self.levels) or 1))
+        )
 
     def of_level(self, level: int) -> list[int]:
         """The indices of one level's units, in reading order."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from atman_kernels.result.characters import BLANK, isolated, name, pieces, printable, supported
 
 if TYPE_CHECKING:  # labels are for the command line, too, which starts without torch
+    from atman_kernels.planning.units import Unit
     from atman_kernels.result.data import ExplanationData
 
 
@@ -32,6 +33,11 @@ def label(text: str, limit: int = 40) -> str:
         return "".join(shown)
     head, tail = _fitting(shown, limit // 2), _fitting(shown[::-1], (limit - 1) // 2)[::-1]
     return f"{''.join(head).rstrip()}…{''.join(tail).lstrip()}"
+
+
+def unit_label(unit: Unit, limit: int = 40) -> str:
+    """What a unit is called: its name, where it has one, or its text; as `label`."""
+    return label(unit.text if unit.name is None else unit.name, limit)
 
 
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + BLANK

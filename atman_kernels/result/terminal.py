@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from rich.cells import cell_len, set_cell_size
@@ -16,8 +16,17 @@ from rich.text import Text
 from atman_kernels.result import NEGATIVE, POSITIVE
 from atman_kernels.result.characters import isolated, printable, supported
 from atman_kernels.result.data import ExplanationData
-from atman_kernels.result.labels import about, give_or_take, label, likelihood, measure_of, signed, token_label
-from atman_kernels.result.segments import Segment, ranked, segments, strongest
+from atman_kernels.result.labels import (
+    about,
+    give_or_take,
+    label,
+    likelihood,
+    measure_of,
+    signed,
+    token_label,
+    unit_label,
+)
+from atman_kernels.result.segments import Segment, in_tree_order, nested_segments, outlined, strongest
 
 BAR_WIDTH = 24  # characters
 FAINTEST = 0.06  # share of the largest score below which a unit stays uncoloured
@@ -48,7 +57,8 @@ def renderables(explanation: ExplanationData, console: Console, top: int = 8) ->
     if any(unit.source == "target" for unit in explanation.units):
         yield printout.heading("Answer as input")
         yield printout.text("target", explanation.target)
-    yield printout.heading(printout.safe(f"Strongest units: {measure_of(explanation)}"))
+    which = "Strongest units of each level" if explanation.levels else "Strongest units"
+    yield printout.heading(printout.safe(f"{which}: {measure_of(explanation)}"))
     yield printout.ranking()
 
 
@@ -60,9 +70,11 @@ class _Printout:
         self.total: list[float] = explanation.total.tolist()
         errors = explanation.standard_errors
         self.errors: list[float | None] = [None] * len(self.total) if errors is None else errors.tolist()
-        self.scale = max(map(abs, self.total)) or 1.0
-        speaks_for, speaks_against = ranked(self.total, top)
+        self.scales = explanation.scales
+        speaks_for, speaks_against = outlined(self.total, explanation.units, explanation.depths, top)
         self.listed = speaks_for + speaks_against
+        if explanation.levels:
+            self.listed = in_tree_order({*self.listed}, self.total, explanation.units)
         self.ascii = console.options.ascii_only
         self.colour = console.color_system in ("256", "truecolor") and not console.no_color
         self.dark = _dark_background()
@@ -109,25 +121,47 @@ class _Printout:
 
     def text(self, source: str, text: str) -> RenderableType:
         """The text painted, or with the listed units in brackets."""
-        pieces = segments(text, self.explanation.units, source)
+        pieces = nested_segments(text, self.explanation.units, self.explanation.children, source)
         return self.painted(pieces) if self.colour else self.bracketed(pieces)
 
-    def painted(self, pieces: list[Segment]) -> Text:
-        """Every piece on the colour of its strongest unit."""
+    def painted(self, pieces: Sequence[Segment]) -> Text:
+        """Every piece on the colour of its strongest unit; of what is cut, those of the units inside, underlined."""
         painted = Text(overflow="fold")
+        named: set[int] = set()
         for piece in pieces:
             unit = strongest(piece.units, self.total)
+            painted.append(self.titles(piece, named), "bold")
+            if piece.inside:
+                inside = self.painted(piece.inside)
+                inside.stylize("underline")
+                painted.append_text(inside)
+                continue
             shown = piece.text or self.chip(piece)
             if piece.text.isspace() and "\n" in piece.text and unit is not None:
                 shown = piece.text.replace("\n", "↵\n")
             painted.append(self.safe(shown), self.style(unit))
         return painted
 
-    def bracketed(self, pieces: list[Segment]) -> Text:
+    def titles(self, piece: Segment, named: set[int]) -> str:
+        """What named units that begin here are called, with their scores."""
+        begun = [i for i in piece.units if self.explanation.units[i].name is not None and i not in named]
+        named.update(begun)
+        return "".join(
+            f"{self.alone(unit_label(self.explanation.units[i]))} {self.uncertain(i)} {self.safe('▸')} " for i in begun
+        ).replace("\\u25b8", ">")
+
+    def bracketed(self, pieces: Sequence[Segment]) -> Text:
         """Listed units as [rank:text]; of units that overlap, the strongest gets the brackets."""
         bracketed = Text(overflow="fold")
+        named: set[int] = set()
         for unit, group in groupby(pieces, key=lambda piece: strongest(piece.units, self.total)):
             members = list(group)
+            bracketed.append(self.titles(members[0], named))
+            if members[0].inside:
+                inside = self.bracketed(members[0].inside)
+                rank = f"{self.listed.index(unit) + 1}:" if unit in self.listed else ""
+                bracketed.append_text(Text.assemble(f"[{rank}", inside, "]") if rank else inside)
+                continue
             text = "".join(piece.text for piece in members) or self.chip(members[0])
             if unit in self.listed:
                 inner = supported(text.strip()) or label(text)
@@ -146,7 +180,7 @@ class _Printout:
 
     def style(self, unit: int | None) -> Style:
         """Background for a unit, with a text colour that is readable on it whatever the terminal's own."""
-        strength = 0.0 if unit is None else self.total[unit] / self.scale
+        strength = 0.0 if unit is None else self.share(unit)
         if abs(strength) < FAINTEST:
             return Style.null()
         hue = ColorTriplet(*bytes.fromhex((POSITIVE if strength > 0 else NEGATIVE)[1:]))
@@ -156,9 +190,16 @@ class _Printout:
         mixed = (round(g + abs(strength) * (h - g)) for g, h in zip(ground, full, strict=True))
         return Style(color=ink, bgcolor=Color.from_triplet(ColorTriplet(*mixed)))
 
+    def share(self, unit: int) -> float:
+        """A unit's total as a part of the largest of its level."""
+        return self.total[unit] / self.scales[self.explanation.depths[unit]]
+
     def ranking(self) -> Text:
-        """The strongest units, one a line: rank, text, score, bar."""
-        labels = [self.alone(label(self.explanation.units[unit].text)) for unit in self.listed]
+        """The strongest units, one a line: rank, text, score, bar; nested ones below what they lie in."""
+        labels = [
+            "  " * self.explanation.depths[unit] + self.alone(unit_label(self.explanation.units[unit]))
+            for unit in self.listed
+        ]
         width = max(map(cell_len, labels), default=0)
         numbers = [self.uncertain(unit) for unit in self.listed]
         digits = max([7, *map(len, numbers)])
@@ -168,16 +209,16 @@ class _Printout:
             lines.append(f"{rank:3}  ", "dim")
             lines.append(f"{set_cell_size(shown, width)}  {number:>{digits}}  ")
             hue = POSITIVE if score > 0 else NEGATIVE
-            lines.append(self.bar(score) + "\n", hue if self.colour else None)
+            lines.append(self.bar(self.share(unit)) + "\n", hue if self.colour else None)
         lines.rstrip()
         return lines if self.listed else Text("  no unit changes it")
 
-    def bar(self, score: float) -> str:
+    def bar(self, share: float) -> str:
         """A line as long as the score is large."""
-        length = max(1, round(BAR_WIDTH * abs(score) / self.scale))
+        length = max(1, round(BAR_WIDTH * abs(share)))
         if self.colour:
             return "━" * length
-        return ("#-" if self.ascii else "█░")[score < 0] * length
+        return ("#-" if self.ascii else "█░")[share < 0] * length
 
 
 def _dark_background() -> bool:
