@@ -180,29 +180,28 @@ class Explainer:
             vision=self.vision,
         )
         request = Request(common, asked, target, units, versus, images, audio, labels, pooling)
-        if self.task == CAUSAL:
-            if audio is not None or labels is not None or not (isinstance(pooling, str) and pooling == "mean"):
-                raise InputError(
-                    f"audio, labels and pooling are not for language models such as {type(self.model).__name__}"
-                )
-            if asked is None:
-                raise InputError("give the prompt once, as prompt or as text; got none")
-            request = request.checked()
-        elif isinstance(units, list | tuple) and any(isinstance(level, str) for level in units):
-            raise InputError(f"nested units are for causal language models; {type(self.model).__name__} is none")
-        elif common.include_target or common.chat or versus is not None or method != "atman":
-            name = type(self.model).__name__
-            raise InputError(f"include_target, chat, versus and other methods are for language models; {name} is none")
+        request = self._fitting(request, method)
         depth = Depth.checked(
-            recompute,
-            exact,
-            chosen,
-            self.task,
-            refine=refine,
-            nested=request.is_nested,
-            with_versus=versus is not None,
+            recompute, exact, chosen, self.task, refine=refine, nested=request.is_nested, with_versus=versus is not None
         )
         return self._explained(chosen, [request], depth)[0]
+
+    def _fitting(self, request: Request, method: str) -> Request:
+        """The request as the model's task takes it. Raises InputError for what is of other tasks."""
+        common, units = request.common, request.units
+        name = type(self.model).__name__
+        if self.task == CAUSAL:
+            plain = isinstance(request.pooling, str) and request.pooling == "mean"
+            if request.audio is not None or request.labels is not None or not plain:
+                raise InputError(f"audio, labels and pooling are not for language models such as {name}")
+            if request.prompt is None:
+                raise InputError("give the prompt once, as prompt or as text; got none")
+            return request.checked()
+        if isinstance(units, list | tuple) and any(isinstance(level, str) for level in units):
+            raise InputError(f"nested units are for causal language models; {name} is none")
+        if common.include_target or common.chat or request.versus is not None or method != "atman":
+            raise InputError(f"include_target, chat, versus and other methods are for language models; {name} is none")
+        return request
 
     def explain_batch(
         self,
