@@ -1,7 +1,7 @@
 """VariantPack: which rows of a packed sequence belong to which variant, and what each variant reuses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ class VariantPack:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.prefix_lengths.device
+
+    def to(self, device: torch.device | str) -> "VariantPack":
+        """The same pack with its tensors on a device; itself where they are there already."""
+        if self.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            suffix_starts=self.suffix_starts.to(device),
+            prefix_lengths=self.prefix_lengths.to(device),
+            base_starts=self.base_starts.to(device),
+            row_variant=self.row_variant.to(device),
+            row_position=self.row_position.to(device),
+        )
 
     @classmethod
     def build(

@@ -34,6 +34,7 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.models.eval_mode import evaluating
 from atman_kernels.hf.models.parts import decoder_of
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import generated
@@ -83,7 +84,7 @@ class SuppressedTextInput(TextTokenInput):
         self.tokenizer = explainer.tokenizer
         features = features_of(source, explainer.tokenizer, units, language)
         self.units, self.values, self._spread = features.units, features.values, features.spread
-        self.inp_tensor = features.ids.to(explainer.model.device)
+        self.inp_tensor = features.ids.to(input_device(explainer.model))
         self.n_itp_features = len(self.units)
         self.itp_tensor = torch.ones(1, self.n_itp_features, dtype=torch.float32, device="cpu")
         self.itp_mask = self.skip_tokens = None

@@ -9,6 +9,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.attention.suppression import suppress
 from atman_kernels.hf.models.eval_mode import evaluating
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.units import Unit
@@ -33,7 +34,7 @@ def token_question(explainer: Explainer, ids: Tensor, prompt_length: int, units:
     return CausalObjective(
         prompt=explainer.tokenizer.decode(ids[:prompt_length]),
         target=explainer.tokenizer.decode(ids[prompt_length:]),
-        ids=ids.to(explainer.model.device),
+        ids=ids.to(input_device(explainer.model)),
         prompt_length=prompt_length,
         units=tuple(units),
         target_tokens=tuple(texts[prompt_length:]),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import atman_kernels
 from atman_kernels.explain.methods import Method, MethodOutcome
+from atman_kernels.hf.models.placement import devices_of
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.result.data import LOG_PROBABILITY, RISE
 from atman_kernels.result.explanation import Explanation
@@ -75,7 +76,7 @@ def origin_of(model: PreTrainedModel, units: Any) -> dict[str, Any]:
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
         "units": units,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "device": ", ".join(map(str, devices_of(model))),
         "versions": {
             "atman_kernels": atman_kernels.__version__,
             "torch": torch.__version__,

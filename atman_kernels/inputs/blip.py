@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from atman_kernels.errors import InputError
 from atman_kernels.hf.images.blip import BlipRun, answer_logprobs, answers_questions, image_states, source_states
 from atman_kernels.hf.images.embedding import refusals_named
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.encoder_inputs import EncoderInputs, read_image
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of, room_for_answer
 from atman_kernels.inputs.objective import ForwardObjective
@@ -72,9 +73,9 @@ def objective(model: Any, processor: Any, asked: Request) -> ForwardObjective:
     source = _source(model, processor, tokenizer, asked)
     answer = _answer(model, tokenizer, source, asked)
     vision, pixels, begun = asked.common.vision, source.image.inputs["pixel_values"], source.begun
-    written = torch.tensor([begun + answer[:-1]], device=model.device)
-    rows = torch.arange(len(answer), device=model.device) + len(begun) - 1
-    targets = torch.tensor([answer], device=model.device)
+    written = torch.tensor([begun + answer[:-1]], device=input_device(model))
+    rows = torch.arange(len(answer), device=input_device(model)) + len(begun) - 1
+    targets = torch.tensor([answer], device=input_device(model))
     question, seen = source.question, source.states
 
     def values(count: int) -> Tensor:
@@ -85,7 +86,7 @@ def objective(model: Any, processor: Any, asked: Request) -> ForwardObjective:
     def embeddings() -> Tensor:
         """States of patches and embeddings of words, which have nothing in common."""
         ids = begun if question is None else source.ids
-        words = model.get_input_embeddings()(torch.tensor(ids, device=model.device))
+        words = model.get_input_embeddings()(torch.tensor(ids, device=input_device(model)))
         both: Tensor = torch.block_diag(seen[0].float().cpu(), words.float().cpu())
         return both
 
@@ -124,7 +125,7 @@ def _source(model: Any, processor: Any, tokenizer: PreTrainedTokenizerBase, aske
     check_length(len(ids), positions_of(model.text_decoder), "prompt has")
     check_ids(model.text_decoder, tokenizer, ids, "prompt")
     begun = [int(model.config.text_config.bos_token_id), *([] if asks else ids)]
-    with torch.inference_mode():
+    with torch.no_grad():
         states = image_states(model, image.inputs["pixel_values"])
     return _Source(image, states, text, ids, tuple(units), asks, begun)
 
@@ -172,11 +173,11 @@ def _own_answer(
 ) -> list[int]:
     """Token ids of the model's own greedy answer, without its end."""
     config = model.config.text_config
-    with torch.inference_mode():
+    with torch.no_grad():
         answer = generated(
             model.text_decoder,
             tokenizer,
-            {"input_ids": torch.tensor([begun], device=model.device)},
+            {"input_ids": torch.tensor([begun], device=input_device(model))},
             len(begun),
             max_new_tokens,
             encoder_hidden_states=source_states(model, image, question),

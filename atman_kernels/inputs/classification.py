@@ -21,7 +21,7 @@ def label_objective(
     def logits(rows: int) -> Tensor:
         return widened(model(**read.repeated(rows), return_dict=True).logits)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         try:
             own = logits(1)[0]
         except (IndexError, ValueError) as error:

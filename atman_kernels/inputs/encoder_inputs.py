@@ -14,6 +14,7 @@ from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.images.patches import patch_grid
 from atman_kernels.hf.images.places import seen_region
 from atman_kernels.hf.models.parts import is_encoder_decoder
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.limits import check_ids, check_length, positions_of
 from atman_kernels.inputs.objective import ForwardObjective
 from atman_kernels.inputs.tokenization import check_fast, checked_text, special_flags
@@ -89,7 +90,7 @@ def read_text(model: PreTrainedModel, tokenizer: Any, prompt: Any, units: Any, l
         language=language,
     )
     taken = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-    inputs = {str(name): torch.tensor([encoded[name]], device=model.device) for name in taken}
+    inputs = {str(name): torch.tensor([encoded[name]], device=input_device(model)) for name in taken}
     return EncoderInputs(BETWEEN.join(texts), inputs, found, len(ids), {})
 
 
@@ -141,7 +142,7 @@ def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor
         if not bool(image.isfinite().all()):
             raise InputError("images as pixel values must be finite; they hold infinite or NaN entries")
         pixels = image if image.ndim == 4 else image[None]
-        return pixels.to(model.device, model.dtype), (pixels.shape[3], pixels.shape[2]), None
+        return pixels.to(input_device(model), model.dtype), (pixels.shape[3], pixels.shape[2]), None
     size = getattr(image, "size", None)
     if not (isinstance(size, tuple) and len(size) == 2):
         raise InputError(f"images must be a PIL image or a tensor of pixel values, got {type(image).__name__}")
@@ -149,7 +150,7 @@ def _pixels(model: PreTrainedModel, processor: Any, images: Any) -> tuple[Tensor
     if not hasattr(image_processor, "preprocess"):
         raise InputError(f"images need the model's image processor, got {type(processor).__name__}")
     pixels = image_processor(images=image, return_tensors="pt")["pixel_values"]
-    return pixels.to(model.device, model.dtype), size, seen_region(image_processor, *size)
+    return pixels.to(input_device(model), model.dtype), size, seen_region(image_processor, *size)
 
 
 # Audio --------------------------------------------------------------------------------------------------------
@@ -195,7 +196,9 @@ def read_audio(model: PreTrainedModel, processor: Any, audio: Any, units: Any) -
         found.append(Unit(label, len(shown), len(shown) + len(label), tuple(range(first, last))))
         shown += label
     facts = {"seconds": [list(span) for span in spans]}
-    return EncoderInputs(shown, {"input_features": features.to(model.device, model.dtype)}, tuple(found), most, facts)
+    return EncoderInputs(
+        shown, {"input_features": features.to(input_device(model), model.dtype)}, tuple(found), most, facts
+    )
 
 
 def _seconds(units: Any, duration: float, shortest: float) -> list[tuple[float, float]]:

@@ -21,6 +21,7 @@ from atman_kernels.hf.images.embedding import (
 )
 from atman_kernels.hf.images.layouts import ImageTokens, image_family_of, image_tokens
 from atman_kernels.hf.images.places import places_of
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.chat import templated
 from atman_kernels.inputs.encoder_inputs import EncoderInputs, one_or_several
 from atman_kernels.inputs.image_units import ImageUnitChoice, image_units_of, sizes_of
@@ -84,15 +85,15 @@ def ask_about_images(
     length, most = len(prompt_ids), language_positions(model)
     given = None if target is None else target_ids(model, tokenizer, target)
     check_length(length + len(given or [0]) - 1, most)
-    with torch.inference_mode(), vision_runs_once(model):
+    with torch.no_grad(), vision_runs_once(model):
         if given is None:
             with refusals_named(model):
                 room = room_for_answer(length, most, max_new_tokens)
                 said = generated(model, tokenizer, read.inputs, length, room)
             given = check_said(without_ends(said, end_ids(model, tokenizer)))
             target = str(tokenizer.decode(given))
-        answer = torch.tensor(given, device=model.device)
-        rows = torch.arange(len(answer), device=model.device) + length - 1
+        answer = torch.tensor(given, device=input_device(model))
+        rows = torch.arange(len(answer), device=input_device(model)) + length - 1
         embedded, own = embed(model, read.inputs, answer, rows)
     pieces, offsets = token_texts_of(tokenizer, given)
     found = read.units

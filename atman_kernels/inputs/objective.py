@@ -126,7 +126,7 @@ class ForwardObjective(Objective):
         return self.suppressed
 
     def values_as_it_is(self, model: PreTrainedModel) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             return self.forward(1)[0]
 
     def values(
@@ -134,7 +134,7 @@ class ForwardObjective(Objective):
     ) -> Tensor:
         make = partial(encoder_run, self.suppressed) if self.run is None else self.run
         run = make(factors, mode=mode, layers=layers)
-        with run.installed(self.suppressed, self.suppressed), torch.inference_mode():
+        with run.installed(self.suppressed, self.suppressed), torch.no_grad():
             values = self.forward(1 if factors is None else len(factors))
         if not run.reached:
             raise UnsupportedModelError(

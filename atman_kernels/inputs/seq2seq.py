@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from atman_kernels.errors import InputError
 from atman_kernels.hf.forward.logprobs import logprobs_of
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.encoder_inputs import EncoderInputs
 from atman_kernels.inputs.limits import check_length, positions_of, room_for_answer
 from atman_kernels.inputs.objective import ForwardObjective
@@ -43,9 +44,9 @@ def objective(
         begun, answer = _tokens(tokenizer, checked_text(target, "target"), beginning)
     checked_target_ids(model, tokenizer, answer)
     check_length(len(begun) + len(answer) - 1, most, "target and its beginning have")
-    decoder_ids = torch.tensor([begun + answer[:-1]], device=model.device)
-    rows = torch.arange(len(answer), device=model.device) + len(begun) - 1
-    targets = torch.tensor([answer], device=model.device)
+    decoder_ids = torch.tensor([begun + answer[:-1]], device=input_device(model))
+    rows = torch.arange(len(answer), device=input_device(model)) + len(begun) - 1
+    targets = torch.tensor([answer], device=input_device(model))
 
     def values(count: int) -> Tensor:
         inputs = {**read.repeated(count), "decoder_input_ids": decoder_ids.expand(count, -1)}
@@ -120,7 +121,7 @@ def _answer(
     inputs = dict(read.inputs)
     if "input_ids" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    given = torch.tensor([beginning], device=model.device)
+    given = torch.tensor([beginning], device=input_device(model))
     # not Whisper's own `generate`, which cuts audio into windows and returns text without its beginning
     said = generated(
         model,

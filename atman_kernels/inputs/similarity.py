@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from atman_kernels.arguments import texts as texts_of
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.formula import widened
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.encoder_inputs import EncoderInputs, encode, encoder_objective
 from atman_kernels.inputs.limits import check_ids
 from atman_kernels.inputs.objective import ForwardObjective
@@ -44,8 +45,8 @@ def text_objective(
         pooled = {"mean": states.mean(1), "cls": states[:, 0], "last": states[:, -1]}[pooling]
         return torch.nn.functional.normalize(pooled, dim=-1)
 
-    ids = torch.tensor([encode(tokenizer, model, target, name="target")["input_ids"]], device=model.device)
-    with torch.inference_mode():
+    ids = torch.tensor([encode(tokenizer, model, target, name="target")["input_ids"]], device=input_device(model))
+    with torch.no_grad():
         other = embed(1, {"input_ids": ids})[0]
     return encoder_objective(
         part,
@@ -86,7 +87,7 @@ def image_objective(
         check_ids(model.text_model, tokenizer, ids, "prompt" if text != target else "target")
     fixed = {"padding": "max_length", "max_length": length} if sigmoid else {"padding": True}
     texts = dict(tokenizer(labels, return_tensors="pt", **fixed))
-    texts = {name: x.to(model.device) for name, x in texts.items() if name in ("input_ids", "attention_mask")}
+    texts = {name: x.to(input_device(model)) for name, x in texts.items() if name in ("input_ids", "attention_mask")}
     if sigmoid:
         texts.pop("attention_mask", None)  # it was trained with its padding in sight
     label = labels.index(target)

@@ -12,6 +12,7 @@ from atman_kernels.arguments import of_entry
 from atman_kernels.hf.forward.base import own_logprobs
 from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.models.model_input import Embedded, ModelInput, WithPixels
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.limits import check_length, language_positions, room_for_answer
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.own_answer import check_said, end_ids, generated, without_ends
@@ -75,12 +76,12 @@ class CausalObjective(Objective):
         self, model: PreTrainedModel, factors: Tensor | None, *, mode: str, layers: tuple[int, ...] | None
     ) -> Tensor:
         if factors is None:
-            factors = torch.ones(1, self.positions, device=model.device, dtype=torch.float32)
+            factors = torch.ones(1, self.positions, device=input_device(model), dtype=torch.float32)
         sequence = self.inputs if self.with_pixels is None else self.with_pixels
         return full_row_logprobs(model, sequence, factors, self.rows, self.targets, mode=mode, layers=layers)
 
     def embeddings(self, model: PreTrainedModel) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             inputs = self.inputs
             merged = inputs.embeddings if isinstance(inputs, Embedded) else model.get_input_embeddings()(inputs)
             return merged.float().cpu()
@@ -163,7 +164,7 @@ def _objective(
         target=target,
         units=units,
         target_tokens=tuple(pieces),
-        ids=torch.tensor(prompt.ids + answer, device=model.device),
+        ids=torch.tensor(prompt.ids + answer, device=input_device(model)),
         prompt_length=len(prompt.ids),
         finer=prompt.finer,
         levels=prompt.levels,
@@ -177,7 +178,7 @@ def _own_answer(
     most: int | None,
     max_new_tokens: int,
 ) -> list[int]:
-    ids = torch.tensor([prompt_ids], device=model.device)
+    ids = torch.tensor([prompt_ids], device=input_device(model))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     length = len(prompt_ids)
     answer = generated(model, tokenizer, inputs, length, room_for_answer(length, most, max_new_tokens))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.planning.packing import Variant, full_row_factors
 from atman_kernels.run.perturbation import Perturbation
@@ -35,7 +36,7 @@ def run_full_rows(
         own = [Variant(v.objective, v.row, 0, objective.cost) for v in variants if v.objective == number]
 
         def forward(taken: list[Variant], objective: Objective = objective) -> Tensor:
-            rows = full_row_factors(taken, factors, objective.positions).to(objective.part(model).device)
+            rows = full_row_factors(taken, factors, objective.positions).to(input_device(objective.part(model)))
             values = objective.values(model, rows, mode=perturbation.mode, layers=perturbation.layers)
             work.add(len(taken) * objective.cost, len(taken))
             work.advance(len(taken) * objective.cost)

@@ -12,6 +12,7 @@ from atman_kernels.hf.forward.base import Base
 from atman_kernels.hf.forward.packed import grow, packed_logprobs
 from atman_kernels.hf.models.memory import free_bytes
 from atman_kernels.hf.models.model_input import ModelInput, concatenated
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.pack import VariantPack
@@ -61,6 +62,7 @@ class PackedRuns:
     ) -> None:
         self.model, self.objectives, self.factors = model, objectives, factors
         self.perturbation, self.budget, self.work = perturbation, budget, work
+        self._device = input_device(model)
         self._unread = None
         if perturbation.mode == "log_additive" and perturbation.layers is None:
             self._unread = [_unread(q, rows) for q, rows in zip(objectives, factors, strict=True)]
@@ -78,9 +80,9 @@ class PackedRuns:
                 base,
                 packed.pack,
                 packed.inputs,
-                torch.cat(packed.positions).to(self.model.device),
+                torch.cat(packed.positions).to(self._device),
                 packed.factors,
-                torch.cat(rows).to(self.model.device),
+                torch.cat(rows).to(self._device),
                 torch.cat(targets),
                 mode=self.perturbation.mode,
                 layers=self.perturbation.layers,
@@ -108,7 +110,7 @@ class PackedRuns:
         levels alone: with four times as many, 800 subsets of 20 sentences ran a tenth faster.
         """
         yield from self.run(base, tree.variants)
-        capacity = max(1, min(self.budget, free_bytes(self.model.device) // FREE_SHARE // base.bytes_per_key))
+        capacity = max(1, min(self.budget, free_bytes(self.model) // FREE_SHARE // base.bytes_per_key))
         for prefixes in chunks(tree.prefixes, capacity):
             grown = base.emptied([t.stretch.length for t in prefixes])
             self._grow(base, [t.stretch for t in prefixes], grown)
@@ -149,7 +151,7 @@ class PackedRuns:
         """Variants laid out, in an order in which kernels can share tiles: those of one base together, by prefix."""
         taken.sort(key=lambda v: (v.base_number, v.prefix))
         extra = padding(sum(v.suffix for v in taken))
-        pack = lay_out(taken, base.starts, self.model.device, extra)
+        pack = lay_out(taken, base.starts, self._device, extra)
         positions = [self._positions(v, thin=v.removed > 0) for v in taken]
         factors = pack_factors(taken, positions, self.factors, pack.num_variants, pack.longest)
         suffixes = [
@@ -159,7 +161,7 @@ class PackedRuns:
             for v, own in zip(taken, positions, strict=True)
         ]
         positions += [torch.arange(extra, device="cpu")] if extra else []
-        return _Packed(pack, concatenated(suffixes, extra), positions, factors.to(self.model.device), extra)
+        return _Packed(pack, concatenated(suffixes, extra), positions, factors.to(self._device), extra)
 
     def _count(self, packed: "_Packed", variants: int) -> None:
         self.work.add(packed.pack.num_rows, variants)

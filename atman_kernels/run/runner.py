@@ -14,6 +14,7 @@ from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_ru
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
 from atman_kernels.hf.models.packability import why_lengths_do_not_mix, why_rows_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.factors import first_suppressed
@@ -176,8 +177,7 @@ class Runner:
         if self.token_budget is not None:
             return self.token_budget
         part = objectives[0].part(self.model)
-        device = part.device
-        return token_budget(free_bytes(device), activation_bytes_per_token(part), device.type)
+        return token_budget(free_bytes(part), activation_bytes_per_token(part), input_device(part).type)
 
     # Packs ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import atman_kernels
 from atman_kernels import Explainer, arguments
 from atman_kernels.errors import InputError
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.scale.crew import Task
 from atman_kernels.scale.dataset import DatasetRun, Queue, Results, Run, rows_left
 from atman_kernels.scale.options import sorted_options
@@ -68,7 +69,7 @@ def explain_part(
     part = arguments.integer(part, "part", least=0, most=parts - 1)
     size = arguments.integer(prompts_per_task, "prompts_per_task", least=1)
     progress = arguments.flag(progress, "progress")
-    group = _Group(explainer.model.device)
+    group = _Group(input_device(explainer.model))
     with ExitStack() as stack:
         results: Results = _Nowhere(id_column)
         with group.agreeing() as given:

@@ -13,6 +13,7 @@ import torch
 import atman_kernels
 from atman_kernels import Ablation, Explainer, Unit, load_model
 from atman_kernels.errors import InputError, UnsupportedModelError
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.scale.results import row_of
 from atman_kernels.scale.shares import deal
 from atman_kernels.scale.source import Row
@@ -81,7 +82,7 @@ class Worker:
         if isinstance(error, UnsupportedModelError) or (self.in_step and not isinstance(error, InputError)):
             raise error
         try:
-            torch.ones(1, dtype=torch.float32, device=self.explainer.model.device).add_(1).sum().cpu()
+            torch.ones(1, dtype=torch.float32, device=input_device(self.explainer.model)).add_(1).sum().cpu()
         except RuntimeError as lost:
             raise DeviceLostError(f"{type(error).__name__}: {error}") from lost
 
@@ -133,7 +134,7 @@ def facts_of(model: Any) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _digest(model: Any) -> str | None:
     """None where values cannot be read as numbers, as those of some quantised tensors."""
     digest = hashlib.blake2b(digest_size=8)

@@ -13,6 +13,7 @@ from atman_kernels.explain import methods
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.formula import MODES
 from atman_kernels.hf.models.parts import decoder_of
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.image_text import read_with_images
 from atman_kernels.inputs.limits import language_positions, room_for_answer
 from atman_kernels.inputs.own_answer import end_ids, generated, without_ends
@@ -68,7 +69,7 @@ class Engine:
             "images": self._reads_images,
             "positions": language_positions(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
+            "device": str(input_device(self.model)),
             "methods": list(methods.names()),
             "modes": list(MODES),
             "units": list(GRANULARITIES),

@@ -14,6 +14,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.hf.attention.suppression import suppressed
 from atman_kernels.hf.models.eval_mode import check_loaded
 from atman_kernels.hf.models.parts import is_encoder_decoder
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.hf.scope import Scope
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
@@ -209,7 +210,7 @@ def _prepare(
             found.append(resolve(wanted, each))
     inputs = _padded(tokenized, _padding_id(tokenizer))
     texts = tuple(each.text for each in tokenized)
-    return Steered(model, tokenizer, {k: v.to(model.device) for k, v in inputs.items()}, texts, tuple(found))
+    return Steered(model, tokenizer, {k: v.to(input_device(model)) for k, v in inputs.items()}, texts, tuple(found))
 
 
 def _prepare_inputs(
@@ -226,7 +227,7 @@ def _prepare_inputs(
         raise InputError(f"prompt: input_ids must be integers, got {ids.dtype}")
     if not any(name.startswith(("pixel", "image", "input_features")) for name in given):  # whose tokens may be any
         check_ids(model, tokenizer, ids.flatten().tolist(), "prompt")
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    inputs = {k: v.to(input_device(model)) if isinstance(v, Tensor) else v for k, v in given.items()}
     mask = inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         came = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else described(mask)

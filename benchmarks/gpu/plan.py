@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 SUITES = (
-    "test_triton.py",
-    "test_triton_backward.py",
-    "test_gradients.py",
-    "test_real_head_dimensions.py",
-    "test_backends.py",
-    "test_pack.py",
-    "test_op_registration.py",
-    "test_cuda_build.py",
+    "ops/test_triton.py",
+    "ops/test_triton_backward.py",
+    "ops/test_gradients.py",
+    "ops/test_real_head_dimensions.py",
+    "ops/test_backends.py",
+    "ops/test_pack.py",
+    "ops/test_op_registration.py",
+    "ops/test_cuda_build.py",
+    "models/test_placement.py",
 )
 TEST_SECONDS = 60  # of one test
 CEILINGS = "flash,cudnn,flash_prefix,cudnn_prefix,flash_varlen"
@@ -102,7 +103,7 @@ def _pytest(cores: int | None) -> tuple[str, ...]:
     if find_spec("pytest_timeout") is not None:
         # "thread" ends the worker with the test: a signal is not heard by a process that waits for the GPU
         command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    return (*command, *(f"python_tests/ops/{name}" for name in SUITES))
+    return (*command, *(f"python_tests/{name}" for name in SUITES))
 
 
 def fits(steps: Sequence[Step], seconds: float) -> list[Step]:

@@ -8,7 +8,8 @@ HERE = Path(__file__).resolve().parent
 # a few of every kind; each of the suites has been through it as a whole
 SELECTED = (
     "(triton or cuda) and not shifted and (window_causal_cached or few_tokens or empty_suffixes) "
-    "or triton and 64 and bfloat16 and (two_bases or decoding) or test_values and bfloat16 and 192"
+    "or triton and 64 and bfloat16 and (two_bases or decoding) or test_values and bfloat16 and 192 "
+    "or placement and (shifted and gemma2 or additive and bloom or shared_prefixes or patterns or suppression)"
 )
 MIXING = """
 import torch
@@ -37,6 +38,7 @@ def pretend(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_tests_for_gpus_run_to_their_end() -> None:
     """They compare what a GPU computes with what a CPU does: moving one of the two is easily forgotten."""
     suites = [str(HERE / name) for name in ("test_backends.py", "test_pack.py", "test_real_head_dimensions.py")]
+    suites.append(str(HERE.parent / "models" / "test_placement.py"))
     pytest = ["-m", "benchmarks.gpu.pretended_cuda", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     done = pretend(*pytest, *suites, "-k", SELECTED)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -613,7 +613,7 @@ def test_plans_are_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"-n", "4", "--timeout"} <= set(plan._pytest(4))
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
     assert not {"-n", "--timeout"} & set(plan._pytest(4))
-    assert all((gpu_check.REPOSITORY / "python_tests" / "ops" / name).is_file() for name in plan.SUITES)
+    assert all((gpu_check.REPOSITORY / "python_tests" / name).is_file() for name in plan.SUITES)
 
 
 def test_what_was_begun_and_what_ended_is_on_disk_at_once(tmp_path: Path) -> None:

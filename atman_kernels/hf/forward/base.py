@@ -16,6 +16,7 @@ from atman_kernels.hf.forward.logprobs import input_logprobs
 from atman_kernels.hf.models.model_input import ModelInput, whole_inputs
 from atman_kernels.hf.models.packability import why_unpackable
 from atman_kernels.hf.models.parts import decoder_of
+from atman_kernels.hf.models.placement import devices_of
 from atman_kernels.hf.scope import Scope
 
 
@@ -74,7 +75,8 @@ class Base:
         if not self.patterns:
             return None
         distinct = {id(pattern): pattern for pattern in self.patterns.values()}
-        visible = torch.stack([(pattern > -math.inf).any(dim=0) for pattern in distinct.values()]).any(dim=0).cpu()
+        # of layers on several devices
+        visible = torch.stack([(pattern > -math.inf).any(dim=0).cpu() for pattern in distinct.values()]).any(dim=0)
         positions = torch.arange(visible.shape[0] + 1, device="cpu")
         last = positions[-2] - visible.flip(1).byte().argmax(dim=1)  # argmax gives the first of equal maxima
         furthest = last.masked_fill(~visible.any(dim=1), 0).cummax(dim=0).values  # key seen by a row or any before it
@@ -109,7 +111,11 @@ def join_and_clear(bases: list[Base]) -> Base:
 
 
 class _LayerStore:
-    """One tensor per layer, all in one allocation: between a forward's temporaries they would leave holes."""
+    """One tensor per layer, all in one allocation: between a forward's temporaries they would leave holes.
+
+    Args:
+        layers: how many; None where that is not known, or their devices are several: then each has its own.
+    """
 
     def __init__(self, layers: int | None) -> None:
         self.tensors: dict[nn.Module, Tensor] = {}
@@ -132,7 +138,7 @@ class _CaptureRun(Run):
         self.values = _LayerStore(layers)
         self.patterns: dict[nn.Module, Tensor] = {}
         self.by_position = False
-        self._made: dict[tuple[int, bool, int | None], tuple[Tensor, Tensor | None]] = {}
+        self._made: list[tuple[Tensor, bool, int | None, Tensor | None]] = []  # of which masks, and the patterns
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         if module in self.keys.tensors:
@@ -150,10 +156,20 @@ class _CaptureRun(Run):
         """What a mask says beyond causality; one tensor for all layers that share the mask."""
         if call.mask is None:
             return None
-        key = (id(call.mask), call.is_causal, call.sliding_window)
-        if key not in self._made:
-            self._made[key] = (call.mask, _beyond_causal(call))  # holding the mask keeps its id from being reused
-        return self._made[key][1]
+        for mask, *around, pattern in self._made:
+            if around == [call.is_causal, call.sliding_window] and _same(mask, call.mask):
+                return pattern
+        pattern = _beyond_causal(call)
+        self._made.append((call.mask, call.is_causal, call.sliding_window, pattern))
+        return pattern
+
+
+def _same(mask: Tensor, other: Tensor) -> bool:
+    """Whether two masks are one. Each layer gets a copy of its own where the layers are on several devices."""
+    if mask is other:
+        return True
+    alike = (mask.device, mask.dtype, mask.shape) == (other.device, other.dtype, other.shape)
+    return alike and torch.equal(mask, other)
 
 
 def _beyond_causal(call: AttentionCall) -> Tensor | None:
@@ -193,7 +209,7 @@ def base_run(model: PreTrainedModel, ids: ModelInput, rows: Tensor, targets: Ten
         PackingUnsupportedError: some do not, or the model is built so that parts of a sequence cannot stand alone.
     """
     layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
-    run = _CaptureRun(layers)
+    run = _CaptureRun(layers if len(devices_of(model)) == 1 else None)
     with run.installed(model) as scope:
         logprobs = input_logprobs(model, ids, whole_inputs(ids), rows, targets[None], scope)[0]
     captured = len(run.keys.tensors)

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from atman_kernels.arguments import flag
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.formula import widened
-from atman_kernels.hf.forward.logprobs import head_in_float32
+from atman_kernels.hf.forward.logprobs import head_in_float32, states_with_inputs
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.replacement import replaced
 from atman_kernels.hf.scope import Scope
@@ -107,6 +107,7 @@ def differentiable_run(
     with ExitStack() as stack:
         scope = stack.enter_context(Scope())
         stack.enter_context(_embedding_replaced(model, leaf, scope))
+        stack.enter_context(states_with_inputs(model, scope))
         stack.enter_context(head_in_float32(model, scope))
         output = model(ids.expand(batch, -1), use_cache=False, return_dict=True, **options)
     all_logits = output.logits if keeps else output.logits[:, rows]  # (B, m, vocabulary)

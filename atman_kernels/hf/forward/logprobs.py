@@ -21,6 +21,7 @@ from atman_kernels.hf.models.model_input import (
 )
 from atman_kernels.hf.models.packability import why_rows_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype, decoder_of, text_stack
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.replacement import has_hooks, innermost_forward, is_rewritten, replaced
 from atman_kernels.hf.scope import Scope
 
@@ -59,7 +60,14 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
     if not keeps or _is_watched_outside_its_layers(model):
         step = max(1, len(rows))
     pieces = []
-    with torch.inference_mode(), Scope() as scope, _layers_run_once(model, scope), head_in_float32(model, scope):
+    # tensors of other packages, such as quantised weights, refuse inference_mode
+    with (
+        torch.no_grad(),
+        Scope() as scope,
+        states_with_inputs(model, scope),
+        _layers_run_once(model, scope),
+        head_in_float32(model, scope),
+    ):
         for first in range(0, len(rows), step):
             chunk = rows[first : first + step]
             keep = {"logits_to_keep": chunk} if keeps else {}
@@ -102,6 +110,23 @@ def _layers_run_once(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
 
 
 @contextmanager
+def states_with_inputs(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
+    """In the scope, the layers' states come back to the device of the inputs, on which rows of them are chosen."""
+    body, device = model.base_model, input_device(model)
+    if body is model or not hasattr(model, "_hf_hook"):  # which accelerate puts around the parts
+        yield
+        return
+
+    def brought(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state.to(device)
+        return output
+
+    with replaced(body, scope, brought):
+        yield
+
+
+@contextmanager
 def later_features(
     model: PreTrainedModel, sequence: ModelInput | WithPixels, scope: Scope, batch: int = 1
 ) -> Iterator[None]:
@@ -112,7 +137,7 @@ def later_features(
     if not isinstance(sequence, Embedded) or not sequence.later:
         yield
         return
-    everywhere = torch.ones(batch, len(sequence), dtype=torch.bool, device=model.device)
+    everywhere = torch.ones(batch, len(sequence), dtype=torch.bool, device=input_device(model))
     features = [rows.repeat(batch, 1) for rows in sequence.later]
 
     def with_features(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.forward.base import Base, PackingUnsupportedError
 from atman_kernels.hf.forward.logprobs import input_logprobs
 from atman_kernels.hf.models.model_input import ModelInput, suffix_inputs
+from atman_kernels.hf.models.placement import PerDevice
 from atman_kernels.pack import VariantPack
 
 
@@ -21,8 +22,9 @@ class _PackedRun(Run):
     """Each layer's rows attend to that layer's base K/V and to their own variant."""
 
     def __init__(self, base: Base, pack: VariantPack, factor: Tensor, mode: str, layers: Iterable[int] | None) -> None:
-        self.base, self.pack, self.factor, self.mode = base, pack, factor, mode
+        self.base, self.pack, self.mode = base, pack, mode
         self.layers = LayerSelection(layers)
+        self._on = PerDevice(lambda device: (pack.to(device), factor.to(device)))
         self._grown: dict[int, Tensor] = {}
 
     def mask(self, **kwargs: Any) -> None:
@@ -34,14 +36,15 @@ class _PackedRun(Run):
         pattern = self._pattern(module)
         if not (call.is_causal or pattern is not None):
             raise PackingUnsupportedError(f"{type(module).__name__} attends both ways")
+        pack, factor = self._on[call.query.device]
         output = ops.packed_suppressed_attention(
             call.query[0],
             call.key[0],
             call.value[0],
             self.base.keys[module],
             self.base.values[module],
-            self.pack,
-            self.factor if module in self.layers else None,
+            pack,
+            factor if module in self.layers else None,
             mode=self.mode,
             is_causal=pattern is None,
             scale=call.scale,
@@ -96,21 +99,22 @@ class _GrowingRun(_PackedRun):
     ) -> None:
         super().__init__(base, pack, factor, mode, layers)
         self.grown = grown
-        device = pack.device
         prefixes, bases = pack.prefix_lengths.tolist(), pack.base_starts.tolist()
         spans = list(zip(places, prefixes, bases, strict=False))  # padding, the last variant, has no place
-        self.reused = torch.cat([torch.arange(b, b + p, device="cpu") for _, p, b in spans]).to(device)
-        self.reused_to = torch.cat([torch.arange(at, at + p, device="cpu") for at, p, _ in spans]).to(device)
-        self.rows_to = torch.cat([at + own for at, own in zip(places, positions, strict=True)]).to(device)
+        reused = torch.cat([torch.arange(b, b + p, device="cpu") for _, p, b in spans])
+        reused_to = torch.cat([torch.arange(at, at + p, device="cpu") for at, p, _ in spans])
+        rows_to = torch.cat([at + own for at, own in zip(places, positions, strict=True)])
+        self._moves = PerDevice(lambda device: tuple(x.to(device) for x in (reused, reused_to, rows_to)))
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         output = super().attend(module, call)
+        reused, reused_to, rows_to = self._moves[call.query.device]
         for own, base, grown in (
             (call.key[0], self.base.keys, self.grown.keys),
             (call.value[0], self.base.values, self.grown.values),
         ):
-            grown[module].index_copy_(1, self.reused_to, base[module].index_select(1, self.reused))
-            grown[module].index_copy_(1, self.rows_to, own[:, : len(self.rows_to)])
+            grown[module].index_copy_(1, reused_to, base[module].index_select(1, reused))
+            grown[module].index_copy_(1, rows_to, own[:, : len(rows_to)])
         return output
 
 

@@ -16,6 +16,7 @@ from atman_kernels.hf.images.layouts import ImageTokens, image_family_of
 from atman_kernels.hf.models.memory import is_out_of_memory
 from atman_kernels.hf.models.model_input import Embedded, WithPixels
 from atman_kernels.hf.models.parts import decoder_of, towers, vision_encoder_of
+from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.replacement import has_hooks, replaced
 from atman_kernels.hf.scope import Scope
 
@@ -51,7 +52,8 @@ def checked_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[st
     if "attention_mask" in kept and not bool((kept["attention_mask"] == 1).all()):
         raise InputError("inputs['attention_mask'] hides tokens; pass the prompt without padding")
     return {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else None) for key, value in kept.items()
+        key: value.to(input_device(model), model.dtype if value.is_floating_point() else None)
+        for key, value in kept.items()
     }
 
 
@@ -158,8 +160,8 @@ def source_embeddings(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> T
     Raises:
         InputError: the model does not take the inputs.
     """
-    begun = torch.zeros(1, 1, dtype=torch.long, device=model.device)  # any token: the encoder does not see it
-    with _reading(model) as read, refusals_named(model), torch.inference_mode():
+    begun = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))  # any token: the encoder does not see it
+    with _reading(model) as read, refusals_named(model), torch.no_grad():
         model(**inputs, decoder_input_ids=begun)
     return read[0]["inputs_embeds"]  # type: ignore[no-any-return]
 

@@ -50,7 +50,7 @@ def patch_grid(model: PreTrainedModel, part: PreTrainedModel, pixels: Tensor) ->
     height, width = patch if isinstance(patch, list | tuple) else (patch, patch)
     rows, columns = pixels.shape[-2] // height, pixels.shape[-1] // width
     counts = _KeyCounts()
-    with counts.installed(part, part), torch.inference_mode():
+    with counts.installed(part, part), torch.no_grad():
         try:
             part(pixel_values=pixels)
         except (TypeError, InputError) as error:  # another argument is missing; attention that our op does not know

@@ -1,13 +1,20 @@
 """Memory: how much is free, what a token of a forward takes, and what running out of it looks like."""
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from atman_kernels.hf.models.parts import text_stack
+from atman_kernels.hf.models.placement import devices_of
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device, torch's own unused reserve included."""
+def free_bytes(model: nn.Module) -> int:
+    """Bytes that can still be allocated wherever a model runs: of several devices, on the one with the fewest."""
+    return min(_free_on(device) for device in devices_of(model))
+
+
+def _free_on(device: torch.device) -> int:
+    """On one device, torch's own unused reserve included."""
     if device.type != "cuda":
         import psutil  # not needed where there is a GPU, on machines with little else than torch
 

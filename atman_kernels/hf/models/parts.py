@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.models.families import families_in, why_refused
+from atman_kernels.hf.models.placement import input_device
 
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
@@ -51,7 +52,7 @@ def reachable(part: PreTrainedModel, name: str) -> PreTrainedModel:
 
 def computing_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype of a model's products: its own, or that of autocast."""
-    return autocast_dtype(model.device, model.dtype)
+    return autocast_dtype(input_device(model), model.dtype)
 
 
 def autocast_dtype(device: torch.device, own: torch.dtype) -> torch.dtype:
