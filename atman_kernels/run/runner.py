@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, join_and_clear
 from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
-from atman_kernels.hf.models.packability import why_lengths_do_not_mix, why_rows_do_not_mix
+from atman_kernels.hf.models.packability import why_lengths_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype
 from atman_kernels.hf.models.placement import input_device
+from atman_kernels.hf.models.quantised import rounding_dtype, why_rows_do_not_mix
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.factors import first_suppressed
@@ -253,7 +254,7 @@ class Runner:
             own = objective.values_as_it_is(self.model)
         work.add(objective.cost, 1)
         part = objective.part(self.model)
-        name, dtype = type(part).__name__, computing_dtype(part)
+        name, dtype = type(part).__name__, rounding_dtype(part)
         if not bool(own.isfinite().all()):
             raise UnsupportedModelError(f"{name} gives the target no finite {objective.value} in {dtype}")
         noise = _rms(own - ours)
@@ -358,7 +359,7 @@ class Runner:
             alone: the same without them.
         """
         different = _rms(beside - alone)
-        limit = BATCH_NOISE.get(computing_dtype(self.model), 1e-2)
+        limit = BATCH_NOISE.get(rounding_dtype(self.model), 1e-2)
         if different <= limit:
             return False
         self._mixing = (

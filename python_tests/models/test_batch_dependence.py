@@ -1,6 +1,9 @@
 """Models whose rows depend on the rows beside them: every row then runs alone, and scores are those of lone runs."""
 
+import operator
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_models
@@ -9,7 +12,7 @@ from shared_grid import on_a_shared_grid
 from torch import nn
 
 import atman_kernels as ak
-from atman_kernels.hf.models.packability import why_rows_do_not_mix
+from atman_kernels.hf.models.quantised import rounding_dtype, why_rows_do_not_mix
 
 PROMPT, ANSWER = list(range(10, 22)), [30, 31, 32]
 
@@ -53,6 +56,75 @@ def test_what_is_known_to_mix_is_not_left_to_numbers() -> None:
     model = tiny_models.build("llama")
     assert why_rows_do_not_mix(model) is None
     assert "one scale" in why_rows_do_not_mix(dynamically_quantised(model))
-    kind = type("Linear8bitLt", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
-    model.model.layers[0].mlp.up_proj.__class__ = kind
+    layer = _as_of(model, "bitsandbytes.nn.modules", "Linear8bitLt")
     assert "outliers" in why_rows_do_not_mix(model)
+    layer.state = SimpleNamespace(threshold=0.0)  # no outliers: a scale for each row
+    assert why_rows_do_not_mix(model) is None
+
+
+def _as_of(model: nn.Module, module: str, name: str) -> Any:
+    """One of the model's layers, as one of a package's class."""
+    layer: Any = model.model.layers[0].mlp.up_proj
+    layer.__class__ = type(name, (nn.Linear,), {"__module__": module})
+    return layer
+
+
+class PerTensor:
+    pass
+
+
+class PerRow:
+    pass
+
+
+# how packages say that activations are quantised: what is set, and whether all rows of a product share a scale
+ACTIVATIONS = {
+    "torchao, rows": ("weight.act_quant_kwargs", SimpleNamespace(granularity=PerRow()), False),
+    "torchao, all": ("weight.act_quant_kwargs", SimpleNamespace(granularity=PerTensor()), True),
+    "torchao, int4 weights": ("weight.activation_quantization", "int8_asym_per_token", False),
+    "quanto": ("activation_qtype", "qint8", False),  # scales found beforehand
+    "compressed-tensors, rows": (
+        "quantization_scheme",
+        SimpleNamespace(input_activations=SimpleNamespace(dynamic=True, strategy=SimpleNamespace(value="token"))),
+        False,
+    ),
+    "compressed-tensors, all": (
+        "quantization_scheme",
+        SimpleNamespace(input_activations=SimpleNamespace(dynamic=True, strategy=SimpleNamespace(value="tensor"))),
+        True,
+    ),
+    "compressed-tensors, beforehand": (
+        "quantization_scheme",
+        SimpleNamespace(input_activations=SimpleNamespace(dynamic=False, strategy=SimpleNamespace(value="tensor"))),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("package", ACTIVATIONS)
+def test_how_activations_are_quantised(package: str) -> None:
+    place, how, shared = ACTIVATIONS[package]
+    model = tiny_models.build("llama")
+    assert rounding_dtype(model) == torch.float32
+    owner, _, name = f"model.layers.0.mlp.up_proj.{place}".rpartition(".")
+    setattr(operator.attrgetter(owner)(model), name, how)
+    assert rounding_dtype(model) == torch.bfloat16
+    assert ("one scale" in (why_rows_do_not_mix(model) or "")) == shared
+    if place.endswith("act_quant_kwargs"):
+        model.model.layers[0].mlp.up_proj.weight.act_quant_scale = torch.ones(1)  # found beforehand
+        assert why_rows_do_not_mix(model) is None
+
+
+def test_how_coarse_products_are() -> None:
+    model = tiny_models.build("llama")
+    layer = _as_of(model, "bitsandbytes.nn.modules", "Linear4bit")
+    layer.compute_dtype = torch.float32
+    assert rounding_dtype(model) == torch.float32
+    layer.compute_dtype = torch.float16
+    assert rounding_dtype(model) == torch.bfloat16
+    layer.compute_dtype, layer.support_avx512bf16_for_cpu = torch.float32, True  # its CPU kernel rounds all the same
+    assert rounding_dtype(model) == torch.bfloat16
+    model = tiny_models.build("llama")
+    _as_of(model, "transformers.integrations.bitnet", "BitLinear")
+    assert rounding_dtype(model) == torch.bfloat16
+    assert rounding_dtype(dynamically_quantised(tiny_models.build("llama"))) == torch.bfloat16

@@ -19,9 +19,9 @@ from atman_kernels.hf.models.model_input import (
     WithPixels,
     reader_of,
 )
-from atman_kernels.hf.models.packability import why_rows_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype, decoder_of, text_stack
 from atman_kernels.hf.models.placement import input_device
+from atman_kernels.hf.models.quantised import why_rows_do_not_mix
 from atman_kernels.hf.replacement import has_hooks, innermost_forward, is_rewritten, replaced
 from atman_kernels.hf.scope import Scope
 

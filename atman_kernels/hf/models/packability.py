@@ -36,20 +36,6 @@ def why_unpackable(model: nn.Module) -> str | None:
     return None
 
 
-def why_rows_do_not_mix(model: nn.Module) -> str | None:
-    """What makes a row's result depend on the rows beside it; None if nothing is known to.
-
-    Quantised activations share a scale, or a choice of outliers, over all rows of a product.
-    """
-    for module in model.modules():
-        home, name = type(module).__module__, type(module).__name__
-        if home.startswith(("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")):
-            return f"{name}, dynamically quantised, has one scale for the activations of all rows"
-        if name == "Linear8bitLt" and home.startswith("bitsandbytes"):
-            return f"{name} chooses the outliers of its activations over all rows"
-    return None
-
-
 def why_lengths_do_not_mix(model: nn.Module, lengths: Sequence[int]) -> str | None:
     """What keeps sequences of these lengths out of one pack; None if nothing is known to.
 
