@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import atman_kernels
-from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, output, serve, steer
+from atman_kernels.cli import bench, bench_quality, demo, doctor, explain, fit_at2, output, serve, steer
 from atman_kernels.cli.output import Failure, NotWrittenError
 from atman_kernels.errors import BackendUnavailableError, InputError, UnsupportedModelError
 
@@ -87,5 +87,6 @@ def main(ctx: click.Context, traceback: bool) -> None:
 
 
 bench.command.add_command(bench_quality.command)
+bench.command.add_command(fit_at2.command)
 for _command in (explain.command, steer.command, demo.command, serve.command, doctor.command, bench.command):
     main.add_command(_command)

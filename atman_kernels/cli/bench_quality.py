@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
 FACTORS = (0.0, 0.1, 0.5)
 THRESHOLDS = (None, 0.7)
-# Slower by a hundred times what they add here; ask for them by name.
-UNASKED = ("shapley", "lasso")
+# Slower by a hundred times what they add here, or in need of a file; ask for them by name.
+UNASKED = ("shapley", "lasso", "at2")
+# What has a name of its own here: AtMan for less work, and ContextCite at the numbers of ablations that its paper has.
+NAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "direct": ("atman", {"recompute": 1}),
+    "search": ("atman", {"exact": 16}),
+    **{f"contextcite_{samples}": ("lasso", {"samples": samples}) for samples in (32, 64, 256)},
+}
 WITH_INTERVALS = ("mAP", "hit@1", "area")  # in the terminal, where there is not room for all
 WIDTH = 120  # of the table, wherever it goes
 COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds")
@@ -37,7 +43,13 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 @click.option("--split", type=click.Choice(["dev", "test", "all"]), default="test", show_default=True)
 @click.option("--items", type=click.IntRange(min=1), help="Only N of them, passage by passage.  [default: all]")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the passages' random order.")
-@click.option("--methods", metavar="NAME,NAME", help="Which methods to compare.  [default: all but shapley and lasso]")
+@click.option(
+    "--methods",
+    metavar="NAME,NAME",
+    help="Which to compare: methods, direct (recompute=1), search (exact=16), contextcite_32, _64, _256.  "
+    "[default: all but shapley, lasso and contextcite; at2 with its weights]",
+)
+@click.option("--at2-weights", metavar="FILE", help="What atman bench fit-at2 wrote for this model.")
 @click.option("--sweep", is_flag=True, help="AtMan alone, in every mode with several factors and thresholds.")
 @click.option("--mode", type=click.Choice(MODES), help="Of AtMan.  [default: the package's]")
 @click.option("--factor", type=Number(0, LARGEST_FACTOR), help="Of AtMan.  [default: the package's]")
@@ -48,6 +60,7 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
     "--ig-steps", type=click.IntRange(1, 10_000), default=32, show_default=True, help="Of integrated gradients."
 )
 @click.option("--units", type=click.Choice(UNITS), default="token", show_default=True)
+@click.option("--passage-only", is_flag=True, help="Units of the passage alone, as ContextCite and AT2 have them.")
 @click.option("--chat/--no-chat", default=False, help="Ask through the model's chat template.")
 @click.option("--faithfulness", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
               help="Run deletion and insertion curves for the first N items.")  # fmt: skip
@@ -62,9 +75,11 @@ def command(
     items: int | None,
     seed: int,
     methods: str | None,
+    at2_weights: str | None,
     sweep: bool,
     ig_steps: int,
     units: str,
+    passage_only: bool,
     chat: bool,
     faithfulness: int,
     results: str,
@@ -81,14 +96,14 @@ def command(
     """
     if sweep and methods:
         raise InputError("--sweep is AtMan alone; leave out --methods")
-    check_destinations({"--results": results, "--json": json_file}, {"--squad": squad})
+    check_destinations({"--results": results, "--json": json_file}, {"--squad": squad, "--at2-weights": at2_weights})
     from atman_kernels.evaluation.quality import EvaluationProtocol, agreement, summarize
     from atman_kernels.evaluation.results import ResultFile
 
-    chosen = _chosen(squad, split, items, seed)
+    chosen = chosen_items(squad, split, items, seed)
     explainer = {name: value for name, value in suppression.items() if value is not None}
-    settings = swept() if sweep else compared(methods, explainer, ig_steps)
-    protocol = EvaluationProtocol(units, chat, faithfulness)
+    settings = swept() if sweep else compared(methods, explainer, ig_steps, at2_weights)
+    protocol = EvaluationProtocol(units, chat, faithfulness, passage_only)
     header = _header(squad, protocol, {"split": split, "model": model, "dtype": dtype})
     file = ResultFile(results, header)
     loaded = _measure(model, device, dtype, chosen, settings, protocol, file)
@@ -106,7 +121,7 @@ def command(
     deliver([Result("--json", json_file, as_json)], lambda: show(summaries))
 
 
-def _chosen(squad: str, split: str, items: int | None, seed: int) -> "list[Item]":
+def chosen_items(squad: str, split: str, items: int | None, seed: int) -> "list[Item]":
     """The file's usable questions of a split, so many of them.
 
     Raises:
@@ -134,6 +149,7 @@ def _header(squad: str, protocol: "EvaluationProtocol", others: dict[str, Any]) 
         "chat": protocol.chat,
         "faithfulness": protocol.faithfulness_items,
     }
+    header |= {"passage_only": True} if protocol.passage_only else {}
     # earlier versions put the plain prompt into the template: their measurements are of other prompts
     return header | ({"prompt": CHAT_PROMPT} if protocol.chat else {})
 
@@ -160,18 +176,33 @@ def _measure(
     return loaded
 
 
-def compared(methods: str | None, explainer: dict[str, Any], ig_steps: int) -> list["Setting"]:
-    """One setting per method. What is measured is the whole answer's; where that is cheaper, it is asked for."""
+def compared(
+    methods: str | None, explainer: dict[str, Any], ig_steps: int, at2_weights: str | None = None
+) -> list["Setting"]:
+    """One setting per method. What is measured is the whole answer's; where that is cheaper, it is asked for.
+
+    Raises:
+        InputError: a name is not known, or is of a method that needs a file which was not given.
+    """
     from atman_kernels.evaluation.quality import Setting
     from atman_kernels.explain.methods import method, names
 
-    wanted = methods.split(",") if methods else [name for name in names() if name not in UNASKED]
-    for name in wanted:
-        if name not in names():
-            raise InputError(f"--methods: {name!r} is none of {', '.join(names())}")
+    known = (*names(), *NAMED)
+    by_default = [name for name in known if name not in UNASKED and not name.startswith("contextcite")]
+    wanted = methods.split(",") if methods else [*by_default, *(["at2"] if at2_weights else [])]
+    if at2_weights is not None and "at2" not in wanted:
+        raise InputError("--at2-weights are for the method at2, which --methods leaves out")
     asked = {"whole_answer": True, "steps": ig_steps}
-    known = {name: method(name, {}).options for name in wanted}
-    return [Setting(name, name, {o: asked[o] for o in asked if o in known[name]}, explainer) for name in wanted]
+    settings = []
+    for name in wanted:
+        if name not in known:
+            raise InputError(f"--methods: {name!r} is none of {', '.join(known)}")
+        if name == "at2" and at2_weights is None:
+            raise InputError("--methods: at2 needs --at2-weights FILE, which atman bench fit-at2 writes")
+        of, options = ("at2", {"weights": at2_weights}) if name == "at2" else NAMED.get(name, (name, {}))
+        has = method(of, {"weights": at2_weights} if name == "at2" else {}).options
+        settings.append(Setting(name, of, options | {o: asked[o] for o in asked if o in has}, explainer))
+    return settings
 
 
 def swept() -> list["Setting"]:

@@ -23,6 +23,9 @@ from atman_kernels.evaluation.metrics import (
 from atman_kernels.evaluation.results import ResultFile
 from atman_kernels.evaluation.squad import Item
 from atman_kernels.explain.explainer import Explainer
+from atman_kernels.explain.head_weights import recorded
+from atman_kernels.inputs.tokenization import UnitChoice, read_prompt
+from atman_kernels.planning.units import Unit
 from atman_kernels.result.explanation import Explanation
 
 FAITHFULNESS_STEPS = 10
@@ -36,7 +39,7 @@ class Setting:
     Attributes:
         name: what tables call it.
         method: of `Explainer.explain`.
-        options: of that method.
+        options: of that method; and `recompute` or `exact`, as of `Explainer.explain`.
         explainer: arguments of `Explainer`: mode, factor, similarity_threshold, layers.
     """
 
@@ -53,12 +56,14 @@ class EvaluationProtocol:
     Attributes:
         units: a granularity.
         chat: whether the question is a message in the tokenizer's chat template, see `Item.prompt`.
+        passage_only: whether units are those of the passage alone, instead of the whole prompt's.
         faithfulness_items: for how many of the first items deletion and insertion curves are run as well.
     """
 
     units: str = "token"
     chat: bool = False
     faithfulness_items: int = 0
+    passage_only: bool = False
 
 
 def measure(
@@ -83,7 +88,11 @@ def measure(
     for setting in settings:
         explainer = explainers[setting.name] = Explainer(model, tokenizer, progress=False, **setting.explainer)
         # In full, since another version of the package may have other defaults.
-        definition = {"method": setting.method, "options": setting.options, "explainer": explainer.suppression}
+        definition = {
+            "method": setting.method,
+            "options": recorded(setting.options),
+            "explainer": explainer.suppression,
+        }
         results.define(setting.name, definition)
     done = {(entry["item"], entry["setting"]) for entry in results.entries}
     with_curves = {item.id for item in items[: protocol.faithfulness_items]}
@@ -104,21 +113,24 @@ def _measured(
     explainer: Explainer, items: list[Item], setting: Setting, protocol: EvaluationProtocol, with_curves: set[str]
 ) -> Iterator[dict[str, Any]]:
     """One entry per item."""
-    started = time.perf_counter()
     prompts, targets = zip(*((item.prompt(protocol.chat), item.target(protocol.chat)) for item in items), strict=True)
     entries: list[dict[str, Any]] = [{"item": item.id, "setting": setting.name} for item in items]
+    units = [units_of(explainer, item, protocol) for item in items]
+    started, processor_started = time.perf_counter(), time.process_time()
     try:
         explanations = explainer.explain_batch(
-            prompts, targets, protocol.units, chat=protocol.chat, method=setting.method, **setting.options
+            prompts, targets, units, chat=protocol.chat, method=setting.method, **setting.options
         )
     except UnsupportedModelError as error:
         yield from (entry | {"refused": str(error)} for entry in entries)
         return
     seconds = (time.perf_counter() - started) / len(items)
+    processor_seconds = (time.process_time() - processor_started) / len(items)
     for entry, item, explanation in zip(entries, items, explanations, strict=True):
         first, last, truth = locate(explanation, item)
         entry |= {
             "seconds": seconds,
+            "processor_seconds": processor_seconds,
             "relevance": [round(x, 6) for x in explanation.total.tolist()],
             "context": [first, last],
             "truth": truth,
@@ -135,15 +147,40 @@ def _area(
     """The area between the curves of the passage's units [first, last); all others of the prompt stay."""
     first, last = passage
     prompt, target = item.prompt(protocol.chat), item.target(protocol.chat)
+    units = units_of(explainer, item, protocol)
 
     def logprobs(suppressed: Tensor) -> Tensor:
         masks = torch.zeros(len(suppressed), len(explanation.units), dtype=torch.bool, device="cpu")
         masks[:, first:last] = suppressed
-        found = explainer.ablate(prompt, target, protocol.units, masks=masks, chat=protocol.chat)
+        found = explainer.ablate(prompt, target, units, masks=masks, chat=protocol.chat)
         return found.logprobs.sum(1)
 
     steps = min(FAITHFULNESS_STEPS, last - first)
     return faithfulness(explanation.total[first:last], logprobs, steps).area
+
+
+def units_of(explainer: Explainer, item: Item, protocol: EvaluationProtocol) -> UnitChoice:
+    """What gets a score: a granularity, or the spans of the units of that granularity that lie in the passage.
+
+    Raises:
+        InputError: the passage does not stand in the prompt.
+    """
+    if not protocol.passage_only:
+        return protocol.units
+    prompt = item.prompt(protocol.chat)
+    read = read_prompt(explainer.model, explainer.tokenizer, prompt, protocol.units, chat=protocol.chat, language="en")
+    begin = read.text.find(item.context)
+    if begin < 0:
+        raise InputError(f"item {item.id}: its context does not stand in the prompt")
+    end = begin + len(item.context)
+    places = {(unit.start, unit.end): _without_space(read.text, unit) for unit in read.units}
+    return [span for span, (first, last) in places.items() if begin <= first < last <= end]
+
+
+def _without_space(text: str, unit: Unit) -> tuple[int, int]:
+    """Where a unit's characters begin and end, white space around them left out."""
+    own = text[unit.start : unit.end]
+    return unit.start + len(own) - len(own.lstrip()), unit.start + len(own.rstrip())
 
 
 def locate(explanation: Explanation, item: Item) -> tuple[int, int, list[int]]:
@@ -160,9 +197,7 @@ def locate(explanation: Explanation, item: Item) -> tuple[int, int, list[int]]:
     end, start = begin + len(item.context), begin + item.start
     inside, truth = [], []
     for index, unit in enumerate(explanation.units):
-        text = explanation.prompt[unit.start : unit.end]
-        first = unit.start + len(text) - len(text.lstrip())
-        last = unit.start + len(text.rstrip())
+        first, last = _without_space(explanation.prompt, unit)
         if unit.source != "prompt" or not begin <= first < last <= end:
             continue
         inside.append(index)
@@ -181,7 +216,7 @@ class Summary:
         setting: its name.
         items: how many were measured.
         values: measure -> mean over the items: mAP, mAP_IQ, mAR, mAR_IQ, "hit@1", "hit@5", "area" (where it was run),
-            and "seconds" per item.
+            and "seconds" and "processor_seconds" (of all threads, where it was recorded) per item.
         intervals: measure -> 95 % bootstrap interval, for those that are means over items.
         refused: why the model could not be explained so; None if it could.
     """
@@ -244,6 +279,8 @@ def _summary(name: str, entries: list[dict[str, Any]], seed: int) -> Summary:
     vectors = {measure: torch.tensor(found, dtype=torch.float64, device="cpu") for measure, found in per_item.items()}
     values = {measure: float(found.mean()) for measure, found in vectors.items()}
     values |= {f"{measure}_IQ": interquartile_mean(vectors[measure]) for measure in ("mAP", "mAR")}
-    values["seconds"] = sum(entry["seconds"] for entry in entries) / len(entries)
+    for clock in ("seconds", "processor_seconds"):
+        if all(clock in entry for entry in entries):
+            values[clock] = sum(entry[clock] for entry in entries) / len(entries)
     intervals = {measure: confidence_interval(found, seed=seed) for measure, found in vectors.items() if len(found) > 1}
     return Summary(name, len(entries), values, intervals, refused)

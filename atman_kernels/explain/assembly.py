@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import atman_kernels
+from atman_kernels.explain.head_weights import recorded
 from atman_kernels.explain.methods import Method, MethodOutcome
 from atman_kernels.hf.models.placement import devices_of
 from atman_kernels.inputs.objective import Objective
@@ -66,7 +67,7 @@ def errors_of(draws: Tensor) -> Tensor:
 
 def settings_of(model: PreTrainedModel, method: Method, outcome: MethodOutcome, units: Any) -> dict[str, Any]:
     """What was done to what, in JSON types."""
-    own = {} if method.measure is None else {"options": method.options}
+    own = {} if method.measure is None else {"options": recorded(method.options)}
     return {"method": method.name, **own, **outcome.settings, **origin_of(model, units)}
 
 

@@ -70,7 +70,7 @@ class Engine:
             "positions": language_positions(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(input_device(self.model)),
-            "methods": list(methods.names()),
+            "methods": [name for name in methods.names() if name not in methods.WITH_FILES],
             "modes": list(MODES),
             "units": list(GRANULARITIES),
             "limits": {

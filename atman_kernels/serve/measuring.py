@@ -60,6 +60,9 @@ class Measuring:
             return self._checked(len(tokens.ids) + longest)
 
     def _check_method(self, request: ExplainRequest) -> None:
+        if request.method in methods.WITH_FILES:  # before a file is looked for, which would tell what is there
+            message = f"method {request.method!r} reads a file, which this service does not do for its clients"
+            raise RequestError("invalid_request", message, param="method")
         options = methods.method(request.method, request.options).options
         steps = options.get("steps")
         if steps is not None and steps > MOST_STEPS:  # to find their places takes long, and nothing could stop it

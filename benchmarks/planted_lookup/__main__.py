@@ -27,7 +27,7 @@ SEED = 20_000
 FACTOR = 0.0
 STEPS = 6  # of the faithfulness curves
 MODES = ("log_additive", "multiplicative", "shifted")
-PEERS = tuple(name for name in names() if name not in ("atman", "shapley", "lasso"))
+PEERS = tuple(name for name in names() if name not in ("atman", "shapley", "lasso", "at2"))
 SETTINGS = (
     *(Setting(f"AtMan {mode}", explainer={"mode": mode, "factor": FACTOR}) for mode in MODES),
     *(Setting(name, name) for name in PEERS),

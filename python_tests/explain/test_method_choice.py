@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pytest
 import tiny_models
 import torch
+from at2_files import options_for
 from rich.console import Console
 
 import atman_kernels as ak
@@ -28,7 +29,8 @@ def explainer():
 
 @pytest.mark.parametrize("method", methods.names())
 def test_every_method_explains(explainer, method, tmp_path):
-    found = explainer.explain(PROMPT, ANSWER, method=method)
+    options = options_for(method, explainer.model, tmp_path)
+    found = explainer.explain(PROMPT, ANSWER, method=method, **options)
     columns = 1 if method == "lasso" else 3  # its weights are of the whole answer
     assert found.scores.shape == (10, columns)
     assert found.scores.dtype == torch.float32
@@ -69,11 +71,12 @@ def test_answer_tokens_are_units_too(explainer, method):
 
 
 @pytest.mark.parametrize("method", [name for name in OTHERS if name != "random"])
-def test_a_batch_is_its_prompts_one_by_one(explainer, method):
+def test_a_batch_is_its_prompts_one_by_one(explainer, method, tmp_path):
     prompts, answers = [PROMPT, "w30 w31 w32"], [ANSWER, "w50"]
-    together = explainer.explain_batch(prompts, answers, method=method)
+    options = options_for(method, explainer.model, tmp_path)
+    together = explainer.explain_batch(prompts, answers, method=method, **options)
     for prompt, answer, found in zip(prompts, answers, together, strict=True):
-        alone = explainer.explain(prompt, answer, method=method).scores
+        alone = explainer.explain(prompt, answer, method=method, **options).scores
         if method in methods.OF_UNITS:  # packs of both prompts add up in another order
             torch.testing.assert_close(found.scores, alone, atol=1e-4, rtol=0)
         else:
@@ -119,6 +122,7 @@ def test_random_scores_go_by_their_seed(explainer):
         ({"method": "raw_attention", "layer": 3}, "layer must be an index into 3 layers, got 3"),
         ({"method": "attnlrp", "checkpointing": "yes"}, "checkpointing must be True or False, got 'yes'"),
         ({"method": "input_x_gradient", "checkpointing": 1}, "checkpointing must be True or False, got 1"),
+        ({"method": "at2"}, "weights is missing: method 'at2' needs a file that atman bench fit-at2 wrote"),
         ({"method": "random", "seed": -1}, "seed must be an integer from 0 to .*, got -1"),
     ],
 )
@@ -140,8 +144,8 @@ def test_a_refused_model_says_why(explainer):
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_scores_are_called_what_they_are(explainer, method):
-    found = explainer.explain(PROMPT, ANSWER, method=method)
+def test_scores_are_called_what_they_are(explainer, method, tmp_path):
+    found = explainer.explain(PROMPT, ANSWER, method=method, **options_for(method, explainer.model, tmp_path))
     assert not found.measures_suppression
     terminal = Console(file=io.StringIO(), width=200)
     found.show(console=terminal)

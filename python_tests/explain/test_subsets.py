@@ -291,7 +291,7 @@ def test_lasso_has_one_score_for_the_whole_answer(explainer):
 
 
 def test_certain_answers_have_finite_logits():
-    assert bool(lasso._logit(torch.tensor([0.0, -1e-12, -1e-3, -900.0], dtype=torch.float64)).isfinite().all())
+    assert bool(lasso.log_odds(torch.tensor([0.0, -1e-12, -1e-3, -900.0], dtype=torch.float64)).isfinite().all())
 
 
 def test_without_scikit_learn(explainer, monkeypatch):

@@ -1,9 +1,13 @@
 """What was there before an explanation, a suppression or a steering is there after it, module by module."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import sklearn.linear_model  # noqa: F401  (draws random numbers while it is imported for the first time)
 import tiny_models
 import torch
+from at2_files import options_for
 from model_snapshot import snapshot
 
 import atman_kernels as ak
@@ -29,7 +33,11 @@ def answered(model):
 
 def explained(method):
     def do(model):
-        ak.Explainer(model, tiny_models.tokenizer(), progress=False).explain(PROMPT, ANSWER, method=method)
+        with tempfile.TemporaryDirectory() as folder:
+            options = options_for(method, model, Path(folder))
+            ak.Explainer(model, tiny_models.tokenizer(), progress=False).explain(
+                PROMPT, ANSWER, method=method, **options
+            )
 
     return do
 

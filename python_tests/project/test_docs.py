@@ -24,6 +24,8 @@ PUBLIC_MODULES = {
     "atman_kernels.adapters.inseq": ("AtManAttribution",),
     "atman_kernels.backends": ("availability",),
     "atman_kernels.evaluation.metrics": None,  # all that it defines
+    "atman_kernels.explain.at2_fitting": ("fit_at2",),
+    "atman_kernels.explain.head_weights": ("HeadWeights",),
     "atman_kernels.explain.methods": ("names", "method", "TokenScores", "MethodOutcome"),
     "atman_kernels.hf.models.loading": ("choose_dtype", "find_smollm2"),
     "atman_kernels.plots": ("bar", "heat"),

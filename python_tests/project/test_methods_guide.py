@@ -22,7 +22,7 @@ def test_every_method_has_its_row(name):
 
 def test_the_method_of_ones_own_explains(monkeypatch):
     space: dict = {}
-    exec(compile(SNIPPETS[2], "docs/methods.md", "exec"), space)
+    exec(compile(SNIPPETS[-1], "docs/methods.md", "exec"), space)
     monkeypatch.setattr(chance, "first_token", space["first_token"], raising=False)
     monkeypatch.setitem(methods.OF_TOKENS, "first_token", ("chance", "all or nothing"))
     explainer = ak.Explainer(tiny_models.build("llama"), tiny_models.tokenizer(), progress=False)

@@ -381,6 +381,11 @@ WRONG = {
     "mode": ({**ASKED, "mode": "off"}, "mode", "'shifted'"),
     "unknown": ({**ASKED, "temperature": 1}, "temperature", "temperature: Extra inputs"),
     "method": ({**ASKED, "method": "none"}, None, "method must be one of"),
+    "a method that reads files": (
+        {**ASKED, "method": "at2", "options": {"weights": "/etc/passwd"}},
+        "method",
+        "not do for its clients",
+    ),
     "option": ({**ASKED, "options": {"x": 1}}, None, "no option 'x'"),
     "layers": ({**ASKED, "layers": [7]}, None, "layers"),
     "new tokens": ({"prompt": PROMPT, "max_new_tokens": 21}, "max_new_tokens", "at most 20"),

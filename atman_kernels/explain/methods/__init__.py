@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from atman_kernels.arguments import flag, integer, real
 from atman_kernels.errors import InputError
+from atman_kernels.explain.head_weights import HeadWeights, checked_weights
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.run.perturbation import Perturbation
@@ -38,6 +39,7 @@ OF_TOKENS: dict[str, tuple[str, str | None]] = {
     "rollout": ("attention", "share of the attention, followed through the layers"),
     "chefer": ("attention", "attention weighted by its gradient, followed through the layers"),
     "gradcam": ("attention", "the last layer's attention, its heads weighted by their gradient"),
+    "at2": ("attention", "attention of all heads, weighted as was learned from ablations (AT2)"),
     "input_x_gradient": ("gradients", "embedding times gradient of the log-probability, in nats"),
     "integrated_gradients": ("gradients", "part of the log-probability's distance from the baseline, in nats"),
     "attnlrp": ("attnlrp", "relevance for the logit (AttnLRP)"),
@@ -58,9 +60,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "layer": lambda x: integer(x, "layer"),
     "whole_answer": lambda x: flag(x, "whole_answer"),
     "checkpointing": lambda x: flag(x, "checkpointing"),
+    "weights": checked_weights,
 }
 # these run variants, of which only the end may be recomputed
 WITH_RECOMPUTE = ("atman", "shapley", "lasso")
+WITH_FILES = ("at2",)  # these read files of this machine, which is not for everybody who may ask
 WITH_IMAGES = ("atman", "shapley", "lasso", "random")  # the others read token ids, which images do not have
 
 
@@ -167,6 +171,8 @@ class Method:
         if baseline is not None:
             vocabulary = int(model.get_input_embeddings().weight.shape[0])
             integer(baseline, "baseline", most=vocabulary - 1, expected=f"None or a token id below {vocabulary}")
+        if self.options.get("weights") is not None:
+            HeadWeights.load(self.options["weights"]).check(model)
 
     def run(self, context: MethodContext, objectives: Sequence[Objective]) -> MethodOutcome:
         """What the method finds for each objective."""

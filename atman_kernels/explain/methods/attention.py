@@ -1,4 +1,4 @@
-"""Scores read off attention weights: raw attention, rollout, Chefer et al.'s relevance, GradCAM.
+"""Scores read off attention weights: raw attention, rollout, Chefer et al.'s relevance, GradCAM, AT2.
 
 The model's attention runs fused, and a layer's weights are made from its queries and keys for some rows at a time, when
 their turn comes. A target token's scores are the row of the position that predicts it; followed through the layers, it
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
+from atman_kernels.explain.head_weights import HeadWeights
 from atman_kernels.explain.methods import TokenScores
 from atman_kernels.hf.attention.calls import AttentionCall
 from atman_kernels.hf.attention.layers import LayerSelection
@@ -160,6 +161,51 @@ def gradcam(model: PreTrainedModel, question: CausalObjective) -> TokenScores:
             importance = torch.where(seen, slopes, 0.0).sum(-1) / seen.sum(-1)
             columns.append((importance[:, None] * maps[:, target]).mean(0).clamp_min(0))
     return TokenScores(torch.stack(columns, dim=1), run.logprobs[0].detach())
+
+
+def at2(model: PreTrainedModel, question: CausalObjective, *, weights: str | None = None) -> TokenScores:
+    """What each head attends to from the row that predicts a target token, times that head's learned weight.
+
+    AT2 (Cohen-Wang et al., arXiv 2504.13752): a linear model over heads of what an ablation does, learned beforehand
+    from ablations of other prompts; see `fit_at2`.
+    Cost: one forward, and the answer's rows of every layer's scores once more.
+
+    Args:
+        weights: the file that `HeadWeights.save` wrote for this model.
+
+    Returns:
+        scores (L, m) over the model's inputs; log-probs (m,) of the target.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached, or not every layer is attention.
+    """
+    assert weights is not None  # `Method.check` has compared them with the model
+    of_heads = HeadWeights.load(weights).weights
+    scores: list[Tensor] = []  # of each layer, (L, m)
+
+    def tell(index: int, attention: Tensor) -> None:
+        scores.append(torch.einsum("h,hml->lm", of_heads[index].to(attention), attention).cpu())
+
+    logprobs = each_layer(model, question, tell)
+    return TokenScores(torch.stack(scores).sum(0), logprobs)
+
+
+def each_layer(model: PreTrainedModel, question: CausalObjective, tell: Callable[[int, Tensor], object]) -> Tensor:
+    """One forward, in which `tell` gets each layer's index and its (Hq, m, L) weights of the rows that predict.
+
+    Returns:
+        (m,) log-probs of the target.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached, or not every layer is attention.
+    """
+
+    def attend(index: int, call: AttentionCall, output: Tensor) -> Tensor:
+        tell(index, _weights(call, question))
+        return output
+
+    with torch.no_grad(), _attention(model, question, attend) as forward:
+        return forward().logprobs[0]
 
 
 def _followed(relevance: Tensor, call: AttentionCall, gradient: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def lasso(
     ]
     outcome = run_subsets(context.runner, objectives, masks, "sampling sets", context.recompute)
     scores = [
-        _weights(~suppressed, _logit(logprobs.double().sum(dim=1)), logprobs.shape[1], alpha)
+        _weights(~suppressed, log_odds(logprobs.double().sum(dim=1)), logprobs.shape[1], alpha)
         for suppressed, logprobs in zip(masks, outcome.perturbed, strict=True)
     ]
     return MethodOutcome.of_run(context, outcome, scores)
@@ -60,7 +60,7 @@ def _weights(kept: Tensor, response: Tensor, tokens: int, alpha: float) -> Tenso
     return torch.from_numpy(fitted.coef_ / scaler.scale_ * tokens)[:, None]
 
 
-def _logit(logprob: Tensor) -> Tensor:
+def log_odds(logprob: Tensor) -> Tensor:
     """ln p − ln(1 − p); a p that float32 cannot tell from 1 counts as the largest that it can."""
     logprob = logprob.clamp(max=-torch.finfo(torch.float32).eps)
     return logprob - (-torch.expm1(logprob)).log()
