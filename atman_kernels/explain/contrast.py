@@ -41,13 +41,14 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         explanation, other: of the two answers, with the same units.
         errors: (n_units,) standard errors of the difference, where it is an estimate.
     """
+    sides = torch.stack([explanation.scores.double().sum(1), other.scores.double().sum(1)], dim=1)
     own, others = (float(each.base_logprobs.double().sum()) for each in (explanation, other))
     measure = explanation.measure
     return Explanation(
         prompt=explanation.prompt,
         target=explanation.target,
         units=explanation.units,
-        scores=(explanation.scores.double().sum(1) - other.scores.double().sum(1)).float()[:, None],
+        scores=(sides[:, :1] - sides[:, 1:]).float(),
         target_tokens=(f"{explanation.target} rather than {other.target}",),
         base_logprobs=torch.tensor([own - others], dtype=torch.float32, device="cpu"),
         settings=explanation.settings,
@@ -60,4 +61,5 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         logprobs=AnswerLogprobs(own, others),
         recompute=explanation.recompute,
         levels=explanation.levels,
+        sides=sides.float(),
     )

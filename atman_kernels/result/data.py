@@ -76,6 +76,7 @@ class ExplanationData:
     recompute: int | None = None
     exact: tuple[bool, ...] | None = None
     levels: tuple[str, ...] = ()
+    sides: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target", "measure", "value"):
@@ -86,6 +87,8 @@ class ExplanationData:
         _check_tensor("base_logprobs", self.base_logprobs, (len(self.target_tokens),))
         if self.standard_errors is not None:
             _check_tensor("standard_errors", self.standard_errors, (len(self.units),))
+        if self.sides is not None:
+            _check_tensor("sides", self.sides, (len(self.units), 2))
         if self.versus is not None:
             _check_text("versus", self.versus)
         _check_logprobs(self.logprobs)

@@ -1,6 +1,11 @@
 
 (() => {
   "use strict";
+  // Where a page's policy forbids style attributes they come under another name.
+  for (const element of document.querySelectorAll(".atman-explanation [data-style]")) {
+    for (const declaration of element.dataset.style.split(";")) element.style.setProperty(...declaration.split(":"));
+    element.removeAttribute("data-style");
+  }
   for (const root of document.querySelectorAll(".atman-explanation:not([data-live])")) {
     root.dataset.live = "";
     bringToLife(root);
@@ -13,15 +18,17 @@
     const unitsOf = new Map(spans.map((span) => [span, span.dataset.units.split(" ").map(Number)]));
     const tip = root.querySelector(".tip");
     let token = -1; // -1: the whole answer
+    const parents = data.parents ?? [];
     let scores = data.total; // of the selection, one per unit
-    let scale = 1;
+    let scales = []; // of the selection, one per level
 
     spans.forEach((span, i) => {
       span.removeAttribute("title"); // the tip says more
       span.tabIndex = i ? -1 : 0; // one stop of the tab key; arrow keys do the rest
     });
 
-    const larger = (a, b) => (Math.abs(scores[b]) > Math.abs(scores[a]) ? b : a);
+    const strongest = (units, of) => units.reduce((a, b) => (Math.abs(of[b]) > Math.abs(of[a]) ? b : a));
+    const levels = [...new Set(data.depths)].map((depth) => data.depths.flatMap((own, i) => (own === depth ? [i] : [])));
     const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
 
     function paint(element, score, of) {
@@ -32,31 +39,39 @@
     function select(chosen) {
       token = chosen;
       scores = token < 0 ? data.total : data.scores.map((row) => row[token]);
-      scale = largest(scores) || 1;
+      scales = levels.map((level) => largest(level.map((i) => scores[i])) || 1);
       for (const button of buttons) {
         const checked = Number(button.dataset.token) === token;
         button.setAttribute("aria-checked", checked);
         button.tabIndex = checked ? 0 : -1;
       }
       for (const span of spans) {
-        const unit = unitsOf.get(span).reduce(larger);
-        paint(span, scores[unit], scale);
+        const side = span.closest("[data-side]")?.dataset.side;
+        const own = side ? data.sides[side] : scores;
+        const unit = strongest(unitsOf.get(span), own);
+        paint(span, own[unit], (side ? data.side_scales : scales)[data.depths[unit]]);
         span.classList.toggle("estimate", data.about[unit] !== "");
       }
-      for (const end of root.querySelectorAll("[data-end]")) end.textContent = signed(end.dataset.end * scale);
+      for (const end of root.querySelectorAll("[data-end]")) end.textContent = signed(end.dataset.end * scales[0]);
+      for (const end of root.querySelectorAll("[data-scale]")) end.textContent = `±${signed(scales[end.dataset.scale]).replace("+", "")}`;
       rank();
     }
 
+    // The strongest of each level, each below the one that it lies in.
+    function outlined(sign, top) {
+      const order = (units) => units.sort((a, b) => sign * (scores[b] - scores[a]) || a - b);
+      const chosen = new Set(levels.flatMap((level, depth) => order(level.filter((i) => sign * scores[i] > 0.01 * scales[depth])).slice(0, top)));
+      for (const i of chosen) if (parents[i] != null) chosen.add(parents[i]); // a set is walked to its end, which grows
+      const below = (parent) => order([...chosen].filter((i) => (parents[i] ?? null) === parent)).flatMap((i) => [i, ...below(i)]);
+      return below(null);
+    }
+
     function rank() {
-      const order = scores.map((_, i) => i).sort((a, b) => scores[b] - scores[a] || a - b);
-      const lists = [
-        order.filter((i) => scores[i] > 0.01 * scale),
-        order.filter((i) => scores[i] < -0.01 * scale).reverse(),
-      ];
+      const lists = [outlined(1, data.top), outlined(-1, data.top >> 1)];
       root.querySelectorAll(".ranking").forEach((ranking, side) => {
         ranking.hidden = !lists[side].length;
-        ranking.querySelector("ol").replaceChildren(...lists[side].slice(0, side ? data.top >> 1 : data.top).map((i) => {
-          const button = make("button", "", make("bdi", "", data.labels[i]), make("b", "", data.about[i] + signed(scores[i]) + (token < 0 ? data.errors[i] : "")), bar(scores[i], scale));
+        ranking.querySelector("ol").replaceChildren(...lists[side].map((i) => {
+          const button = make("button", `depth-${data.depths[i]}`, make("bdi", "", data.labels[i]), make("b", "", data.about[i] + signed(scores[i]) + (token < 0 ? data.errors[i] : "")), bar(scores[i], scales[data.depths[i]]));
           button.type = "button";
           button.dataset.unit = i;
           return make("li", "", button);
@@ -67,6 +82,13 @@
     // The tip: what is known about the units below the pointer or the focus.
     function describe(unit, rows) {
       const part = make("div", "", make("strong", "", make("bdi", "", data.labels[unit])), make("div", "", data.about[unit] + inWords(scores[unit], token < 0, data.suppressed)));
+      for (let above = parents[unit]; above != null; above = parents[above])
+        part.append(make("div", "quiet", "in ", make("bdi", "", data.labels[above]), ` ${signed(scores[above])}`));
+      if (data.sides) {
+        const most = largest(data.sides.map((own) => own[unit])) || 1;
+        part.append(make("div", "rows", ...data.sides.map((own, side) =>
+          make("div", "row", make("bdi", "", data.answers[side]), bar(own[unit], most), make("span", "", signed(own[unit]))))));
+      }
       const row = data.scores[unit];
       if (row.length < 2) return part;
       const shown = row.map((_, t) => t).sort((a, b) => Math.abs(row[b]) - Math.abs(row[a])).slice(0, rows).sort((a, b) => a - b);

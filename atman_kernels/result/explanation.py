@@ -52,6 +52,8 @@ class Explanation(ExplanationData):
         value: what the model says of a target token: its "log-probability", or else a "logit" or "cosine".
         versus: the other answer, if this explains why the model prefers one to the other.
         logprobs: with versus, the natural log of either answer's probability: `logprobs.target`, `logprobs.versus`.
+        sides: with versus, (n_units, 2) float32 on the CPU: each unit's total for the answer and for the other one,
+            whose difference its score is.
         recompute: how many prompt tokens before the answer felt a suppression; None: all of them. See `effect`.
         exact: per unit whether its scores are exact; the others are estimates of a search. None: all are exact.
         levels: of nested units the names of the levels, coarsest first; () otherwise. See `at`, `depths`, `children`.
@@ -115,6 +117,7 @@ class Explanation(ExplanationData):
             exact=None if self.exact is None else tuple(self.exact[i] for i in own),
             settings=self.settings | {"units": self.levels[number]},
             levels=(),
+            sides=None if self.sides is None else self.sides[own],
         )
 
     def to_html(

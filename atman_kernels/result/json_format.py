@@ -47,10 +47,10 @@ def values_from_json(content: Any) -> dict[str, Any]:
         raise InputError(f"missing {', '.join(missing)}")
     values = {field.name: content[field.name] for field in known if field.name in content}
     try:
-        values["units"] = tuple(map(_unit_from_json, _list("units", values["units"])))
+        values["units"] = units_from_json(values["units"])
         values["target_tokens"] = tuple(_list("target_tokens", values["target_tokens"]))
-        estimated = values.get("standard_errors") is not None
-        for name in ("scores", "base_logprobs", *(["standard_errors"] if estimated else [])):
+        further = [name for name in ("standard_errors", "sides") if values.get(name) is not None]
+        for name in ("scores", "base_logprobs", *further):
             values[name] = torch.tensor(_list(name, values[name]), dtype=torch.float32, device="cpu")
         values["images"] = tuple(ImageSize(**size) for size in _list("images", values.get("images", [])))
         if values.get("exact") is not None:
@@ -61,6 +61,11 @@ def values_from_json(content: Any) -> dict[str, Any]:
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"a field has the wrong form: {error}") from error
     return values
+
+
+def units_from_json(units: Any) -> tuple[Unit, ...]:
+    """Units in parsed JSON of any origin; raises TypeError, ValueError or KeyError where they have another form."""
+    return tuple(map(_unit_from_json, _list("units", units)))
 
 
 def _unit_from_json(unit: dict[str, Any]) -> Unit:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 import atman_kernels
 from atman_kernels.errors import InputError, UnsupportedModelError
-from atman_kernels.serve.endpoints import aleph_alpha, answers, explanations, kserve, models, operations, page
+from atman_kernels.serve.endpoints import aleph_alpha, answers, explanations, heatmaps, kserve, models, operations, page
 from atman_kernels.serve.errors import RequestError, of_status, request_error
 from atman_kernels.serve.guard import Guard
 from atman_kernels.serve.service import Service, json_response
@@ -58,7 +58,7 @@ def create_app(model: Any, tokenizer: Any, settings: Settings, *, on_end: Callab
         redoc_url=None,
     )
     app.state.service = service
-    for endpoint in (explanations, answers, models, aleph_alpha, kserve, operations, page):
+    for endpoint in (explanations, heatmaps, answers, models, aleph_alpha, kserve, operations, page):
         app.include_router(endpoint.router)
     for kind in (InputError, UnsupportedModelError, RequestError):
         app.add_exception_handler(kind, _refused)

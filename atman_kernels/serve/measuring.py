@@ -10,6 +10,7 @@ from atman_kernels.explain import methods
 from atman_kernels.inputs.image_text import placeholder_of
 from atman_kernels.inputs.token_texts import token_texts_of
 from atman_kernels.inputs.tokenization import PromptTokens, encode, read_prompt, special_flags, target_ids, tokenizer_of
+from atman_kernels.planning.levels import checked_units
 from atman_kernels.planning.units import GRANULARITIES, split_units
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest
@@ -70,7 +71,8 @@ class Measuring:
             raise RequestError("invalid_request", message, param="options")
 
     def _read(self, request: ExplainRequest | AnswerRequest, units: Any, language: str) -> PromptTokens:
-        return read_prompt(self._model, self._tokenizer, request.prompt, units, chat=request.chat, language=language)
+        cut = None if units is None else checked_units(units)
+        return read_prompt(self._model, self._tokenizer, request.prompt, cut, chat=request.chat, language=language)
 
     def _check_units(self, units: int) -> None:
         most = self._settings.max_units

@@ -49,7 +49,7 @@ class ExplainRequest:
     prompt: Prompt
     target: str | None = None
     versus: str | None = None
-    units: str | list[tuple[int, int]] | None = "token"
+    units: str | list[Any] | None = "token"  # a granularity, spans, or levels of them
     perturbation: Perturbation = field(default_factory=Perturbation)
     chat: bool = False
     include_target: bool = False
@@ -63,6 +63,7 @@ class ExplainRequest:
     controls: tuple[Control, ...] = ()
     exact: int | None = None
     recompute: int | None = None
+    refine: int | None = None
     store: bool = False
     stream: bool = False
 
@@ -74,7 +75,7 @@ class ExplainRequest:
     @property
     def depth(self) -> dict[str, int | None]:
         """How much of it is computed."""
-        return {"exact": self.exact, "recompute": self.recompute}
+        return {"exact": self.exact, "recompute": self.recompute, "refine": self.refine}
 
     @property
     def key(self) -> str:

@@ -27,7 +27,7 @@ class ToldJob:
         self._tokenizer, self._ends = tokenizer, ends
         self._ids: list[int] = []
         self._said = ""
-        self._asked = False
+        self._known = 0  # units that it has been told of
 
     @property
     def answers(self) -> bool:
@@ -49,11 +49,14 @@ class ToldJob:
         self.job.tell("answer", {"text": text[len(self._said) :]})
         self._said = text
 
-    def ask(self, question: "Objective") -> None:
-        """Tells prompt, target and units, once."""
-        if self._asked or not self.job.streamed:
+    def ask(self, question: "Objective", first: int) -> None:
+        """Tells prompt, target and units, once; of nested units each further level, of which one is number `first`."""
+        if self._known > first or not self.job.streamed or not question.units:
             return
-        self._asked = True
+        self._known = first + len(question.units)
+        if first:
+            self.job.tell("units", {"first": first, "units": [asdict(unit) for unit in question.units]})
+            return
         self.job.tell(
             "question",
             {
@@ -81,6 +84,8 @@ class Telling(Listener):
     def __init__(self, told: Sequence[ToldJob], settings: Settings, metrics: Metrics) -> None:
         self._told, self._settings, self._metrics = told, settings, metrics
         self._answering = iter([each for each in told if each.answers])
+        self._firsts: list[int] = []  # per question, the number of the level's first unit among those of all levels
+        self._units: list[int] = []  # per question, units so far
         self._left = [0] * len(told)  # tokens of units that are still to come
         self._cost: list[list[int]] = [[] for _ in told]
         self._done = 0
@@ -101,16 +106,18 @@ class Telling(Listener):
         return say
 
     def asked(self, questions: "Sequence[Objective]") -> None:
-        """The objectives are known, before the first forward."""
+        """The objectives are known, before the first forward; of nested units, before that of each level."""
         self.look()
+        self._firsts = self._units or [0] * len(questions)
+        self._units = [first + len(each.units) for first, each in zip(self._firsts, questions, strict=True)]
         requests = [each.job.request for each in self._told]
         contrasted = [number for number, each in enumerate(requests) if getattr(each, "versus", None) is not None]
         self._versus = dict(zip(range(len(self._told), len(questions)), contrasted, strict=True))
         for number, (each, question) in enumerate(zip(self._told, questions, strict=False)):
-            self._check_size(question)
+            self._check_size(question, self._units[number])
             self._cost[number] = [question.positions - min(unit.token_indices) for unit in question.units]
             self._left[number] = sum(self._cost[number])
-            each.ask(question)
+            each.ask(question, self._firsts[number])
 
     def progressed(self, done: int, total: int) -> None:
         """`done` of `total` tokens went through the model."""
@@ -128,7 +135,7 @@ class Telling(Listener):
         """What a search thinks of a unit by now."""
         job = self._told[question].job  # a search has no other answers
         if job.streamed:
-            job.tell("unit", {"index": unit, "scores": scores.tolist(), "exact": False})
+            job.tell("unit", {"index": self._firsts[question] + unit, "scores": scores.tolist(), "exact": False})
 
     def found(self, question: int, unit: int, scores: Tensor) -> None:
         """The scores of a unit are known."""
@@ -146,13 +153,13 @@ class Telling(Listener):
                 self._halves[number, unit] = scores.double().sum() * (1 if question == number else -1)
                 return
             scores = (other + scores.double().sum() * (1 if question == number else -1))[None]
-        each.job.tell("unit", {"index": unit, "scores": scores.tolist(), "exact": True})
+        each.job.tell("unit", {"index": self._firsts[question] + unit, "scores": scores.tolist(), "exact": True})
 
-    def _check_size(self, question: "Objective") -> None:
-        """What could not be known before the images were seen."""
+    def _check_size(self, question: "Objective", units: int) -> None:
+        """What could not be known before the images were seen, or the strongest units were cut."""
         limits = {
             "tokens": (question.positions, self._settings.max_tokens),
-            "units": (len(question.units), self._settings.max_units),
+            "units": (units, self._settings.max_units),
         }
         for what, (count, most) in limits.items():
             if count > most:

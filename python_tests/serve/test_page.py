@@ -71,7 +71,9 @@ def test_nothing_comes_from_elsewhere(name):
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_text_never_becomes_markup(name):
     markup = r"(?:inner|outer)HTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|setHTML|srcdoc"
-    assert not re.search(rf"{markup}|\beval\(|new Function|cssText", SCRIPTS[name])
+    found = re.findall(rf"{markup}|\beval\(|new Function|cssText", SCRIPTS[name])
+    # what the service rendered, whose templates escape every text, is parsed in one place
+    assert found == (["DOMParser"] if name == "service.js" else [])
 
 
 def test_every_field_has_a_name():

@@ -16,7 +16,9 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Factor = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]
-Units = Literal["token", "word", "sentence", "paragraph"] | list[tuple[Index, Index]]
+Granularity = Literal["token", "word", "sentence", "paragraph"]
+Spans = list[tuple[Index, Index] | tuple[Index, Index, str]]
+Units = Granularity | Spans | list[Granularity | Spans]
 
 
 class Message(BaseModel):
@@ -64,7 +66,7 @@ class ExplanationBody(Asking):
 
     target: str | None = Field(None, description="The answer, as it continues the prompt; null: the model answers.")
     versus: str | None = Field(None, description="Another answer: why the target rather than this one.")
-    units: Units | None = "token"
+    units: Units | None = Field("token", description="A granularity, spans, or several from coarse to fine.")
     factor: Factor = Field(0.0, description="What is kept of the attention to a unit.")
     similarity_threshold: Annotated[Number, Field(gt=0, le=1)] | None = None
     include_target: StrictBool = False
@@ -75,6 +77,9 @@ class ExplanationBody(Asking):
     image_units: Positive | Literal["patch", "image"] | None = "patch"
     exact: Positive | None = Field(None, description="So many of the strongest units exactly, the others estimated.")
     recompute: Positive | None = Field(None, description="Last prompt tokens that feel a suppression; null: all.")
+    refine: Positive | None = Field(
+        None, description="Of nested units: so many of each level are cut; null: most effect."
+    )
     store: StrictBool = Field(False, description="Keep the result, for GET /v1/explanations/{id}.")
 
     def request(self, settings: Settings) -> ExplainRequest:
@@ -97,6 +102,7 @@ class ExplanationBody(Asking):
             image_units=self.image_units,
             exact=self.exact,
             recompute=self.recompute,
+            refine=self.refine,
             store=self.store,
             stream=self.stream,
         )

@@ -1,9 +1,10 @@
 // The form, and what becomes of it.
 
 import { Asked, kept, Refused, theModel, useToken } from "./service.js";
-import { enliven, filling, heatmap, label, make, printable } from "./heatmap.js";
+import { enliven, filling, finished } from "./heatmap.js";
 import * as history from "./history.js";
 import * as steer from "./steer.js";
+import { label, make, printable } from "./texts.js";
 
 const EXAMPLES = {
   "A fact": { prompt: "The capital of France is", units: "word" },
@@ -15,12 +16,14 @@ const EXAMPLES = {
   "This rather than that": { prompt: "The capital of Australia is", target: "Canberra", versus: "Sydney", units: "word" },
 };
 const STRONGEST = 16;
+const NESTED = [["paragraph", "sentence", "word"], ["paragraph", "word"], ["sentence", "word"]];
 const at = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 const choose = (name, value) => { document.querySelector(`input[name="${name}"][value="${value}"]`).checked = true; };
 let running = null;
 let pictures = []; // data: URLs
 let saved = null; // blob: URL of the result that is shown
+let drawing = 0; // the newest heatmap that was asked for
 
 // The form -------------------------------------------------------------------------------------------------------------
 
@@ -31,9 +34,12 @@ function formChanged() {
   at("length").hidden = given;
   at("most").disabled = given; // what cannot be seen must not keep the form back
   const contrast = given && at("versus").value !== "";
-  at("depth").querySelector('[value="strongest"]').disabled = contrast; // two answers have different strongest units
-  if (contrast && at("depth").value === "strongest") at("depth").value = "all";
+  const all = contrast || at("units").value.includes(" "); // two answers have different strongest units; nested ones are exact
+  at("depth").querySelector('[value="strongest"]').disabled = all;
+  if (all && at("depth").value === "strongest") at("depth").value = "all";
   at("versus").disabled = pictures.length > 0;
+  for (const option of at("units").options) option.disabled = pictures.length > 0 && option.value.includes(" ");
+  if (at("units").selectedOptions[0]?.disabled) at("units").value = "word";
 }
 
 function asked() {
@@ -46,7 +52,7 @@ function asked() {
     chat: chosen("form") === "chat",
     target: given ? spaced(at("target").value) : null,
     versus: given && !at("versus").disabled && at("versus").value ? spaced(at("versus").value) : null,
-    units: at("units").value,
+    units: at("units").value.includes(" ") ? at("units").value.split(" ") : at("units").value,
     max_new_tokens: Number(at("most").value) || null,
     store: at("store").checked,
     ...depth,
@@ -63,7 +69,8 @@ function fill({ prompt, chat, target, versus, units, exact, recompute, space }) 
   at("versus").value = versus ?? "";
   at("space").checked = space ?? false;
   at("depth").value = exact ? "strongest" : recompute ? "direct" : "all";
-  if (typeof units === "string") at("units").value = units;
+  const cut = [units].flat().join(" ");
+  if ([...at("units").options].some((option) => option.value === cut)) at("units").value = cut;
   formChanged();
 }
 
@@ -109,7 +116,7 @@ async function explain() {
   at("outcome").hidden = false;
   try {
     const result = await mine.result("v1/explanations", request, listener(request));
-    show(request, result, request.store ? mine.id : null);
+    await show(request, result, request.store ? mine.id : null);
     window.history.replaceState(null, "", request.store ? `#${mine.id}` : location.pathname + location.search);
     history.remember(request, result);
     listHistory();
@@ -136,8 +143,18 @@ function listener(request) {
     },
     question(question) {
       at("saying").hidden = true;
-      live = filling(question, request.images);
-      at("heatmap").replaceChildren(live.section);
+      const mine = (drawing += 1);
+      live = filling(question, request.images, (section) => {
+        if (mine !== drawing) return false; // the result is there
+        at("heatmap").replaceChildren(section);
+        enliven();
+        return true;
+      });
+      live.drawn.catch(complain);
+      say(`Explaining ${live.count} units …`);
+    },
+    units({ units }) {
+      live.more(units).catch(complain);
       say(`Explaining ${live.count} units …`);
     },
     progress({ done, total }) {
@@ -151,16 +168,20 @@ function listener(request) {
 }
 
 function clear() {
+  drawing += 1;
   at("heatmap").replaceChildren();
   at("answering").textContent = "";
   steer.end();
   for (const id of ["saying", "keep", "steer"]) at(id).hidden = true;
 }
 
-function show(request, result, id) {
+async function show(request, result, id) {
+  const mine = (drawing += 1);
+  const heatmap = await finished(result, request.images);
+  if (mine !== drawing) return; // another one was asked for meanwhile
   at("outcome").hidden = false;
   at("saying").hidden = true;
-  at("heatmap").replaceChildren(heatmap(result, request.images));
+  at("heatmap").replaceChildren(heatmap);
   enliven();
   if (saved) URL.revokeObjectURL(saved);
   saved = URL.createObjectURL(new Blob([JSON.stringify(result), "\n"], { type: "application/json" }));
@@ -186,13 +207,17 @@ function listHistory() {
   }));
 }
 
-function again(request, result) {
+async function again(request, result) {
   running?.stop();
   complain(null);
   fill(request);
-  show(request, result, null);
-  say("A result of before.");
-  at("outcome").focus();
+  try {
+    await show(request, result, null);
+    say("A result of before.");
+    at("outcome").focus();
+  } catch (error) {
+    complain(error);
+  }
 }
 
 async function fromLink() {
@@ -203,7 +228,7 @@ async function fromLink() {
     running?.stop();
     complain(null);
     clear();
-    show({}, result, id);
+    await show({}, result, id);
     say("A result that was kept.");
   } catch (error) {
     complain(error);
@@ -223,7 +248,8 @@ async function begin() {
     at("unlock").hidden = true;
     complain(null);
     at("model").textContent = `${model.id} · ${model.dtype} on ${model.device} · up to ${model.limits.tokens} tokens`;
-    at("units").replaceChildren(...model.units.map((unit) => make("option", { value: unit }, unit)));
+    at("units").replaceChildren(...[...model.units.map((unit) => [unit]), ...NESTED].map((levels) =>
+      make("option", { value: levels.join(" ") }, levels.join(" → "))));
     if (model.units.includes("word")) at("units").value = "word";
     at("most").max = model.limits.new_tokens;
     at("most").value = Math.min(32, model.limits.new_tokens);

@@ -27,6 +27,17 @@ async function send(path, options = {}) {
   return response;
 }
 
+/** What the service renders of an explanation, or of a question: an element, whose texts were escaped there. */
+export async function rendered(kind, content) {
+  const response = await send(`v1/heatmaps/${kind}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(content),
+  });
+  const found = new DOMParser().parseFromString(await response.text(), "text/html").querySelector("section");
+  return document.adoptNode(found);
+}
+
 export const theModel = async () => (await (await send("v1/models")).json()).data[0];
 export const kept = async (id) => (await send(`v1/explanations/${encodeURIComponent(id)}`)).json();
 

@@ -1,7 +1,7 @@
 // The words of the prompt, to be turned down and up, and what the model answers then.
 
-import { make, printable, segments } from "./heatmap.js";
 import { Asked } from "./service.js";
+import { make, printable } from "./texts.js";
 
 const PAUSE = 350; // ms after the last choice
 const STATES = { "": "unchanged", down: "turned down", up: "turned up" };
@@ -38,10 +38,10 @@ function pieces({ prompt, units, settings }) {
   const characters = Array.from(prompt);
   let own = units.filter((unit) => unit.source === "prompt" && unit.start < unit.end).sort((a, b) => a.start - b.start);
   if (settings.units === "token" || own.some((unit, i) => i && unit.start < own[i - 1].end)) own = words(characters);
-  return segments(prompt, own.map((unit) => ({ ...unit, source: "prompt" })), "prompt").map((piece) => {
-    const unit = own[piece.units[0]];
-    return unit ? { text: piece.text, start: unit.start, end: unit.end } : { text: piece.text };
-  });
+  const text = (start, end) => characters.slice(start, end).join("");
+  const ends = [0, ...own.map((unit) => unit.end)];
+  const parts = own.flatMap(({ start, end }, i) => [{ text: text(ends[i], start) }, { text: text(start, end), start, end }]);
+  return [...parts, { text: text(ends.at(-1)) }].filter((part) => part.text);
 }
 
 function words(characters) {
