@@ -273,6 +273,46 @@ def test_the_strongest_are_estimated_first(service, page):
 
 @pytest.mark.slow
 @in_browser
+def test_nested_units_open_and_two_answers_stand_side_by_side(service, page):
+    page.go(f"{service.url}/")
+    page.until(READY)
+    page.type("#prompt", "w5 w6 w7\n\nw8 w9 w10\n\nw11 w12")
+    page.run("document.querySelector('#units').value = 'paragraph word'")
+    page.run("document.querySelector('#explain').dispatchEvent(new Event('change'))")
+    assert page.run("document.querySelector('#depth [value=strongest]').disabled")
+    page.click("input[name=answer][value=given]")
+    page.type("#target", "w20")
+    page.type("#versus", "w30")
+    page.click("#go")
+    page.until(f"{DONE} && {ALIVE}")
+    assert page.run("document.querySelectorAll('#heatmap .texts .band').length") == 3
+    assert page.run("document.querySelectorAll('#heatmap .texts .band.open .unit').length") == 8
+    lefts = "[...document.querySelectorAll('#heatmap .side')].map(e => Math.round(e.getBoundingClientRect().left))"
+    first, second = page.run(lefts)
+    assert first < second
+    kept = service.explain(
+        prompt="w5 w6 w7\n\nw8 w9 w10\n\nw11 w12", target=" w20", versus=" w30", units=["paragraph", "word"]
+    ).json()
+    strengths = (
+        "[...document.querySelectorAll('#heatmap [data-side=\"1\"] .band')]"
+        ".map(e => parseFloat(e.style.getPropertyValue('--strength')))"
+    )
+    sides = [both for both, unit in zip(kept["sides"], kept["units"], strict=True) if unit["parent"] is None]
+    most = max(abs(total) for both in sides for total in both)
+    assert page.run(strengths) == pytest.approx([100 * abs(both[1]) / most for both in sides], abs=0.1)
+    page.look(390, 800)
+    first, second = page.run(lefts)
+    assert first == second  # one below the other
+    assert page.run("document.documentElement.scrollWidth") <= 390
+    page.go(f"{service.url}/?again")
+    page.until(READY)
+    page.click("#entries button")
+    page.until(ALIVE)
+    assert page.run("document.querySelector('#units').value") == "paragraph word"
+
+
+@pytest.mark.slow
+@in_browser
 def test_the_token_is_asked_for_and_stays_in_the_tab(model, tokenizer, page):
     with running(model, tokenizer, token=TOKEN) as service:
         page.go(f"{service.url}/")

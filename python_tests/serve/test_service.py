@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -561,3 +562,61 @@ def test_a_thread_that_ended_is_said(model, tokenizer, monkeypatch):
         assert response.status_code == 500
         assert service.http.get("/health").status_code == 503
         assert service.explain(**ASKED).status_code == 503
+
+
+# Nested and named units -----------------------------------------------------------------------------------------------
+
+DOCUMENTS = [[0, 8, "Doc A"], [9, 18, "Doc B"]]
+
+
+def test_nested_and_named_units_are_the_librarys(service, explainer):
+    expected = explainer.explain(PROMPT, ANSWER, (DOCUMENTS, "word"), refine=1)
+    same(service.explain(**ASKED, units=[DOCUMENTS, "word"], refine=1), expected)
+    named = service.explain(**ASKED, units=DOCUMENTS).json()
+    assert [unit["name"] for unit in named["units"]] == ["Doc A", "Doc B"]
+
+
+def test_a_stream_tells_the_units_of_each_level_before_their_scores(service):
+    events = service.events(**ASKED, units=["sentence", "word"], versus=" w30")
+    result = events[-1][1]
+    (question,) = [data for name, data in events if name == "question"]
+    (further,) = [data for name, data in events if name == "units"]
+    assert question["units"] + further["units"] == result["units"]
+    assert further["first"] == len(question["units"]) == 1
+    known = {data["index"]: data["scores"] for name, data in events if name == "unit"}
+    assert sorted(known) == list(range(len(result["units"])))
+    torch.testing.assert_close(torch.tensor([known[i] for i in sorted(known)]), torch.tensor(result["scores"]))
+    names = [name for name, _ in events]
+    assert names.index("units") < len(names) - 1 - names[::-1].index("unit")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"units": ["word", "sentence"]}, "units: got .*sentences do not refine words"),
+        ({"units": ["sentence", "word"], "exact": 2}, "exact does not go with nested units"),
+        ({"refine": 2}, "refine is for nested units"),
+        ({"units": [[0, 5, ""]]}, "its name, is empty"),
+        ({"units": [[[0, 5]], 7]}, "units"),
+    ],
+)
+def test_nested_units_that_do_not_fit_are_refused(service, body, message):
+    response = service.explain(**{**ASKED, **body})
+    assert response.status_code == 400
+    assert re.search(message, response.json()["error"]["message"])
+
+
+def test_heatmaps_are_rendered_for_whoever_may_use_the_service(service, model, tokenizer):
+    hostile = "w5 <script>w6</script>"
+    result = service.explain(prompt=hostile, target=ANSWER, units="word").json()
+    response = service.http.post("/v1/heatmaps/explanation", json=result)
+    assert response.headers["content-type"].startswith("text/html")
+    assert 'class="atman-explanation"' in response.text
+    assert "<script>w6" not in response.text
+    question = {name: result[name] for name in ("prompt", "target", "units")}
+    assert "&lt;script" in service.http.post("/v1/heatmaps/question", json=question).text.replace("</span>", "")
+    for kind, wrong in (("explanation", {"prompt": "w5"}), ("question", {"prompt": "w5"}), ("question", [])):
+        assert service.http.post(f"/v1/heatmaps/{kind}", json=wrong).status_code == 400
+    assert service.http.post("/v1/heatmaps/explanation", content="{", headers=JSON).status_code == 400
+    with running(model, tokenizer, token="secret") as locked:
+        assert locked.http.post("/v1/heatmaps/explanation", json=result).status_code == 401
