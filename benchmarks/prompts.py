@@ -1,9 +1,11 @@
 """Real prompts: paragraphs joined to a given number of tokens, and questions of a SQuAD-format file."""
 
+import itertools
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import click
 import torch
 from torch import Tensor
 
+from atman_kernels.evaluation.squad import Item
 from benchmarks.machine import REPOSITORY
 
 SQUAD_VARIABLE = "ATMAN_SQUAD"
@@ -143,6 +146,49 @@ def long_case(tokenizer: Any, tokens: int, squad: Path | None) -> Case:
             if case.prompt_tokens == tokens:
                 return case
     raise ValueError(f"no cut of the text from {source} gives a prompt of exactly {tokens} tokens")
+
+
+def passages_of_length(
+    tokenizer: Any, items: Sequence[Item], tokens: int, per_passage: int, seed: int = 0
+) -> Iterator[list[Item]]:
+    """Questions about passages of a given length: the passage of the file among others, which fill it up.
+
+    The passage stands at a random place among the others, which are of other articles; the last of them is cut. The
+    prompt of the first question has about `tokens` tokens; a passage whose own prompt has half as many more is left out.
+
+    Args:
+        items: questions about one passage one after the other.
+        per_passage: so many of them at most.
+
+    Yields:
+        the questions about one passage, all with the same context.
+    """
+    contexts = list(dict.fromkeys((item.article, item.context) for item in items))
+    for context, group in itertools.groupby(items, key=lambda item: item.context):
+        asked = list(itertools.islice(group, per_passage))
+        own = _length(tokenizer, asked[0].prompt(chat=False))
+        if own > 1.5 * tokens:
+            continue
+        draw = random.Random(f"{seed} {context}")
+        others = [text for article, text in contexts if article != asked[0].article]
+        before, after = _filling(tokenizer, draw.sample(others, len(others)), tokens - own, draw)
+        text, start = "\n\n".join([*before, context, *after]), sum(len(other) + 2 for other in before)
+        yield [replace(item, context=text, start=(item.start or 0) + start) for item in asked]
+
+
+def _filling(
+    tokenizer: Any, texts: list[str], tokens: int, draw: random.Random
+) -> tuple[list[str], list[str]]:
+    """Texts of so many tokens together, the last one cut, in two random parts."""
+    chosen: list[str] = []
+    for text in texts:
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if tokens < 8:  # a cut so short says nothing
+            break
+        chosen.append(text if len(spans) <= tokens else text[: spans[tokens][0]].rstrip())
+        tokens -= len(spans) + 1
+    place = draw.randint(0, len(chosen))
+    return chosen[:place], chosen[place:]
 
 
 def _length(tokenizer: Any, text: str) -> int:

@@ -60,6 +60,7 @@ def contrast(explanation: Explanation, other: Explanation, errors: Tensor | None
         versus=other.target,
         logprobs=AnswerLogprobs(own, others),
         recompute=explanation.recompute,
+        exact=explanation.exact,
         levels=explanation.levels,
         sides=sides.float(),
     )

@@ -27,7 +27,6 @@ class Depth:
         *,
         refine: object = None,
         nested: bool = False,
-        with_versus: bool = False,
     ) -> "Depth":
         """Raises InputError if one of them does not fit, or does not go with the rest."""
         given = {"recompute": recompute, "exact": exact}
@@ -45,8 +44,6 @@ class Depth:
             raise InputError(f"method with recompute must be one of {', '.join(WITH_RECOMPUTE)}, got {method.name!r}")
         if exact is not None and method.name != "atman":
             raise InputError(f"method with exact must be 'atman', got {method.name!r}")
-        if exact is not None and with_versus:
-            raise InputError("exact does not go with versus: the strongest units of two answers are not the same ones")
         if nested and method.name != "atman":
             raise InputError(f"method with nested units must be 'atman', got {method.name!r}")
         if nested and exact is not None:

@@ -181,9 +181,7 @@ class Explainer:
         )
         request = Request(common, asked, target, units, versus, images, audio, labels, pooling)
         request = self._fitting(request, method)
-        depth = Depth.checked(
-            recompute, exact, chosen, self.task, refine=refine, nested=request.is_nested, with_versus=versus is not None
-        )
+        depth = Depth.checked(recompute, exact, chosen, self.task, refine=refine, nested=request.is_nested)
         return self._explained(chosen, [request], depth)[0]
 
     def _fitting(self, request: Request, method: str) -> Request:
@@ -255,9 +253,8 @@ class Explainer:
         listed = batch_of(common, prompts, targets, units, versus, images)
         if self.task != CAUSAL:
             raise InputError(f"prompts: {type(self.model).__name__} is explained one prompt at a time, by explain")
-        contrasted = any(request.versus is not None for request in listed)
         nested = any(request.is_nested for request in listed)
-        depth = Depth.checked(recompute, exact, chosen, self.task, refine=refine, nested=nested, with_versus=contrasted)
+        depth = Depth.checked(recompute, exact, chosen, self.task, refine=refine, nested=nested)
         return self._explained(chosen, listed, depth)
 
     def _explained(self, method: methods.Method, requests: list[Request], depth: Depth) -> list[Explanation]:
@@ -292,7 +289,7 @@ class Explainer:
         for first, second in pairs:
             check_answers(objectives[first], objectives[second])
         answered = time.perf_counter()
-        context = methods.MethodContext(self.model, self.runner, depth.recompute, depth.exact)
+        context = methods.MethodContext(self.model, self.runner, depth.recompute, depth.exact, pairs)
         if any(request.is_nested for request in asked):
             objectives, outcome = run_levels(method, context, objectives, pairs, depth.refine)
         else:

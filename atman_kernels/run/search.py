@@ -1,5 +1,6 @@
 """The strongest units, found by a search that halves, and run exactly."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.halving import WAKE, agreement, kept, promise, rungs
-from atman_kernels.run.runner import Outcome, Runner, Started
+from atman_kernels.run.runner import Outcome, Packable, Runner, Started
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ def strongest(
     exact: int,
     found: Callable[[int, int, Tensor], object],
     estimated: Callable[[int, int, Tensor], object] = lambda objective, row, difference: None,
+    *,
+    pairs: Sequence[tuple[int, int]] = (),
 ) -> Found:
     """Runs the rows that lower the objectives' values most exactly, as many as are asked for, and estimates the others.
 
@@ -42,44 +45,60 @@ def strongest(
         exact: how many rows of each objective.
         found: is told of every exact row; see `Runner.run`.
         estimated: is told likewise of every row in every round.
+        pairs: objectives with the same rows, of which the second's fall is taken off the first's: they are one search.
 
     Raises:
         UnsupportedModelError: variants of the model are full rows, which have no depth.
     """
     started = runner.start(objectives)
     packable = runner.packable(started)
+    fewest = min(len(rows) for rows in factors)
+    if fewest < exact:
+        warnings.warn(f"exact is {exact}, but there are {fewest} units: all of them are exact", stacklevel=2)
+    seconds = dict(pairs)
+    alone = set(range(len(objectives))) - set(seconds.values())
     searches = [
-        _Search(sequence, rows, own, exact)
-        for sequence, rows, own in zip(packable.sequences, factors, packable.unperturbed, strict=True)
+        _Search((number, seconds[number]) if number in seconds else (number,), packable, len(factors[number]), exact)
+        for number in sorted(alone)
     ]
+    searching = {number: search for search in searches for number in search.objectives}
     while any(search.depth is not None for search in searches):
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
-            asked = [n for n, search in enumerate(searches) if search.depth == depth]
-            _round(runner, started, searches, asked, depth, estimated)
-    places = [torch.tensor(search.candidates, device="cpu") for search in searches]
+            _round(runner, started, searching, factors, depth, estimated)
+    in_order = [searching[number] for number in range(len(objectives))]
+    places = [torch.tensor(search.candidates, device="cpu") for search in in_order]
 
     def exactly(objective: int, row: int, difference: Tensor) -> None:
         found(objective, int(places[objective][row]), difference)
 
-    rows = [search.factors[own] for search, own in zip(searches, places, strict=True)]
+    rows = [own[place] for own, place in zip(factors, places, strict=True)]
     outcome = runner.run(objectives, rows, "explaining", exactly, started=started)
     flags = []
-    for search, own, values in zip(searches, places, outcome.perturbed, strict=True):
-        search.values[own] = values
-        flags.append(torch.zeros(len(search.factors), dtype=torch.bool, device="cpu").index_fill_(0, own, True))
-    perturbed = [search.values for search in searches]
+    perturbed = [search.values[number] for number, search in enumerate(in_order)]
+    for values, place, exactly_known in zip(perturbed, places, outcome.perturbed, strict=True):
+        values[place] = exactly_known
+        flags.append(torch.zeros(len(values), dtype=torch.bool, device="cpu").index_fill_(0, place, True))
     return Found(Outcome(outcome.unperturbed, perturbed, outcome.work, outcome.path), flags)
 
 
 class _Search:
-    """One objective's candidates."""
+    """The candidates of one objective, or of two of which the second's fall is taken off the first's.
 
-    def __init__(self, objective: CausalObjective, factors: Tensor, unperturbed: Tensor, exact: int) -> None:
-        self.factors, self.exact = factors, exact
-        self.values = unperturbed.repeat(len(factors), 1)  # then those of the deepest round so far
-        self.candidates = list(range(len(factors)))
-        self._unperturbed = unperturbed
-        self._rungs = list(rungs(len(factors), objective.prompt_length, exact))
+    Args:
+        objectives: their numbers.
+        packable: all that is asked.
+        n_rows: of factors, of each.
+        exact: how many are to be exact.
+    """
+
+    def __init__(self, objectives: tuple[int, ...], packable: Packable, n_rows: int, exact: int) -> None:
+        self.objectives, self.exact = objectives, exact
+        self._unperturbed = {number: packable.unperturbed[number] for number in objectives}
+        # then those of the deepest round so far
+        self.values = {number: own.repeat(n_rows, 1) for number, own in self._unperturbed.items()}
+        self.candidates = list(range(n_rows))
+        objective = packable.sequences[objectives[0]]
+        self._rungs = list(rungs(n_rows, objective.prompt_length, exact))
         self._before: list[int] = []
         self._following = _following(objective)
 
@@ -88,12 +107,14 @@ class _Search:
         """Of the next round; None where there is none."""
         return self._rungs[0].recompute if self._rungs else None
 
-    def learn(self, values: Tensor) -> None:
-        """What a round found out, (n_candidates, m). The weaker candidates are out."""
+    def learn(self, values: Sequence[Tensor]) -> None:
+        """What a round found out, per objective (n_candidates, m). The weaker candidates are out."""
         rung = self._rungs.pop(0)
-        self.values[self.candidates] = values
-        falls = torch.full((len(self.values),), -torch.inf, dtype=torch.float64, device="cpu")  # of those that are out
-        falls[self.candidates] = (self._unperturbed - values).double().sum(1)
+        falls = torch.full((len(self._following),), -torch.inf, dtype=torch.float64, device="cpu")  # of who is out
+        falls[self.candidates] = 0.0
+        for sign, number, own in zip((1, -1), self.objectives, values, strict=False):
+            self.values[number][self.candidates] = own
+            falls[self.candidates] += sign * (self._unperturbed[number] - own).double().sum(1)
         worth = promise(falls.tolist(), self._following)
         ordered = sorted(self.candidates, key=lambda row: -worth[row])
         agreed = agreement(self._before, ordered, self.exact)
@@ -113,17 +134,24 @@ def _following(objective: CausalObjective) -> list[list[int]]:
 def _round(
     runner: Runner,
     started: Started,
-    searches: list[_Search],
-    asked: list[int],
+    searching: dict[int, _Search],
+    factors: Sequence[Tensor],
     depth: int,
     estimated: Callable[[int, int, Tensor], object],
 ) -> None:
-    """One round of some objectives, which share packs."""
-    rows = [s.factors[s.candidates] if n in asked else s.factors[:0] for n, s in enumerate(searches)]
+    """One round of the searches that are at a depth, which share packs.
+
+    Args:
+        searching: the search of each objective.
+    """
+    rows = [
+        own[searching[number].candidates if searching[number].depth == depth else []]
+        for number, own in enumerate(factors)
+    ]
 
     def roughly(objective: int, row: int, difference: Tensor) -> None:
-        estimated(objective, searches[objective].candidates[row], difference)
+        estimated(objective, searching[objective].candidates[row], difference)
 
     outcome = runner.run(started.objectives, rows, "searching", roughly, recompute=depth, started=started)
-    for number in asked:
-        searches[number].learn(outcome.perturbed[number])
+    for search in {id(search): search for search in searching.values() if search.depth == depth}.values():
+        search.learn([outcome.perturbed[number] for number in search.objectives])

@@ -105,6 +105,18 @@ def test_a_search_over_several_prompts_finds_for_each_what_it_finds_alone():
     assert all(together[1].exact), "so few units are all exact"
 
 
+def test_with_another_answer_the_search_is_for_what_tells_them_apart():
+    one, other = explainer(), "w33 w34"
+    everything = one.explain(WORDS, ANSWER, versus=other)
+    found, plain = one.explain_batch([WORDS, WORDS], [ANSWER, ANSWER], versus=[other, None], exact=10)
+    exact = torch.tensor(found.exact)
+    assert exact.sum() == 10
+    torch.testing.assert_close(found.scores[exact], everything.scores[exact], atol=2e-5, rtol=1e-4)
+    assert exact[one.explain(WORDS, ANSWER, versus=other, recompute=16).total.argmax()], "the first round's strongest"
+    assert plain.exact == one.explain(WORDS, ANSWER, exact=10).exact != found.exact, "the other answer bears on one only"
+    assert found.exact == one.explain(WORDS, ANSWER, versus=other, exact=10).exact
+
+
 def test_exact_scores_of_a_float64_model_are_not_rounded_on_their_way():
     model = tiny_models.build("llama").double()
     one = ak.Explainer(model, tiny_models.tokenizer(), progress=False)
@@ -115,7 +127,8 @@ def test_exact_scores_of_a_float64_model_are_not_rounded_on_their_way():
 
 def test_more_than_there_are_units_makes_all_exact():
     one = explainer()
-    found = one.explain(WORDS, ANSWER, exact=1000)
+    with pytest.warns(UserWarning, match=r"exact is 1000, but there are \d+ units: all of them are exact"):
+        found = one.explain(WORDS, ANSWER, exact=1000)
     assert all(found.exact)
     torch.testing.assert_close(found.scores, one.explain(WORDS, ANSWER).scores, atol=2e-5, rtol=1e-4)
 
@@ -146,7 +159,6 @@ def test_files_and_views_keep_what_is_an_estimate(tmp_path):
         ({"exact": 2, "recompute": 2}, "do not go together"),
         ({"exact": 2, "method": "shapley"}, "method with exact must be 'atman', got 'shapley'"),
         ({"recompute": 2, "method": "attnlrp"}, "method with recompute must be one of atman, shapley, lasso"),
-        ({"exact": 2, "versus": "w3"}, "exact does not go with versus"),
     ],
 )
 def test_bad_input(options, message):

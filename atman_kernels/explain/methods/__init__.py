@@ -77,6 +77,7 @@ class MethodContext:
         runner: runs objectives under factors.
         recompute: see `Runner.run`.
         exact: how many units of each objective are to be exact, the others estimated; None: all.
+        pairs: objectives of which the second is taken off the first: answers with an answer to compare with.
         started: what the runner knows of these objectives already; None: it has to find out.
     """
 
@@ -84,6 +85,7 @@ class MethodContext:
     runner: Runner
     recompute: int | None = None
     exact: int | None = None
+    pairs: Sequence[tuple[int, int]] = ()
     started: Started | None = None
 
     @property

@@ -23,7 +23,9 @@ def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutc
             objectives, factors, found=heard.found, recompute=context.recompute, started=context.started
         )
     else:
-        searched = strongest(context.runner, objectives, factors, context.exact, heard.found, heard.estimated)
+        searched = strongest(
+            context.runner, objectives, factors, context.exact, heard.found, heard.estimated, pairs=context.pairs
+        )
         outcome, exact = searched.outcome, searched.exact
     scores = [own - perturbed for own, perturbed in zip(outcome.unperturbed, outcome.perturbed, strict=True)]
     return replace(MethodOutcome.of_run(context, outcome, scores), exact=exact)
