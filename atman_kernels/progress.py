@@ -51,6 +51,9 @@ class Listener:
     def asked(self, questions: "Sequence[Objective]") -> None:
         """All answers are there; their units are explained now."""
 
+    def timed(self, tokens: int, seconds: float) -> None:
+        """The unperturbed runs are done, and took so long: what the model manages here."""
+
     def progressed(self, done: int, total: int) -> None:
         """So many tokens went through the model, of so many. The total may grow where packs turn out not to work."""
 

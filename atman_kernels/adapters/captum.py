@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.adapters.captum_features import features_of
-from atman_kernels.adapters.token_question import run_rows, suppressing, token_question, unit_factors
+from atman_kernels.adapters.token_question import checked_recompute, run_rows, suppressing, token_question, unit_factors
 from atman_kernels.arguments import integer, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
@@ -60,6 +60,8 @@ class SuppressedTextInput(TextTokenInput):
         explainer: the model, its tokenizer, and how to suppress.
         units: of a text: "token" | "word" | "sentence" | "paragraph", or (start, end) character spans.
         language: of the text, for sentence splitting.
+        recompute: how many of the last prompt tokens feel a suppression, see `Explainer.explain`; with
+            `SuppressedLLMAttribution` and `AtManAttribution` only.
 
     Raises:
         InputError: another kind of input, other baselines, a feature that is no piece of the text or holds no token.
@@ -76,11 +78,13 @@ class SuppressedTextInput(TextTokenInput):
         units: UnitChoice | None = None,
         *,
         language: str = "en",
+        recompute: int | None = None,
     ) -> None:
         if explainer.task != "text-generation":
             name = type(explainer.model).__name__
             raise UnsupportedModelError(f"explainer: {name} is no causal language model, which captum's texts are for")
         self.explainer = explainer
+        self.recompute = checked_recompute(recompute)
         self.tokenizer = explainer.tokenizer
         features = features_of(source, explainer.tokenizer, units, language)
         self.units, self.values, self._spread = features.units, features.values, features.spread
@@ -129,6 +133,11 @@ class SuppressedTextInput(TextTokenInput):
             return self.inp_tensor
         if len(perturbed_tensor) != 1:
             raise InputError("perturbations_per_eval must be 1 with LLMAttribution; SuppressedLLMAttribution batches")
+        if self.recompute is not None:
+            raise InputError(
+                f"recompute must be None with LLMAttribution, whose forwards recompute everything, got {self.recompute}; "
+                "SuppressedLLMAttribution keeps what comes before"
+            )
         model = self.explainer.model
         previous, self._arriving = self._arriving, None
         if previous is not None and not previous.arrived:
@@ -265,6 +274,7 @@ class AtManAttribution(SuppressedLLMAttribution):
         target: str | Tensor | None = None,
         *,
         units: UnitChoice | None = None,
+        recompute: int | None = None,
         gen_args: dict[str, Any] | None = None,
         **ignored: Any,
     ) -> LLMAttributionResult:
@@ -273,7 +283,7 @@ class AtManAttribution(SuppressedLLMAttribution):
         Args:
             inp: a text, or an input of captum's that `SuppressedTextInput` takes, or such an input of this explainer.
             target: the answer, its token ids (m,), or None to let the model answer first.
-            units: of a text, as in `SuppressedTextInput`.
+            units, recompute: of a text, as in `SuppressedTextInput`.
             gen_args: for the model's own answer, as in captum.
             ignored: captum's performance options (`forward_in_tokens`, …): accepted, ignored.
 
@@ -286,12 +296,17 @@ class AtManAttribution(SuppressedLLMAttribution):
         unknown = sorted(set(ignored) - IGNORED_OPTIONS)
         if unknown:
             raise InputError(f"{unknown[0]} is no argument of AtManAttribution.attribute")
-        given = inp if isinstance(inp, SuppressedTextInput) else SuppressedTextInput(inp, self.explainer, units)
-        if given is inp and (units is not None or given.explainer is not self.explainer):
-            raise InputError("inp brings its own units and explainer; it must be this attribution's `explainer`")
+        if isinstance(inp, SuppressedTextInput):
+            given = inp
+            if units is not None or recompute is not None or given.explainer is not self.explainer:
+                raise InputError(
+                    "inp brings its own units, recompute and explainer; it must be this attribution's `explainer`"
+                )
+        else:
+            given = SuppressedTextInput(inp, self.explainer, units, recompute=recompute)
         asked = self._asked(given, target, gen_args)
         assert asked.question is not None
-        outcome = run_rows(self.explainer, [asked.question], [asked.unit_factors])
+        outcome = run_rows(self.explainer, [asked.question], [asked.unit_factors], asked.recompute)
         scores = given.format_attr((outcome.unperturbed[0] - outcome.perturbed[0]).T)  # (m, n_features)
         return LLMAttributionResult(
             input_tokens=given.values,
@@ -330,7 +345,7 @@ class _Answers:
     def _run(self, keys: list[bytes]) -> None:
         assert self.inp.question is not None
         rows = self.inp.factors(torch.stack([self._presences[key] for key in keys]))
-        outcome = run_rows(self.inp.explainer, [self.inp.question], [rows])
+        outcome = run_rows(self.inp.explainer, [self.inp.question], [rows], self.inp.recompute)
         self._logprobs |= dict(zip(keys, outcome.perturbed[0], strict=True))
 
 

@@ -13,13 +13,13 @@ from inseq.attr.feat.perturbation_attribution import PerturbationAttributionRegi
 from inseq.attr.step_functions import probability_fn  # type: ignore[import-untyped, unused-ignore]
 from inseq.data import CoarseFeatureAttributionStepOutput  # type: ignore[import-untyped, unused-ignore]
 
-from atman_kernels.adapters.token_question import run_rows, token_question, unit_factors
+from atman_kernels.adapters.token_question import checked_recompute, run_rows, token_question, unit_factors
 from atman_kernels.arguments import text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.planning.units import Unit
 
-SETTINGS = ("mode", "factor", "similarity_threshold", "layers", "token_budget")
+SETTINGS = ("mode", "factor", "similarity_threshold", "layers", "token_budget", "recompute")
 MEASURE = "log_probability"  # what `info["attributed_fn"]` says
 
 
@@ -32,8 +32,9 @@ class AtManAttribution(PerturbationAttributionRegistry):
 
     Args:
         attribution_model: inseq's model, of the decoder-only kind.
-        **settings: mode, factor, similarity_threshold, layers, token_budget, as in `atman_kernels.Explainer`. Given to
-            `inseq.load_model` they are defaults, given to `attribute` they hold for that call.
+        **settings: mode, factor, similarity_threshold, layers, token_budget, as in `atman_kernels.Explainer`, and
+            recompute, as in its `explain`. Given to `inseq.load_model` they are defaults, given to `attribute` they
+            hold for that call.
 
     Raises:
         UnsupportedModelError: an encoder-decoder or distributed model, or one whose attention cannot be reached.
@@ -103,7 +104,8 @@ class AtManAttribution(PerturbationAttributionRegistry):
             token that position q predicts. inseq keeps what precedes the predicted token; padding is 0.
         """
         input_ids, next_ids, _, attention_mask = attribute_fn_main_args["additional_forward_args"][:4]
-        explainer = self._explainer(self.settings | (attribution_args or {}))
+        settings = self.settings | (attribution_args or {})
+        explainer = self._explainer(settings)
         paddings = [int((row == 0).sum()) for row in attention_mask]  # on the left, of every text
         questions = []
         for ids, next_id, padding in zip(input_ids, next_ids.reshape(-1, 1), paddings, strict=True):
@@ -111,7 +113,7 @@ class AtManAttribution(PerturbationAttributionRegistry):
             units = [Unit("", 0, 0, (position,)) for position in range(len(whole) - 1)]
             questions.append(token_question(explainer, whole, max(1, self._first_generated - padding), units))
         factors = [unit_factors(explainer, question) for question in questions]
-        outcome = run_rows(explainer, questions, factors)
+        outcome = run_rows(explainer, questions, factors, checked_recompute(settings.get("recompute")))
         length = input_ids.shape[1]
         scores = torch.zeros(len(questions), length, length, dtype=torch.float32, device="cpu")
         for row, padding, before, after in zip(scores, paddings, outcome.unperturbed, outcome.perturbed, strict=True):
@@ -119,4 +121,6 @@ class AtManAttribution(PerturbationAttributionRegistry):
         return CoarseFeatureAttributionStepOutput(target_attributions=scores)
 
     def _explainer(self, settings: dict[str, Any]) -> Explainer:
-        return Explainer(self.attribution_model.model, self.attribution_model.tokenizer, progress=False, **settings)
+        checked_recompute(settings.get("recompute"))
+        own = {name: value for name, value in settings.items() if name != "recompute"}
+        return Explainer(self.attribution_model.model, self.attribution_model.tokenizer, progress=False, **own)

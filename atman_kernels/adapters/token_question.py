@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from atman_kernels.arguments import integer
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.attention.suppression import suppress
@@ -46,10 +47,21 @@ def unit_factors(explainer: Explainer, question: CausalObjective) -> Tensor:
     return explainer.factors_of(question)
 
 
-def run_rows(explainer: Explainer, questions: Sequence[CausalObjective], factors: Sequence[Tensor]) -> Outcome:
-    """Log-probs of the answers under any rows of factors (n_rows, n + m - 1), one tensor of rows per question."""
+def run_rows(
+    explainer: Explainer, questions: Sequence[CausalObjective], factors: Sequence[Tensor], recompute: int | None = None
+) -> Outcome:
+    """Log-probs of the answers under any rows of factors (n_rows, n + m - 1), one tensor of rows per question.
+
+    Args:
+        recompute: see `Explainer.explain`.
+    """
     with evaluating(explainer.model):
-        return explainer.runner.run(questions, factors)
+        return explainer.runner.run(questions, factors, recompute=recompute)
+
+
+def checked_recompute(value: object) -> int | None:
+    """Raises InputError if it is neither None nor an integer >= 1."""
+    return None if value is None else integer(value, "recompute", least=1, expected="an integer >= 1 or None")
 
 
 def suppressing(explainer: Explainer, factors: Tensor) -> AbstractContextManager[None]:

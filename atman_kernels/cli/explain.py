@@ -1,5 +1,6 @@
 """`atman explain`: a prompt in, a heatmap out."""
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -110,12 +111,16 @@ def command(
         loaded, tokenizer = load(
             model, device=device, dtype=dtype, quiet=quiet, gguf_file=gguf, trust_remote_code=trust_remote_code
         )
+        from atman_kernels.cli.estimate import Estimate
         from atman_kernels.explain.explainer import Explainer
+        from atman_kernels.progress import listening
 
         explainer = Explainer(loaded, tokenizer, progress=not quiet and progress_is_seen(), **suppression)
         asked: dict[str, Any] = {"include_target": include_target, "chat": chat, "max_new_tokens": max_new_tokens}
         asked |= {"exact": exact, "recompute": recompute}
-        explanation = explainer.explain(text, answer, units, versus=versus, method=method, **asked, **options)
+        shorter = explainer.task == "text-generation" and method == "atman" and exact is recompute is None
+        with nullcontext() if quiet else listening(Estimate(shorter)):
+            explanation = explainer.explain(text, answer, units, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
 
 

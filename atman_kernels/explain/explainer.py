@@ -151,8 +151,9 @@ class Explainer:
                 reads directly from a unit (its direct effect), more for what later tokens pass on as well; None for
                 all that it changes (its total effect). It costs n · (recompute + m) tokens instead of n²/2: see
                 docs/search.md.
-            exact: find this many of the strongest units and run them exactly; the others keep an estimate, and
-                `Explanation.exact` says which is which. None: all are exact.
+            exact: find this many of the strongest units and run them exactly, beside those at the end of the prompt,
+                which cost little; the others keep an estimate, and `Explanation.exact` says which is which. About
+                three times as many as will be looked at find these nearly always. None: all are exact.
             refine: of nested units, how many of each level are cut into the next one's; None: those that make up
                 four fifths of the level's effects, at least 3 and at most 8.
             method: "atman", or another of `atman_kernels.explain.methods.names()`, whose scores mean something else

@@ -1,5 +1,6 @@
 """`Runner`: what a model says to some objectives under suppression, by the fastest way that was shown to be exact."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.factors import first_suppressed
 from atman_kernels.planning.packing import Variant, token_budget
 from atman_kernels.planning.sharing import Content, PrefixTree, share
-from atman_kernels.progress import Meter, Progress
+from atman_kernels.progress import Listener, Meter, Progress, listener
 from atman_kernels.run.full_rows import run_full_rows
 from atman_kernels.run.packed import PackedRuns, variants_of
 from atman_kernels.run.perturbation import Perturbation
@@ -154,7 +155,7 @@ class Runner:
 
     def start(self, objectives: Sequence[Objective]) -> "Started":
         """The base runs, and the probe whether packs reproduce them."""
-        started = Started(list(objectives), Work())
+        started, clock = Started(list(objectives), Work()), time.perf_counter()
         self._forget_other_dtypes()
         sequences = [each for objective in objectives if (each := objective.sequence) is not None]
         if len(sequences) < len(started.objectives):
@@ -165,7 +166,10 @@ class Runner:
         base, own = found
         no_rows = [torch.ones(0, each.positions, dtype=torch.float32, device="cpu") for each in sequences]
         unperturbed = self._probe(self._runs(sequences, no_rows, started.work), base, own)
-        return started if unperturbed is None else replace(started, packable=Packable(sequences, base, unperturbed))
+        if unperturbed is None:
+            return started
+        _tell_time(started.work.tokens, clock)
+        return replace(started, packable=Packable(sequences, base, unperturbed))
 
     def _forget_other_dtypes(self) -> None:
         """Autocast comes and goes: what was found out about the model is about one dtype."""
@@ -342,13 +346,14 @@ class Runner:
 
     def _rows_alone(self, objectives: list[Objective], work: Work) -> list[Tensor]:
         """Unsuppressed values of each objective's row alone."""
-        found = []
+        found, clock, before = [], time.perf_counter(), work.tokens
         for objective in objectives:
             how = self.perturbation
             values = objective.values(self.model, None, mode=how.mode, layers=how.layers)[0]
             work.add(objective.cost, 1)
             self._check_attention(objective, values, work)
             found.append(values.cpu())
+        _tell_time(work.tokens - before, clock)
         return found
 
     def _rows_mix(self, beside: Tensor, alone: Tensor) -> bool:
@@ -407,6 +412,10 @@ class Started:
     objectives: list[Objective]
     work: Work
     packable: Packable | None = None
+
+
+def _tell_time(tokens: int, clock: float) -> None:
+    (listener() or Listener()).timed(tokens, time.perf_counter() - clock)
 
 
 def _full_row_tokens(objectives: list[Objective], factors: list[Tensor]) -> int:

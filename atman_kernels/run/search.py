@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
-from atman_kernels.planning.halving import WAKE, agreement, kept, promise, rungs
+from atman_kernels.planning.halving import FEW_UNITS, Halving
 from atman_kernels.run.runner import Outcome, Packable, Runner, Started
 
 
@@ -33,8 +33,8 @@ def strongest(
     exact: int,
     found: Callable[[int, int, Tensor], object],
     estimated: Callable[[int, int, Tensor], object] = lambda objective, row, difference: None,
-    *,
     pairs: Sequence[tuple[int, int]] = (),
+    hints: Callable[[Sequence[CausalObjective]], Sequence[Tensor] | None] = lambda sequences: None,
 ) -> Found:
     """Runs the rows that lower the objectives' values most exactly, as many as are asked for, and estimates the others.
 
@@ -45,6 +45,8 @@ def strongest(
         exact: how many rows of each objective.
         found: is told of every exact row; see `Runner.run`.
         estimated: is told likewise of every row in every round.
+        hints: per objective (n_rows,), the falls of its values summed up, as something else estimates them; None if
+            there is nothing. Asked once it is known that there is something to search.
         pairs: objectives with the same rows, of which the second's fall is taken off the first's: they are one search.
 
     Raises:
@@ -52,13 +54,14 @@ def strongest(
     """
     started = runner.start(objectives)
     packable = runner.packable(started)
-    fewest = min(len(rows) for rows in factors)
+    fewest, most = (extreme(len(rows) for rows in factors) for extreme in (min, max))
     if fewest < exact:
         warnings.warn(f"exact is {exact}, but there are {fewest} units: all of them are exact", stacklevel=2)
+    hinted = hints(packable.sequences) if most > max(FEW_UNITS, exact) else None
     seconds = dict(pairs)
     alone = set(range(len(objectives))) - set(seconds.values())
     searches = [
-        _Search((number, seconds[number]) if number in seconds else (number,), packable, len(factors[number]), exact)
+        _Search((number, seconds[number]) if number in seconds else (number,), packable, hinted, exact)
         for number in sorted(alone)
     ]
     searching = {number: search for search in searches for number in search.objectives}
@@ -66,7 +69,7 @@ def strongest(
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
             _round(runner, started, searching, factors, depth, estimated)
     in_order = [searching[number] for number in range(len(objectives))]
-    places = [torch.tensor(search.candidates, device="cpu") for search in in_order]
+    places = [torch.tensor(search.chosen, device="cpu") for search in in_order]
 
     def exactly(objective: int, row: int, difference: Tensor) -> None:
         found(objective, int(places[objective][row]), difference)
@@ -87,48 +90,51 @@ class _Search:
     Args:
         objectives: their numbers.
         packable: all that is asked.
-        n_rows: of factors, of each.
+        hints: see `strongest`.
         exact: how many are to be exact.
     """
 
-    def __init__(self, objectives: tuple[int, ...], packable: Packable, n_rows: int, exact: int) -> None:
-        self.objectives, self.exact = objectives, exact
+    def __init__(
+        self, objectives: tuple[int, ...], packable: Packable, hints: Sequence[Tensor] | None, exact: int
+    ) -> None:
+        self.objectives = objectives
         self._unperturbed = {number: packable.unperturbed[number] for number in objectives}
-        # then those of the deepest round so far
-        self.values = {number: own.repeat(n_rows, 1) for number, own in self._unperturbed.items()}
-        self.candidates = list(range(n_rows))
         objective = packable.sequences[objectives[0]]
-        self._rungs = list(rungs(n_rows, objective.prompt_length, exact))
-        self._before: list[int] = []
-        self._following = _following(objective)
+        # then those of the deepest round so far
+        self.values = {number: own.repeat(len(objective.units), 1) for number, own in self._unperturbed.items()}
+        starts = [min(unit.token_indices) for unit in objective.units]
+        effects = None if hints is None else self._difference([hints[number] for number in objectives]).tolist()
+        self._halving = Halving(starts, objective.prompt_length, exact, effects)
 
     @property
     def depth(self) -> int | None:
         """Of the next round; None where there is none."""
-        return self._rungs[0].recompute if self._rungs else None
+        return self._halving.depth
+
+    @property
+    def candidates(self) -> list[int]:
+        """Rows that the next round is about."""
+        return self._halving.candidates
+
+    @property
+    def chosen(self) -> list[int]:
+        """Rows that are to be exact."""
+        return self._halving.chosen
 
     def learn(self, values: Sequence[Tensor]) -> None:
         """What a round found out, per objective (n_candidates, m). The weaker candidates are out."""
-        rung = self._rungs.pop(0)
-        falls = torch.full((len(self._following),), -torch.inf, dtype=torch.float64, device="cpu")  # of who is out
-        falls[self.candidates] = 0.0
-        for sign, number, own in zip((1, -1), self.objectives, values, strict=False):
+        for number, own in zip(self.objectives, values, strict=True):
             self.values[number][self.candidates] = own
-            falls[self.candidates] += sign * (self._unperturbed[number] - own).double().sum(1)
-        worth = promise(falls.tolist(), self._following)
-        ordered = sorted(self.candidates, key=lambda row: -worth[row])
-        agreed = agreement(self._before, ordered, self.exact)
-        if ordered[: self.exact] == self._before[: self.exact]:
-            self._rungs = []  # the order has settled
-        self._before = ordered
-        self.candidates = sorted(ordered[: kept(rung, agreed) if self._rungs else self.exact])
+        falls = [
+            (self._unperturbed[number] - own).double().sum(1)
+            for number, own in zip(self.objectives, values, strict=True)
+        ]
+        self._halving.learn(dict(zip(self.candidates, self._difference(falls).tolist(), strict=True)))
 
-
-def _following(objective: CausalObjective) -> list[list[int]]:
-    """Per unit, those that begin after it, nearest first."""
-    order = sorted(range(len(objective.units)), key=lambda i: min(objective.units[i].token_indices))
-    place = {unit: at for at, unit in enumerate(order)}
-    return [order[place[i] + 1 : place[i] + 1 + WAKE] for i in range(len(order))]
+    @staticmethod
+    def _difference(effects: Sequence[Tensor]) -> Tensor:
+        """(n_rows,) the effect on what is searched for: the first objective's, less the second's."""
+        return effects[0] if len(effects) == 1 else effects[0] - effects[1]
 
 
 def _round(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -45,16 +46,22 @@ def atman(*arguments, stdin=None):
 
 
 @pytest.fixture
-def explain(tiny_llama):
-    """`atman explain` on the tiny model in float32; returns the parsed JSON."""
+def explain_result(tiny_llama):
+    """`atman explain` on the tiny model in float32, with JSON on standard output."""
 
     def run(*arguments, stdin=None):
         fixed = ("--model", tiny_llama, "--dtype", "float32", "--max-new-tokens", 3, "--json", "-")
         result = atman("explain", *fixed, *arguments, stdin=stdin)
         assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)
+        return result
 
     return run
+
+
+@pytest.fixture
+def explain(explain_result):
+    """The same; returns the parsed JSON."""
+    return lambda *arguments, stdin=None: json.loads(explain_result(*arguments, stdin=stdin).stdout)
 
 
 @pytest.fixture
@@ -418,6 +425,21 @@ def test_benchmarks_of_the_repository_are_run_there(command, module):
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"in the repository, not in the package: run `python -m {module}` there" in result.stderr
     assert importlib.util.find_spec(f"{module}.__main__") is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "offered"),
+    [((), True, True), (("--recompute", 1), True, False), (("--method", "linear"), False, False), (("-q",), False, False)],
+)
+def test_what_will_take_long_is_said_before(explain_result, monkeypatch, options, said, offered):
+    """The machine's rate comes from the unperturbed runs; a method that runs no variants has none."""
+    from atman_kernels.cli import estimate
+
+    monkeypatch.setattr(estimate, "WORTH_SAYING", 0.0)
+    monkeypatch.setattr(estimate, "TOO_LONG", 0.0)
+    told = explain_result(PROMPT, *options).stderr
+    assert (re.search(r"\d+ tokens through the model will take about \d\S* \w+ here", told) is not None) == said
+    assert ("--exact 16 finds the 16 strongest" in told) == offered
 
 
 def test_demo_on_a_tiny_model(tiny_llama, tmp_path, monkeypatch):

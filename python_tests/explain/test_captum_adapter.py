@@ -119,6 +119,22 @@ def test_atman_is_the_explainer(model, tokenizer, threshold):
         assert result.input_tokens == [unit.text for unit in expected.units]
 
 
+def test_recompute_is_the_explainers(attribution, model, tokenizer):
+    expected = attribution.explainer.explain(PROMPT, ANSWER, recompute=2).scores.T
+    assert (expected - attribution.explainer.explain(PROMPT, ANSWER).scores.T).abs().max() > 1e-3
+    close(attribution.attribute(PROMPT, ANSWER, recompute=2).token_attr, expected)
+    inp = SuppressedTextInput(PROMPT, attribution.explainer, recompute=2)
+    close(attribution.attribute(inp, ANSWER).token_attr, expected)
+    ablated = SuppressedLLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, ANSWER)
+    close(ablated.token_attr, expected)
+    with pytest.raises(ak.InputError, match="recompute must be None with LLMAttribution.*got 2; Suppressed"):
+        stock(model, tokenizer, inp)
+    with pytest.raises(ak.InputError, match="inp brings its own units, recompute and explainer"):
+        attribution.attribute(inp, ANSWER, recompute=1)
+    with pytest.raises(ak.InputError, match="recompute must be an integer >= 1 or None, got 0"):
+        attribution.attribute(PROMPT, ANSWER, recompute=0)
+
+
 def test_targets(attribution, model, tokenizer):
     by_text = attribution.attribute(PROMPT, ANSWER)
     by_ids = attribution.attribute(PROMPT, IDS[N:], forward_in_tokens=False, num_trials=2)
@@ -325,7 +341,7 @@ def test_refused_inputs(attribution, model, tokenizer):
         ("", {}, "inp is empty"),
         (mine, {"units": "word"}, "its own units"),
         (SuppressedTextInput(PROMPT, other), {}, "another model|own units"),
-        (SuppressedTextInput(PROMPT, ak.Explainer(model, tokenizer, progress=False)), {}, "own units and explainer"),
+        (SuppressedTextInput(PROMPT, ak.Explainer(model, tokenizer, progress=False)), {}, "own units, recompute and explainer"),
     ]:
         with pytest.raises(ak.InputError, match=message):
             attribution.attribute(inp, ANSWER, **options)

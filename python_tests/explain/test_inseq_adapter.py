@@ -83,6 +83,17 @@ def test_is_the_explainer(model, tokenizer, attributed, settings, threshold):
     assert output.info["attribution_args"] == settings
 
 
+def test_recompute_is_the_explainers(model, tokenizer, attributed):
+    explainer = ak.Explainer(model, tokenizer, progress=False)
+    expected = explainer.explain(PROMPT, ANSWER, include_target=True, recompute=2).scores
+    assert (expected - explainer.explain(PROMPT, ANSWER, include_target=True).scores).abs().max() > 1e-3
+    found = scores_of(attributed.attribute(PROMPT, f"{PROMPT} {ANSWER}", recompute=2, show_progress=False))
+    later = torch.isnan(found[: len(expected)])
+    close(found[: len(expected)][~later], expected[~later])
+    with pytest.raises(ak.InputError, match="recompute must be an integer >= 1 or None, got 0"):
+        attributed.attribute(PROMPT, WHOLE, recompute=0, show_progress=False)
+
+
 def test_settings_of_the_model_hold_until_a_call_has_its_own(model, tokenizer):
     attributed = inseq.load_model(model, "atman", tokenizer=tokenizer, factor=0.5, layers=[1])
     close(scores_of(attributed.attribute(PROMPT, WHOLE, show_progress=False)), oracle(model, WHOLE, N, 0.5, layers=[1]))
