@@ -154,7 +154,7 @@ def passages_of_length(
     """Questions about passages of a given length: the passage of the file among others, which fill it up.
 
     The passage stands at a random place among the others, which are of other articles; the last of them is cut. The
-    prompt of the first question has about `tokens` tokens; a passage whose own prompt has half as many more is left out.
+    prompt of the first question has about `tokens` tokens; passages whose own prompt has half as many more are out.
 
     Args:
         items: questions about one passage one after the other.
@@ -176,9 +176,7 @@ def passages_of_length(
         yield [replace(item, context=text, start=(item.start or 0) + start) for item in asked]
 
 
-def _filling(
-    tokenizer: Any, texts: list[str], tokens: int, draw: random.Random
-) -> tuple[list[str], list[str]]:
+def _filling(tokenizer: Any, texts: list[str], tokens: int, draw: random.Random) -> tuple[list[str], list[str]]:
     """Texts of so many tokens together, the last one cut, in two random parts."""
     chosen: list[str] = []
     for text in texts:

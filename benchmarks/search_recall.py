@@ -1,30 +1,35 @@
 """Does a search find the units that an exact explanation finds strongest, and for which part of the work?
 
-    python -m benchmarks.search_recall collect --split test --lengths 100,250,500,1000 --seconds 3000
-    python -m benchmarks.search_recall collect --split dev --depths 8,16,32,64,128      # what the search's constants are chosen on
-    python -m benchmarks.search_recall choose       # recall and cost of many constants on dev
-    python -m benchmarks.search_recall report       # recall of the search as it is, on test
+    python -m benchmarks.search_recall collect --split test --results test.jsonl --seconds 3000
+    python -m benchmarks.search_recall report test.jsonl         # recall and cost of the search as it is
+    python -m benchmarks.search_recall collect --split dev --depths 1,4,8,16 --results dev.jsonl
+    python -m benchmarks.search_recall choose dev.jsonl          # the same for other constants of the search
 
 Questions of a SQuAD-format file over passages filled up to a length, token units, the gold answer. `collect` appends
 each passage's questions to a .jsonl file and goes on where it was interrupted; questions about one passage run
-together. Lengths take turns, so that whatever was collected is balanced.
+together. Lengths take turns, so that whatever was collected is balanced. `choose` replays the search's own rule on
+what rounds of each depth said about all units.
 """
 
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from atman_kernels.evaluation.metrics import confidence_interval
 from atman_kernels.evaluation.squad import Item, drawn, read_items, split_of, usable
-from benchmarks.machine import environment
+from atman_kernels.planning.halving import SCHEDULE, Halving, Schedule
+from benchmarks.machine import RESULTS, environment
 from benchmarks.prompts import find_squad, passages_of_length
 
 EXACT = 16
+TOPS = (1, 5, 10)
 SHARES = {100: 4, 250: 4, 500: 2, 1000: 1}  # passages of each length in one turn
 
 
@@ -37,16 +42,14 @@ def main() -> None:
 @click.option("--squad", metavar="FILE")
 @click.option("--split", type=click.Choice(["dev", "test"]), default="test", show_default=True)
 @click.option("--lengths", default="100,250,500,1000", show_default=True, help="Tokens of a prompt.")
-@click.option("--depths", default="", help="Also all units at these depths, to a third.")
+@click.option("--depths", default="", help="In place of the search, all units at these depths, and to first order.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--seconds", type=int, default=10**6, help="Begin no passage after so long.")
 @click.option("--per-passage", type=int, default=5, show_default=True, help="Questions about one passage.")
 @click.option("--part", default="0/1", show_default=True, help="I/N: of N processes side by side, this is number I.")
 @click.option("--results", type=Path, required=True, help="A .jsonl file.")
-def collect(
-    squad: str | None, split: str, lengths: str, depths: str, dtype: str, seconds: int, per_passage: int, part: str, results: Path
-) -> None:
-    """Explain questions exactly, by the search, and at given depths."""
+def collect(squad: str | None, split: str, lengths: str, depths: str, dtype: str, results: Path, **how: Any) -> None:
+    """Explain questions exactly, and by the search or at given depths."""
     from atman_kernels import Explainer
     from atman_kernels.cli.model import load
 
@@ -56,26 +59,26 @@ def collect(
     model, tokenizer = load("smollm2", device="cpu", dtype=dtype)
     explainer = Explainer(model, tokenizer, progress=False)
     items = drawn([item for item in usable(read_items(file))[0] if split_of(item) == split], None, seed=0)
-    known = {(entry["length"], entry["item"]) for entry in _read(results)}
-    number, of = map(int, part.split("/"))
+    known = {(entry["length"], entry["item"]) for entry in (_read([results]) if results.exists() else [])}
+    number, of = map(int, how["part"].split("/"))
     start = time.monotonic()
     wanted = {
-        int(length): itertools.islice(passages_of_length(tokenizer, items, int(length), per_passage), number, None, of)
-        for length in lengths.split(",")
+        int(n): itertools.islice(passages_of_length(tokenizer, items, int(n), how["per_passage"]), number, None, of)
+        for n in lengths.split(",")
     }
     for length, asked in _turns(wanted):
-        if time.monotonic() - start > seconds:
+        if time.monotonic() - start > how["seconds"]:
             break
         if all((length, item.id) in known for item in asked):
             continue
-        entries = _explained(explainer, asked, [int(k) for k in depths.split(",") if k and int(k) <= length // 3])
+        entries = _explained(explainer, asked, [int(depth) for depth in depths.split(",") if depth])
         with results.open("a", encoding="utf-8") as stream:
             for entry in entries:
                 stream.write(json.dumps({"length": length, "split": split, "dtype": dtype, **entry}) + "\n")
         click.echo(f"{length} tokens: {len(asked)} questions, {time.monotonic() - start:.0f} s", err=True)
 
 
-def _turns(wanted: dict[int, Iterator[list[Item]]]) -> Iterator[tuple[int, list[Item]]]:
+def _turns(wanted: Mapping[int, Iterator[list[Item]]]) -> Iterator[tuple[int, list[Item]]]:
     """Some passages of each length, again and again."""
     while True:
         turn = [
@@ -106,17 +109,110 @@ def _explained(explainer: Any, asked: list[Item], depths: Sequence[int]) -> list
             entry["units"] = len(explanation.units)
             entry[name] = {
                 "scores": [round(score, 4) for score in explanation.total.tolist()],
-                "tokens": explanation.stats.get("tokens_through_model"),  # of all questions together
+                "tokens": explanation.stats.get("tokens_through_model"),  # of all questions of the passage together
                 "seconds": round(seconds, 3),  # likewise, of the processor
             }
             if name == "search":
-                flags = explanation.exact
-                entry[name]["exact"] = [i for i in range(len(explanation.units)) if flags is None or bool(flags[i])]
+                entry[name]["exact"] = [i for i in range(len(explanation.units)) if explanation.is_exact(i)]
     return entries
 
 
-def _read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+def _read(files: Iterable[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@main.command()
+@click.argument("files", nargs=-1, type=Path, required=True)
+@click.option("--output", type=Path, default=RESULTS / "search-recall-test.json", show_default=True)
+def report(files: tuple[Path, ...], output: Path) -> None:
+    """Recall and cost of the search, per length."""
+    entries = _read(files)
+
+    def of(length: int) -> dict[str, Any]:
+        own = [entry for entry in entries if entry["length"] == length]
+        passages = {json.dumps([entry["exact"]["tokens"], entry["exact"]["seconds"]]): entry for entry in own}.values()
+        parts = {
+            name: sum(e["search"][name] for e in passages) / sum(e["exact"][name] for e in passages)
+            for name in ("tokens", "seconds")
+        }
+        chosen = [sum(flag < e["units"] for flag in e["search"]["exact"]) / e["units"] for e in own]
+        return (
+            _recall(own, [e["search"]["exact"] for e in own])
+            | {f"part of the {name}": round(part, 4) for name, part in parts.items()}
+            | {"passages": len(passages), "part of the units that is exact": round(sum(chosen) / len(chosen), 4)}
+        )
+
+    _write(output, {"exact": EXACT, "schedule": asdict(SCHEDULE), "dtype": entries[0]["dtype"]}, entries, of)
+
+
+@main.command()
+@click.argument("files", nargs=-1, type=Path, required=True)
+@click.option("--output", type=Path, default=RESULTS / "search-recall-dev.json", show_default=True)
+def choose(files: tuple[Path, ...], output: Path) -> None:
+    """Recall and cost of other constants."""
+    entries = [entry for entry in _read(files) if all(f"recompute {k}" in entry for k in (1, 4, 8, 16))]
+    kinds: dict[str, tuple[Schedule, bool]] = {"as it is": (SCHEDULE, True), "without hints": (SCHEDULE, False)}
+    changes: dict[str, list[Any]] = {
+        "first_depth": [4, 8, 16],
+        "tail": [0, 32, 64],
+        "wake": [0, 5],
+        "margin": [1.0, 2.0],
+    }
+    for name, values in changes.items():
+        for value in values:
+            kinds[f"{name} = {value:g}"] = (replace(SCHEDULE, **{name: value}), True)
+    kinds["one round"] = (replace(SCHEDULE, deepest=0.0), True)
+
+    def of(length: int) -> dict[str, Any]:
+        own = [entry for entry in entries if entry["length"] == length]
+        found = {}
+        whole = sum(_exact_tokens(entry, range(entry["units"])) for entry in own)
+        for name, (schedule, hinted) in kinds.items():
+            replayed = [_replay(entry, schedule, hinted) for entry in own]
+            cost = sum(tokens for _, tokens in replayed) / whole
+            found[name] = _recall(own, [chosen for chosen, _ in replayed]) | {"part of the tokens": round(cost, 4)}
+        return found
+
+    _write(output, {"exact": EXACT, "dtype": entries[0]["dtype"]}, entries, of)
+
+
+def _replay(entry: dict[str, Any], schedule: Schedule, hinted: bool) -> tuple[list[int], int]:
+    """The units that a search would have run exactly, and the tokens that it would have put through the model."""
+    units = entry["units"]
+    hints = entry["linear"]["scores"] if hinted else None
+    search = Halving(range(units), units, EXACT, hints, schedule)
+    tokens = 2 * units if hinted else 0
+    while search.depth is not None:
+        scores = entry[f"recompute {search.depth}"]["scores"]
+        tokens += len(search.candidates) * search.depth
+        search.learn({unit: scores[unit] for unit in search.candidates})
+    return search.chosen, tokens + _exact_tokens(entry, search.chosen)
+
+
+def _exact_tokens(entry: dict[str, Any], units: Iterable[int]) -> int:
+    """Of exact runs, the answer's tokens aside."""
+    return sum(entry["units"] - unit for unit in units)
+
+
+def _recall(entries: list[dict[str, Any]], chosen: list[list[int]]) -> dict[str, Any]:
+    """Which part of the strongest units was among the chosen ones, with 95 % bootstrap intervals."""
+    found: dict[str, Any] = {"questions": len(entries)}
+    ranked = [
+        torch.tensor(entry["exact"]["scores"]).argsort(descending=True, stable=True).tolist() for entry in entries
+    ]
+    for top in TOPS:
+        parts = [len(set(order[:top]) & set(own)) / top for order, own in zip(ranked, chosen, strict=True)]
+        values = torch.tensor(parts, dtype=torch.float64)
+        low, high = confidence_interval(values) if len(parts) > 1 else (float("nan"), float("nan"))
+        found[f"top {top}"] = {"mean": round(float(values.mean()), 4), "interval": [round(low, 4), round(high, 4)]}
+    return found
+
+
+def _write(output: Path, facts: dict[str, Any], entries: list[dict[str, Any]], of: Callable[[int], Any]) -> None:
+    lengths = sorted({entry["length"] for entry in entries})
+    content = {**facts, "lengths": {str(length): of(length) for length in lengths}, "environment": environment()}
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    click.echo(json.dumps(content["lengths"], indent=1))
 
 
 if __name__ == "__main__":

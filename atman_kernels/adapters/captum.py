@@ -135,7 +135,7 @@ class SuppressedTextInput(TextTokenInput):
             raise InputError("perturbations_per_eval must be 1 with LLMAttribution; SuppressedLLMAttribution batches")
         if self.recompute is not None:
             raise InputError(
-                f"recompute must be None with LLMAttribution, whose forwards recompute everything, got {self.recompute}; "
+                f"recompute must be None with LLMAttribution, which recomputes everything, got {self.recompute}; "
                 "SuppressedLLMAttribution keeps what comes before"
             )
         model = self.explainer.model

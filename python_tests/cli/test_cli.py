@@ -429,7 +429,12 @@ def test_benchmarks_of_the_repository_are_run_there(command, module):
 
 @pytest.mark.parametrize(
     ("options", "said", "offered"),
-    [((), True, True), (("--recompute", 1), True, False), (("--method", "linear"), False, False), (("-q",), False, False)],
+    [
+        ((), True, True),
+        (("--recompute", 1), True, False),
+        (("--method", "linear"), False, False),
+        (("-q",), False, False),
+    ],
 )
 def test_what_will_take_long_is_said_before(explain_result, monkeypatch, options, said, offered):
     """The machine's rate comes from the unperturbed runs; a method that runs no variants has none."""

@@ -127,7 +127,7 @@ def test_recompute_is_the_explainers(attribution, model, tokenizer):
     close(attribution.attribute(inp, ANSWER).token_attr, expected)
     ablated = SuppressedLLMAttribution(FeatureAblation(model), tokenizer).attribute(inp, ANSWER)
     close(ablated.token_attr, expected)
-    with pytest.raises(ak.InputError, match="recompute must be None with LLMAttribution.*got 2; Suppressed"):
+    with pytest.raises(ak.InputError, match=r"recompute must be None with LLMAttribution.*got 2; Suppressed"):
         stock(model, tokenizer, inp)
     with pytest.raises(ak.InputError, match="inp brings its own units, recompute and explainer"):
         attribution.attribute(inp, ANSWER, recompute=1)
@@ -341,7 +341,11 @@ def test_refused_inputs(attribution, model, tokenizer):
         ("", {}, "inp is empty"),
         (mine, {"units": "word"}, "its own units"),
         (SuppressedTextInput(PROMPT, other), {}, "another model|own units"),
-        (SuppressedTextInput(PROMPT, ak.Explainer(model, tokenizer, progress=False)), {}, "own units, recompute and explainer"),
+        (
+            SuppressedTextInput(PROMPT, ak.Explainer(model, tokenizer, progress=False)),
+            {},
+            "own units, recompute and explainer",
+        ),
     ]:
         with pytest.raises(ak.InputError, match=message):
             attribution.attribute(inp, ANSWER, **options)

@@ -139,7 +139,9 @@ def test_with_another_answer_the_search_is_for_what_tells_them_apart():
     torch.testing.assert_close(found.scores[exact], everything.scores[exact], atol=2e-5, rtol=1e-4)
     direct = one.explain(WORDS, ANSWER, versus=other, recompute=1).total
     assert exact[direct.argmax()], "the first round's strongest"
-    assert plain.exact == one.explain(WORDS, ANSWER, exact=10).exact != found.exact, "the other answer bears on one only"
+    assert plain.exact == one.explain(WORDS, ANSWER, exact=10).exact != found.exact, (
+        "the other answer bears on one only"
+    )
     assert found.exact == one.explain(WORDS, ANSWER, versus=other, exact=10).exact
 
 

@@ -22,7 +22,8 @@ def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutc
     factors = [context.factors(objective) for objective in objectives]
     heard = listener() or Listener()
     heard.asked(objectives)
-    exact, settings = None, {}
+    exact: list[Tensor] | None = None
+    settings: dict[str, Any] = {}
     if context.exact is None:
         outcome = context.runner.run(
             objectives, factors, found=heard.found, recompute=context.recompute, started=context.started
