@@ -24,6 +24,7 @@ from atman_kernels.inputs.image_units import PATCHES, ImageUnitChoice
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.request import Common, Request, batch_of
 from atman_kernels.inputs.tasks import CAUSAL, ROWS, Reader, causal_objectives, check_request, units_named
+from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.tokenization import NestedChoice, Prompt, UnitChoice
 from atman_kernels.planning.factors import checked_factor, checked_threshold
 from atman_kernels.progress import Progress, checked_progress
@@ -341,26 +342,24 @@ class Explainer:
             >>> explainer.ablate("The capital of France is", " Paris", masks=halves).logprobs.shape  # doctest: +SKIP
             torch.Size([1000, 1])
         """
-        common = Common.checked(
-            include_target=include_target, chat=chat, max_new_tokens=max_new_tokens, language=language
-        )
-        if self.task != CAUSAL:
-            name = type(self.model).__name__
-            raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
         depth = Depth.checked(recompute, None, methods.method("atman", {}), self.task)
-        request = Request(common, prompt, target, units).checked()
-        if request.is_nested:
-            raise InputError("units of an ablation are of one level: a mask has a column for each of them")
-        check_request(self._reader, request)
         started = time.perf_counter()
+        objective = self.objective_of(
+            prompt,
+            target,
+            units,
+            include_target=include_target,
+            chat=chat,
+            max_new_tokens=max_new_tokens,
+            language=language,
+        )
         with evaluating(self.model):
-            (objective,) = causal_objectives(self._reader, [request])
             rows = checked_masks(masks, objective.units)
             answered = time.perf_counter()
             outcome = run_subsets(self.runner, [objective], [rows], "ablating", depth.recompute)
         how = self.suppression | {"path": outcome.path}
         how |= {} if depth.recompute is None else {"recompute": depth.recompute}
-        settings = how | origin_of(self.model, units_named(self.task, request))
+        settings = how | origin_of(self.model, units if units is None or isinstance(units, str) else "spans")
         seconds = {"seconds": time.perf_counter() - started, "answering_seconds": answered - started}
         return Ablation(
             prompt=objective.prompt,
@@ -373,6 +372,29 @@ class Explainer:
             settings=settings,
             stats=seconds | outcome.work.stats,
         )
+
+    def objective_of(
+        self, prompt: Prompt, target: str | None = None, units: UnitChoice = "token", **common: Any
+    ) -> CausalObjective:
+        """What is asked about a text, for whoever decides which variants run: its tokens, units and answer.
+
+        Args:
+            prompt, target, units: as in `explain`.
+            common: include_target, chat, max_new_tokens and language, as in `explain`.
+
+        Raises:
+            InputError, UnsupportedModelError: as in `ablate`.
+        """
+        if self.task != CAUSAL:
+            name = type(self.model).__name__
+            raise UnsupportedModelError(f"{name} is no language model, in which prompt and answer are one sequence")
+        request = Request(Common.checked(**common), prompt, target, units).checked()
+        if request.is_nested:
+            raise InputError("units of an ablation are of one level: a mask has a column for each of them")
+        check_request(self._reader, request)
+        with evaluating(self.model):
+            (objective,) = causal_objectives(self._reader, [request])
+        return objective
 
     @property
     def factor(self) -> float:

@@ -11,6 +11,9 @@ import torch
 from atman_kernels import Explainer, arguments, load_model
 from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
+from atman_kernels.explain.depth import Depth
+from atman_kernels.inputs.request import Common
+from atman_kernels.inputs.tasks import CAUSAL
 from atman_kernels.planning.units import GRANULARITIES
 
 # What is given in other ways, or goes with one prompt alone.
@@ -37,7 +40,7 @@ def sorted_options(given: Mapping[str, Any], units: Any, asked_of: Callable[...,
         asked_of: `Explainer.explain_batch` or `Explainer.ablate`.
 
     Raises:
-        InputError: a name is known nowhere, or a value is of another form.
+        InputError: a name is known nowhere, or a value of what is asked does not fit.
     """
     units = arguments.choice(units, "units", GRANULARITIES)
     found = Options(*(_defaults(home) for home in (load_model, Explainer.__init__, asked_of)))
@@ -49,7 +52,12 @@ def sorted_options(given: Mapping[str, Any], units: Any, asked_of: Callable[...,
     if others and method == "atman":
         known = ", ".join(sorted(set().union(*found)))
         raise InputError(f"there is no option {next(iter(others))!r}; there are {known}")
-    found.asking.update(methods.method(method, others).options | {"units": units})
+    chosen = methods.method(method, others)
+    asking = found.asking
+    common = ("include_target", "chat", "max_new_tokens", "language")
+    Common.checked(**{option: asking[option] for option in common})
+    Depth.checked(asking["recompute"], asking.get("exact"), chosen, CAUSAL, refine=asking.get("refine"))
+    asking.update(chosen.options | {"units": units})
     return found
 
 

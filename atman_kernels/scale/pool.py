@@ -3,18 +3,27 @@
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from atman_kernels import Ablation, Explainer, Explanation, arguments
+from atman_kernels import Explainer, Explanation, arguments
 from atman_kernels.errors import InputError
+from atman_kernels.explain.depth import Depth
+from atman_kernels.explain.methods import method
+from atman_kernels.inputs.request import Common, Request
+from atman_kernels.inputs.tasks import CAUSAL
+from atman_kernels.planning.halving import Halving
 from atman_kernels.scale.cluster import Share, cluster
 from atman_kernels.scale.crew import Crew, Died, Task
 from atman_kernels.scale.options import model_name, sorted_options
+from atman_kernels.scale.question import Asked, Question, Scored
+from atman_kernels.scale.shares import deal
 
 # Log-probs of the unperturbed answer may differ so much between processes that run the same model.
 NOISE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.25, "bfloat16": 1.0}
@@ -23,9 +32,9 @@ NOISE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.25, "bfloat16": 1.0}
 class Pool:
     """Workers that each hold the model and explain one prompt together.
 
-    A worker runs the whole prompt once, and then its share of the variants; shares have nearly the same number of
-    suffix tokens. Scores are those of one `Explainer`. The prompt's own run is there once for every worker: of t tokens
-    that are units each, t of about t² / 2 tokens.
+    A worker runs the whole prompt once, and then its share of the variants, or of each round of a search; shares have
+    nearly the same number of suffix tokens. Scores are those of one `Explainer`. The prompt's own run is there once for
+    every worker, which keeps it until the next prompt: of t tokens that are units each, t of about t² / 2 tokens.
 
     Args:
         model: hub id, folder, GGUF file or "smollm2", as `load_model` takes it; workers must find it where they run.
@@ -62,9 +71,16 @@ class Pool:
         self.settled = self._stack.enter_context(cluster(address, share, "Pool"))
         self._crew = Crew(self.settled, name, self.settled.placed(chosen.loading), chosen.explaining)
         self._stack.callback(self._crew.close)
+        self._questions = 0
 
     def explain(
-        self, prompt: str | Sequence[dict[str, Any]], target: str | None = None, units: str = "token", **options: Any
+        self,
+        prompt: str | Sequence[dict[str, Any]],
+        target: str | None = None,
+        units: str = "token",
+        *,
+        exact: int | None = None,
+        **options: Any,
     ) -> Explanation:
         """As `Explainer.explain`, with AtMan's method.
 
@@ -72,6 +88,8 @@ class Pool:
             prompt: a text, or a list of chat messages.
             target: the answer; None: the model's own.
             units: "token" | "word" | "sentence" | "paragraph".
+            exact: find this many of the strongest units and run them exactly; see docs/search.md. What goes on to the
+                next round is decided here, once for all workers, which share out each round.
             options: of `Explainer.ablate`, by name: chat, include_target, max_new_tokens, language, recompute.
 
         Raises:
@@ -79,28 +97,85 @@ class Pool:
             UnsupportedModelError: the model cannot be explained.
             RuntimeError: workers cannot start or die again and again, or the pool is closed.
         """
-        chosen = sorted_options(options, units, Explainer.ablate)
-        early = [name for name in options if name not in chosen.asking]
-        if early:
-            raise InputError(f"{early[0]} is an option of Pool, not of Pool.explain")
-        if target is not None:
-            arguments.text(target, "target", expected="a text or None")
         if self._crew.is_closed:
             raise RuntimeError("the pool is closed")
         started = time.perf_counter()
-        number = self.settled.workers
-        waiting = [Task("share", (i, number, prompt, target, chosen.asking)) for i in range(number)]
-        found: dict[int, tuple[list[int], Ablation]] = {}
+        question, depth = self._question(prompt, target, units, exact, options)
+        asked = self._ask(question)
+        count = len(asked.units)
+        if depth.exact is not None and depth.exact > count:
+            warnings.warn(f"exact is {depth.exact}, but there are {count} units: all of them are exact", stacklevel=2)
+        starts = [min(unit.token_indices) for unit in asked.units]
+        search = Halving(starts, asked.prompt_length, count if depth.exact is None else depth.exact, asked.hints)
+        every: list[Scored] = []
+        scores: Tensor | None = None
+        while search.depth is not None:
+            found, own = self._round(question, asked, search.candidates, search.depth)
+            every += found
+            scores = own.new_zeros(count, own.shape[1]) if scores is None else scores
+            scores[search.candidates] = own
+            search.learn(dict(zip(search.candidates, own.double().sum(1).tolist(), strict=True)))
+        found, own = self._round(question, asked, search.chosen, depth.recompute)
+        scores = own.new_zeros(count, own.shape[1]) if scores is None else scores
+        scores[search.chosen] = own
+        joined = _joined(asked, scores, [*every, *found], self.settled.workers, time.perf_counter() - started)
+        if depth.exact is None:
+            return replace(joined, recompute=depth.recompute)
+        chosen = set(search.chosen)
+        return replace(joined, exact=tuple(unit in chosen for unit in range(count)))
+
+    def _question(
+        self, prompt: Any, target: Any, units: str, exact: int | None, options: Mapping[str, Any]
+    ) -> tuple[Question, Depth]:
+        """Checked as far as no model is needed: what a worker raises ends those that are at work."""
+        asking = sorted_options(options, units, Explainer.ablate).asking
+        early = [name for name in options if name not in asking]
+        if early:
+            raise InputError(f"{early[0]} is an option of Pool, not of Pool.explain")
+        depth = Depth.checked(asking["recompute"], exact, method("atman", {}), CAUSAL)
+        common = {name: value for name, value in asking.items() if name not in ("units", "recompute")}
+        checked = Request(Common.checked(**common), prompt, target, units).checked()
+        if target is not None:
+            arguments.text(target, "target", expected="a text or None")
+        self._questions += 1
+        return Question(self._questions, checked.prompt, target, asking, depth.exact), depth
+
+    def _ask(self, question: Question) -> Asked:
+        """Every worker begins with the question."""
+        tasks = [Task("ask", (question,)) for _ in range(self.settled.workers)]
+        every: list[Asked] = []
+        for _, (asked, messages) in self._run(tasks):
+            _tell(messages)
+            every.append(asked)
+        _check_agree(every, [])
+        return every[0]
+
+    def _round(
+        self, question: Question, asked: Asked, units: Sequence[int], recompute: int | None
+    ) -> tuple[list[Scored], Tensor]:
+        """Some units, each suppressed by itself, by all workers together: what each of them said, and (n_units, m)."""
+        dealt = deal(asked.suffix_tokens(units, recompute), self.settled.workers)
+        tasks = [Task("score", (question, [units[i] for i in own], recompute)) for own in dealt if own]
+        places = {unit: place for place, unit in enumerate(units)}
+        found: list[Scored] = []
+        scores = torch.empty(0, device="cpu")
+        for task, scored in self._run(tasks):
+            _tell(scored.messages)
+            if not found:
+                scores = scored.scores.new_zeros(len(units), scored.scores.shape[1])
+            found.append(scored)
+            scores[[places[unit] for unit in task.arguments[1]]] = scored.scores
+        _check_agree([asked], found)
+        return found, scores
+
+    def _run(self, tasks: list[Task]) -> Iterator[tuple[Task, Any]]:
+        waiting = list(tasks)
         for task, outcome in self._crew.run(lambda: waiting.pop(0) if waiting else None):
             if isinstance(outcome, Died):
-                raise RuntimeError(f"{task.deaths} workers died of the same share of the variants: {outcome.reason}")
-            indices, ablation, messages = outcome
-            for message in messages:
-                warnings.warn(message, stacklevel=2)
-            found[task.arguments[0]] = indices, ablation
-        shares = [found[i] for i in range(number)]
-        _check_agree([ablation for _, ablation in shares])
-        return _joined(shares, time.perf_counter() - started)
+                raise RuntimeError(
+                    f"{task.deaths} workers died of the same part of the prompt's variants: {outcome.reason}"
+                )
+            yield task, outcome
 
     def close(self) -> None:
         """Ends the workers, and Ray if the pool started it."""
@@ -115,44 +190,46 @@ class Pool:
         self.close()
 
 
-def _check_agree(ablations: list[Ablation]) -> None:
+def _tell(messages: Sequence[str]) -> None:
+    for message in messages:
+        warnings.warn(message, stacklevel=2)
+
+
+def _check_agree(asked: Sequence[Asked], scored: Sequence[Scored]) -> None:
     """Raises InputError if processes saw different questions or compute different things."""
-    first = ablations[0]
-    for other in ablations[1:]:
+    every = [*asked, *(each.asked for each in scored)]
+    first = every[0]
+    for other in every[1:]:
         for name in ("prompt", "target", "target_tokens", "units"):
             if getattr(other, name) != getattr(first, name):
                 raise InputError(
                     f"workers disagree on the {name}: {getattr(first, name)!r:.200} and {getattr(other, name)!r:.200}; "
                     "where the answer is the model's own, give it as target"
                 )
-        apart = float((other.base_logprobs - first.base_logprobs).abs().max())
+    for each in scored[1:]:
+        apart = float((each.base_logprobs - scored[0].base_logprobs).abs().max())
         if apart > NOISE.get(first.settings["dtype"], 1.0):
             raise InputError(f"workers disagree on the answer's log-probabilities, by {apart:.2g}: their models differ")
 
 
-def _joined(shares: list[tuple[list[int], Ablation]], seconds: float) -> Explanation:
-    """Every share's scores in their places; each against its own process's unperturbed run."""
-    first = shares[0][1]
-    scores = torch.zeros(len(first.units), len(first.target_tokens), dtype=torch.float32, device="cpu")
-    for indices, ablation in shares:
-        scores[indices] = ablation.rises[: len(indices)]
-    every = [ablation.stats for _, ablation in shares]
+def _joined(asked: Asked, scores: Tensor, scored: Sequence[Scored], workers: int, seconds: float) -> Explanation:
+    """What was found, as one process would tell it; scores are against the run of the process that they come from."""
+    costs = [each.cost for each in scored]
     stats: dict[str, Any] = {
         "seconds": seconds,
-        "answering_seconds": max(each["answering_seconds"] for each in every),
+        "answering_seconds": max(each.asked.seconds for each in scored),
         "questions": 1,
-        "workers": len(shares),
+        "workers": workers,
+        "token_budget": max(cost["token_budget"] for cost in costs),
     }
-    settings = {"method": "atman", **first.settings}
-    stats |= {name: sum(each[name] for each in every) for name in ("tokens_through_model", "forwards", "variants")}
+    stats |= {name: sum(cost[name] for cost in costs) for name in ("tokens_through_model", "forwards", "variants")}
     return Explanation(
-        prompt=first.prompt,
-        target=first.target,
-        units=first.units,
-        scores=scores,
-        target_tokens=first.target_tokens,
-        base_logprobs=first.base_logprobs,
-        recompute=settings.pop("recompute", None),  # an ablation has it there
-        settings=settings,
-        stats=stats | {"token_budget": max(each["token_budget"] for each in every)},
+        prompt=asked.prompt,
+        target=asked.target,
+        units=asked.units,
+        scores=scores.float(),
+        target_tokens=asked.target_tokens,
+        base_logprobs=scored[-1].base_logprobs.float(),
+        settings={"method": "atman", **asked.settings, "path": scored[-1].path},
+        stats=stats,
     )

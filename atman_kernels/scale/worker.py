@@ -1,4 +1,4 @@
-"""What a worker does: it holds one model, and explains rows of a data set or a share of one prompt's variants."""
+"""What a worker does: it holds one model, and explains rows of a data set or some units of one prompt."""
 
 import hashlib
 import importlib.metadata
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import atman_kernels
-from atman_kernels import Ablation, Explainer, Unit, load_model
+from atman_kernels import Explainer, load_model
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.models.placement import input_device
+from atman_kernels.scale.question import Asked, Begun, Question, Scored
 from atman_kernels.scale.results import row_of
-from atman_kernels.scale.shares import deal
 from atman_kernels.scale.source import Row
 
 SAMPLE = 64  # values of each parameter that tell models apart
@@ -35,6 +35,7 @@ class Worker:
 
     explainer: Explainer
     in_step: bool = False
+    _begun: Begun | None = None
 
     def load(
         self, model: str, threads: int, loading: Mapping[str, Any], explaining: Mapping[str, Any]
@@ -86,32 +87,22 @@ class Worker:
         except RuntimeError as lost:
             raise DeviceLostError(f"{type(error).__name__}: {error}") from lost
 
-    def share(
-        self, number: int, of: int, prompt: Any, target: str | None, options: Mapping[str, Any]
-    ) -> tuple[list[int], Ablation, list[str]]:
-        """One of several shares of a prompt's units, each unit suppressed by itself.
-
-        Returns:
-            Their indices, an `Ablation` with a row for each of them, and what was warned of.
-        """
-        mine: list[int] = []
-
-        def masks(units: tuple[Unit, ...]) -> torch.Tensor:
-            mine[:] = deal(suffix_tokens(units), of)[number]
-            rows = torch.zeros(
-                max(1, len(mine)), len(units), dtype=torch.bool, device="cpu"
-            )  # one at least, as `ablate` asks
-            rows[range(len(mine)), mine] = True
-            return rows
-
+    def ask(self, question: Question) -> tuple[Asked, list[str]]:
+        """Begins with a question: what became of it, and what was warned of."""
         with _warned() as messages:
-            return mine, self.explainer.ablate(prompt, target, masks=masks, **options), messages
+            return self._on(question).asked, messages
 
+    def score(self, question: Question, units: Sequence[int], recompute: int | None) -> Scored:
+        """Some units of a question, by number, each suppressed by itself; `recompute` as of `Explainer.explain`."""
+        with _warned() as messages:
+            return self._on(question).score(units, recompute, messages)
 
-def suffix_tokens(units: Sequence[Unit]) -> list[int]:
-    """What each unit's variant costs: the tokens from its first one to the end."""
-    end = max((index for unit in units for index in unit.token_indices), default=0) + 1
-    return [end - min(unit.token_indices, default=end) for unit in units]
+    def _on(self, question: Question) -> Begun:
+        """The question at hand: begun with by now, as by another process that died, if it is a new one."""
+        if self._begun is None or self._begun.question != question:
+            self._begun = None  # its keys and values go first
+            self._begun = Begun(self.explainer, question)
+        return self._begun
 
 
 def failed(row: Row, error: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ LOCAL = {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": 1, "progress": F
 @pytest.fixture(scope="module", autouse=True)
 def two_cores():
     ray.cloudpickle.register_pickle_by_value(fragile_worker)  # its processes do not find it
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else they wait for whatever else runs here
     with cluster(None, Share(workers=2, gpus=0, cpus=1), "these tests"):
         yield
 
@@ -132,7 +133,7 @@ def test_the_command_line_explains_a_data_set(tiny_llama, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     columns = ("--id-column", "key", "--prompt-column", "text", "--gpus-per-worker", 0, "--workers", 1)
     arguments = ("--model", tiny_llama, "--dataset", tmp_path / "in.jsonl", "--out", tmp_path / "out", *columns)
-    options = ("--dtype", "float32", "--max-new-tokens", 3, "--units", "word")
+    options = ("--dtype", "float32", "--max-new-tokens", 3, "--units", "word", "--exact", 2)
     found = CliRunner().invoke(main, ["explain", *map(str, (*arguments, *options))])
     assert found.exit_code == 0, found.stderr
     assert re.search(r"^4 rows in .*out; 4 of them explained now, in [0-9.]+ s$", found.stderr, re.MULTILINE)
@@ -140,9 +141,10 @@ def test_the_command_line_explains_a_data_set(tiny_llama, tmp_path):
     results = {each.id: each.explanation for each in read_results(tmp_path / "out")}
     assert results.keys() == {row["key"] for row in rows}
     for row in rows:
-        expected, got = explainer.explain(row["text"], None, "word", max_new_tokens=3), results[row["key"]]
+        expected, got = explainer.explain(row["text"], None, "word", max_new_tokens=3, exact=2), results[row["key"]]
         assert torch.allclose(got.scores, expected.scores, atol=1e-4)
-        assert (got.units, got.target, got.settings) == (expected.units, expected.target, expected.settings)
+        for name in ("units", "target", "settings", "exact"):
+            assert getattr(got, name) == getattr(expected, name)
 
 
 @pytest.mark.slow
@@ -161,6 +163,11 @@ def test_a_pool_explains_what_one_process_does(tiny_llama):
                     break
             else:
                 pytest.fail("no worker to kill")
+        long = " ".join(f"{PROMPT} {number}" for number in range(9))
+        expected, found = (each.explain(long, " rang", exact=5) for each in (explainer, pool))
+        assert torch.allclose(found.scores, expected.scores, atol=1e-4)
+        assert found.exact == expected.exact
+        assert 5 <= sum(found.exact) < len(found.units)
         with pytest.raises(InputError, match="prompt is empty"):
             pool.explain("")
         assert torch.allclose(

@@ -88,6 +88,22 @@ def test_what_does_not_fit(explainer, source, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("depth", [{"exact": 5}, {"recompute": 2}])
+def test_results_say_what_is_an_estimate_and_how_deep_it_was_computed(explainer, tmp_path, depth):
+    prompt = text_of(range(3, 80))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"id": i, "prompt": f"w{4 + i} {prompt}"}) + "\n" for i in (0, 1))
+    )
+    asked = {"max_new_tokens": 2, **depth}
+    explain_part(explainer, tmp_path / "in.jsonl", tmp_path / "out", progress=False, **asked)
+    for each in read_results(tmp_path / "out"):
+        expected, found = explainer.explain(f"w{4 + each.id} {prompt}", **asked), each.explanation
+        assert (found.exact, found.recompute, found.effect) == (expected.exact, expected.recompute, expected.effect)
+        assert torch.allclose(found.scores, expected.scores, atol=1e-4)
+    with pytest.raises(InputError, match=r"options = .*this run has"):
+        explain_part(explainer, tmp_path / "in.jsonl", tmp_path / "out", progress=False, max_new_tokens=2)
+
+
 def test_more_parts_than_rows(explainer, source, tmp_path):
     assert explain_part(explainer, source, tmp_path / "out", part=8, parts=9).rows == 0
 

@@ -71,6 +71,8 @@ def test_all_options_of_the_command_line_find_their_place(monkeypatch):
         "--seed",
         "3",
         "--chat",
+        "--recompute",
+        "4",
         "--workers",
         "2",
     )
@@ -85,3 +87,4 @@ def test_all_options_of_the_command_line_find_their_place(monkeypatch):
     assert (placed.explaining["similarity_threshold"], placed.explaining["layers"]) == (0.5, [0, 1])
     assert placed.loading["dtype"] == "float32"
     assert (placed.asking["method"], placed.asking["seed"], placed.asking["chat"]) == ("shapley", 3, True)
+    assert (placed.asking["recompute"], placed.asking["exact"]) == (4, None)

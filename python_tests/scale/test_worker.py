@@ -1,6 +1,7 @@
-"""What a worker does, in this process: rows with their errors, and shares that make up one explanation."""
+"""What a worker does, in this process: rows with their errors, and its part of one prompt; and who shares them out."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from tiny_models import build, text_of, tokenizer
 import atman_kernels as ak
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.scale import Pool, explain_dataset, pool
+from atman_kernels.scale.cluster import Settled
 from atman_kernels.scale.options import model_name, sorted_options
+from atman_kernels.scale.question import Begun, Question
 from atman_kernels.scale.shares import deal
 from atman_kernels.scale.source import Row
-from atman_kernels.scale.worker import Worker, facts_of, suffix_tokens
+from atman_kernels.scale.worker import Worker, facts_of
 
 PROMPT = text_of([5, 40, 17, 23, 88, 9, 61, 35, 35, 70, 12])
 ASKING = {"units": "token"}
@@ -74,38 +77,129 @@ def test_dealing_is_fair_and_forgets_nothing(costs, shares):
     assert max(sums) - min(sums) <= max(costs, default=0)
 
 
+class Hands:
+    """A crew whose workers are in this process, each a model of its own; some forget a question, as new ones would."""
+
+    is_closed = False
+
+    def __init__(self, workers):
+        self.workers, self.calls = workers, []
+
+    def run(self, next_task, most=None):
+        while (task := next_task()) is not None:
+            number = len(self.calls) % len(self.workers)
+            if len(self.calls) % 3 == 2:
+                self.workers[number] = worker_of(self.workers[number].explainer)
+            self.calls.append((number, task.method))
+            yield task, getattr(self.workers[number], task.method)(*task.arguments)
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def pooled(monkeypatch):
+    """A pool of workers that have these explainers."""
+
+    def made(*explainers):
+        crew = Hands([worker_of(explainer) for explainer in explainers])
+        monkeypatch.setattr(pool, "cluster", lambda *_: nullcontext(Settled(len(explainers), 0, 1)))
+        monkeypatch.setattr(pool, "Crew", lambda *_: crew)
+        return Pool("tiny")
+
+    return made
+
+
 @pytest.mark.parametrize(
-    ("units", "count", "recompute"), [("token", 1, None), ("token", 3, 1), ("word", 2, None), ("sentence", 2, 4)]
+    ("units", "count", "options"),
+    [
+        ("token", 1, {}),
+        ("token", 3, {"recompute": 1}),
+        ("word", 2, {"include_target": True}),
+        ("sentence", 2, {"recompute": 4, "chat": False}),
+        ("token", 3, {"exact": 11}),  # of eleven
+    ],
 )
-def test_shares_make_up_one_explanation(explainer, units, count, recompute):
-    asked = {"max_new_tokens": 3, "recompute": recompute}
+def test_a_pool_explains_what_one_process_does(explainer, pooled, units, count, options):
+    asked = {"max_new_tokens": 3, **options}
     whole = explainer.explain(PROMPT, None, units, **asked)
-    shares = [worker_of(explainer).share(i, count, PROMPT, None, {"units": units, **asked})[:2] for i in range(count)]
-    pool._check_agree([ablation for _, ablation in shares])
-    joined = pool._joined(shares, 1.0)
+    with pooled(*[explainer] * count) as several:
+        joined = several.explain(PROMPT, None, units, **asked)
     assert torch.allclose(joined.scores, whole.scores, atol=1e-4)
     assert torch.allclose(joined.base_logprobs, whole.base_logprobs, atol=1e-4)
-    for name in ("units", "target_tokens", "settings", "measure", "recompute"):
+    for name in ("units", "target_tokens", "settings", "measure", "recompute", "exact"):
         assert getattr(joined, name) == getattr(whole, name), name
     assert set(whole.stats) | {"workers"} == set(joined.stats)
+    assert joined.stats["variants"] >= len(whole.units)
+
+
+def test_a_pool_s_search_decides_once_for_all(explainer, pooled):
+    """Flags and scores are one process's, estimates too; each round goes on from the run that a worker keeps."""
+    long = text_of(torch.randint(3, 99, (100,), generator=torch.Generator().manual_seed(64)).tolist())
+    whole = explainer.explain(long, " w4 w5", exact=6)
+    with pooled(explainer, explainer, explainer) as several:
+        joined = several.explain(long, " w4 w5", exact=6)
+        calls = [method for _, method in several._crew.calls]
+    assert joined.exact == whole.exact
+    assert 6 <= sum(whole.exact) < 100
+    assert joined.settings == whole.settings
+    assert torch.allclose(joined.scores, whole.scores, atol=1e-4)
+    assert calls == ["ask"] * 3 + ["score"] * (len(calls) - 3)
+    assert len(calls) >= 9  # at least one round, and the exact units, by all three
+    everything = explainer.explain(long, " w4 w5").stats["tokens_through_model"]
+    assert joined.stats["tokens_through_model"] < everything
+
+
+def test_a_pool_keeps_its_question_s_run(explainer, pooled, monkeypatch):
+    """Of each question a worker runs what its rounds go on from once, and lets it go with the next question."""
+    begun = []
+    monkeypatch.setattr(
+        explainer.runner, "start", lambda asked, of=explainer.runner.start: begun.append(1) or of(asked)
+    )
+    long = text_of(range(3, 99))
+    with pooled(explainer) as one:
+        one.explain(long, " w4", exact=3)  # its third call forgets
+        assert len(one._crew.calls) >= 3
+        assert len(begun) == 1 + len(one._crew.calls) // 3
+        before = one._crew.workers[0]._begun
+        one.explain(PROMPT, " w4")
+        assert one._crew.workers[0]._begun is not before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"target": 3}, "target must be a text or None"),
+        ({"exact": 0}, "exact must be an integer >= 1 or None, got 0"),
+        ({"exact": 2, "recompute": 2}, "recompute and exact do not go together"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
+        ({"factor": 0.5}, r"factor is an option of Pool, not of Pool\.explain"),
+        ({"versus": " w5"}, "there is no option 'versus'"),
+        ({"method": "shapley"}, "there is no option 'method'"),
+    ],
+)
+def test_a_pool_refuses_before_it_asks_its_workers(explainer, pooled, arguments, message):
+    with pooled(explainer) as one:
+        with pytest.raises(InputError, match=message):
+            one.explain(**{"prompt": PROMPT, **arguments})
+        assert one._crew.calls == []
+
+
+def test_workers_that_make_something_else_of_a_question_are_refused(explainer, pooled):
+    other = ak.Explainer(build("llama", seed=1), tokenizer(), progress=False)
+    with pooled(explainer, other) as several:
+        with pytest.raises(InputError, match=r"workers disagree on the target.*give it as target"):
+            several.explain(PROMPT, max_new_tokens=3)
+        with pytest.raises(InputError, match="their models differ"):
+            several.explain(PROMPT, " w4")
 
 
 def test_a_variant_costs_its_suffix(explainer):
-    units = explainer.explain(PROMPT, " w4").units
-    assert suffix_tokens(units) == list(range(len(units), 0, -1))
-
-
-def test_shares_of_different_questions_are_refused(explainer):
-    one, other = (worker_of(explainer).share(0, 1, PROMPT, target, ASKING)[1] for target in (" w4", " w5"))
-    with pytest.raises(InputError, match="workers disagree on the target: ' w4' and ' w5'"):
-        pool._check_agree([one, other])
-
-
-def test_shares_of_different_models_are_refused(explainer):
-    other = ak.Explainer(build("llama", seed=1), tokenizer(), progress=False)
-    ablations = [worker_of(each).share(0, 1, PROMPT, " w4", ASKING)[1] for each in (explainer, other)]
-    with pytest.raises(InputError, match="their models differ"):
-        pool._check_agree(ablations)
+    asked = Begun(explainer, Question(1, PROMPT, " w4", sorted_options({}, "token", ak.Explainer.ablate).asking)).asked
+    count = len(asked.units)
+    assert asked.suffix_tokens(range(count), None) == list(range(count + 1, 1, -1))
+    assert asked.suffix_tokens([0, count - 2, count - 1], 2) == [3, 3, 2]
 
 
 def test_facts_tell_models_apart():
@@ -145,6 +239,12 @@ def test_options_find_their_places():
         ({"cpus_per_worker": 0.5}, "cpus_per_worker must be an integer"),
         ({"prompts_per_task": 0}, "prompts_per_task must be an integer >= 1"),
         ({"progress": "no"}, "progress must be True or False"),
+        ({"exact": 0}, "exact must be an integer >= 1 or None, got 0"),
+        ({"exact": 4, "recompute": 4}, "recompute and exact do not go together"),
+        ({"exact": 4, "method": "shapley"}, "method with exact must be 'atman', got 'shapley'"),
+        ({"recompute": 1, "method": "attnlrp"}, "method with recompute must be one of atman"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
+        ({"chat": 1}, "chat must be True or False"),
     ],
 )
 def test_arguments_are_checked_before_anything_starts(tmp_path, options, message):

@@ -40,7 +40,7 @@ def _search(
     context: MethodContext, objectives: Sequence[Objective], factors: Sequence[Tensor], exact: int, heard: Listener
 ) -> tuple[Found, dict[str, Any]]:
     """The strongest units, and by which hints they were searched."""
-    hints = _Hints(context)
+    hints = Hints(context)
     found = strongest(
         context.runner, objectives, factors, exact, heard.found, heard.estimated, pairs=context.pairs, hints=hints
     )
@@ -48,7 +48,7 @@ def _search(
     return found, {} if hints.source is None else {"hints": hints.source}
 
 
-class _Hints:
+class Hints:
     """Effects to first order, by which a search sees units whose influence takes many steps; see `linear`.
 
     Attributes:
