@@ -115,6 +115,11 @@ class Crew:
                 self._end(member)
                 self._members.remove(member)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every worker holds the model."""
+        return sum(member.is_loaded for member in self._members) == self.settled.workers
+
     def close(self) -> None:
         """Ends the workers."""
         self.is_closed = True
