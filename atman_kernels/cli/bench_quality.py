@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from atman_kernels.cli.explain import MODES, UNITS
+from atman_kernels.cli.explain import MODES
 from atman_kernels.cli.model import device_options, load, warnings_as_messages
 from atman_kernels.cli.output import Result, check_destinations, deliver, progress_is_seen, say, shown
 from atman_kernels.cli.output import show as show_here
-from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number
+from atman_kernels.cli.values import LARGEST_FACTOR, SEED, UNITS, Number
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:

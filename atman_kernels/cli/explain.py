@@ -9,15 +9,14 @@ from atman_kernels.cli.dataset import dataset_options
 from atman_kernels.cli.model import check_model_given, device_options, load, model_options, warnings_as_messages
 from atman_kernels.cli.output import Result, check_destinations, console, deliver, progress_is_seen, say
 from atman_kernels.cli.prompts import check_texts, read_prompt, squad_question
-from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, layer_numbers
+from atman_kernels.cli.values import LARGEST_FACTOR, SEED, Number, layer_numbers, spans, units
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
     from atman_kernels.result.explanation import Explanation
 
-# Those of atman_kernels.formula and atman_kernels.planning.units, which take torch to import; a test compares them.
+# Those of atman_kernels.formula, which takes torch to import; a test compares them.
 MODES = ("log_additive", "multiplicative", "shifted")
-UNITS = ("token", "word", "sentence", "paragraph")
 
 
 @click.command("explain")
@@ -28,7 +27,23 @@ UNITS = ("token", "word", "sentence", "paragraph")
 @click.option("--item", type=int, metavar="N", help="Which question of it, from 0.")
 @click.option("--target", help="The answer to explain; usually starts with a space.  [default: the model's own]")
 @click.option("--versus", metavar="TEXT", help="Another answer: show why the model prefers the target to it.")
-@click.option("--units", type=click.Choice(UNITS), default="token", show_default=True, help="What gets a score.")
+@click.option(
+    "--units",
+    callback=units,
+    metavar="KIND,...",
+    default="token",
+    show_default=True,
+    help="What gets a score: token, word, sentence, paragraph; several, from coarse to fine, are nested.",
+)
+@click.option(
+    "--span",
+    "named_spans",
+    callback=spans,
+    multiple=True,
+    metavar="0-120=NAME",
+    help="Characters of the prompt as a unit, such as a document; with --units they are cut into these.",
+)
+@click.option("--refine", type=click.IntRange(min=1), metavar="K", help="Nested: cut the K strongest of each level.")
 @click.option(
     "--method", metavar="NAME", default="atman", show_default=True, help="Or shapley, lasso, ...: see the docs."
 )
@@ -75,7 +90,9 @@ def command(
     item: int | None,
     target: str | None,
     versus: str | None,
-    units: str,
+    units: str | list[str],
+    named_spans: list[tuple[Any, ...]],
+    refine: int | None,
     method: str,
     permutations: int | None,
     seed: int | None,
@@ -105,6 +122,7 @@ def command(
     check_destinations(
         {"--html": html, "--json": json_file}, {"--file": file, "--squad": squad, "--gguf": gguf, "--model": model}
     )
+    cut = _cut(units, named_spans)
     options = _method_options(method, permutations=permutations, seed=seed)
 
     with warnings_as_messages(quiet):
@@ -117,11 +135,24 @@ def command(
 
         explainer = Explainer(loaded, tokenizer, progress=not quiet and progress_is_seen(), **suppression)
         asked: dict[str, Any] = {"include_target": include_target, "chat": chat, "max_new_tokens": max_new_tokens}
-        asked |= {"exact": exact, "recompute": recompute}
+        asked |= {"exact": exact, "recompute": recompute, "refine": refine}
         shorter = explainer.task == "text-generation" and method == "atman" and exact is recompute is None
-        with nullcontext() if quiet else listening(Estimate(shorter)):
-            explanation = explainer.explain(text, answer, units, versus=versus, method=method, **asked, **options)
+        short = quiet or not isinstance(cut, str | list)  # nested units are quick, and their number is not known yet
+        with nullcontext() if short else listening(Estimate(shorter)):
+            explanation = explainer.explain(text, answer, cut, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
+
+
+def _cut(units: str | list[str], named_spans: list[tuple[Any, ...]]) -> Any:
+    """What the options ask for, checked before a model is loaded for nothing: units of one level, or of several."""
+    from atman_kernels.planning.levels import checked_units
+
+    if not named_spans:
+        return checked_units(units)
+    source = click.get_current_context().get_parameter_source("units")
+    if source is not click.core.ParameterSource.COMMANDLINE:
+        return checked_units(named_spans)
+    return checked_units([named_spans, *([units] if isinstance(units, str) else units)])
 
 
 def _method_options(name: str, **given: Any) -> dict[str, Any]:

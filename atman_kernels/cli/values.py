@@ -9,6 +9,9 @@ import click
 SEED = click.IntRange(0, 2**63 - 1)  # what torch's generators take
 MOST_LAYERS = 10_000  # of any model, so that a slip of the finger is not counted through
 
+# Those of atman_kernels.planning.units, which takes torch to import; a test compares them.
+UNITS = ("token", "word", "sentence", "paragraph")
+
 LEAST_TEMPERATURE = 1e-3
 LARGEST_FACTOR = 1e30  # so that its products with scores stay within float32
 
@@ -51,6 +54,26 @@ def layer_numbers(_ctx: click.Context, _option: click.Parameter, text: str | Non
             raise click.BadParameter(f"expected the lower number of a range first, got {part.strip()!r}")
         layers |= set(range(int(first), int(last) + 1))
     return sorted(layers)
+
+
+def units(_ctx: click.Context, _option: click.Parameter, text: str) -> str | list[str]:
+    """ "word", or "paragraph,sentence,word" as a list."""
+    levels = [part.strip() for part in text.split(",")]
+    for level in levels:
+        if level not in UNITS:
+            raise click.BadParameter(f"{level!r} is not one of {', '.join(UNITS)}, or several from coarse to fine.")
+    return levels if len(levels) > 1 else levels[0]
+
+
+def spans(_ctx: click.Context, _option: click.Parameter, texts: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """ "0-120=Doc A" as (0, 120, "Doc A"), "0-120" as (0, 120)."""
+    found: list[tuple[Any, ...]] = []
+    for text in texts:
+        parts = re.fullmatch(r"\s*([0-9]{1,18})-([0-9]{1,18})(?:=(.+))?", text, re.DOTALL)
+        if parts is None:
+            raise click.BadParameter(f"expected characters as in 0-120 or 0-120=Name, got {text!r}")
+        found.append((int(parts[1]), int(parts[2]), *([parts[3]] if parts[3] else [])))
+    return found
 
 
 def which(_ctx: click.Context, _option: click.Parameter, text: str | None) -> int | str | None:

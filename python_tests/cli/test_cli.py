@@ -83,7 +83,8 @@ def squad(tmp_path):
 
 
 def test_choices_are_the_librarys():
-    from atman_kernels.cli.explain import MODES, UNITS
+    from atman_kernels.cli.explain import MODES
+    from atman_kernels.cli.values import UNITS
     from atman_kernels.formula import MODES as OF_THE_FORMULA
     from atman_kernels.planning.units import GRANULARITIES
 
@@ -130,6 +131,19 @@ def test_same_scores_as_the_explainer(explain, tiny_llama):
     assert float(expected.scores.abs().max()) > 1e-3
     for name in ("mode", "factor", "similarity_threshold", "layers", "units", "dtype"):
         assert found["settings"][name] == expected.settings[name]
+
+
+def test_named_spans_cut_into_words(explain):
+    words = PROMPT.split()
+    cut = len(" ".join(words[:3]))
+    spans = ("--span", f"0-{cut}=Doc A", "--span", f"{cut}-{len(PROMPT)}=Doc = B")
+    found = explain("--target", " Pilot", *spans, "--units", "word", "--refine", 1, PROMPT)
+    assert found["levels"] == ["span", "word"]
+    assert [unit["name"] for unit in found["units"][:2]] == ["Doc A", "Doc = B"]
+    assert len({unit["parent"] for unit in found["units"]}) == 2
+    plain = explain("--target", " Pilot", *spans, PROMPT)
+    assert [len(plain["units"]), plain["levels"]] == [2, []]
+    assert explain("--target", " Pilot", "--units", "sentence,word", PROMPT)["levels"] == ["sentence", "word"]
 
 
 def test_method_and_other_answer(explain, tiny_llama):
@@ -248,6 +262,11 @@ def test_squad_sample(squad_sample):
         (("--model", "m", "--squad", "text", "--item", "0"), "not JSON"),
         (("--model", "m", "--file", "binary"), "binary is not UTF-8"),
         (("--model", "m", "--units", "letter", PROMPT), "--units"),
+        (("--model", "m", "--units", "word,letter", PROMPT), "'letter' is not one of token, word"),
+        (("--model", "m", "--units", "word,sentence", PROMPT), "sentences do not refine words"),
+        (("--model", "m", "--span", "5", PROMPT), "expected characters as in 0-120 or 0-120=Name, got '5'"),
+        (("--model", "m", "--span", "0-9", "--span", "5-12", "--units", "word", PROMPT), "not to overlap"),
+        (("--dataset", "d", "--out", "o", "--span", "0-9"), "--span does not go with --dataset"),
         (("--model", "m", "--mode", "subtractive", PROMPT), "--mode"),
         (("--model", "m", "--factor", "-1", PROMPT), "--factor"),
         (("--model", "m", "--threshold", "0", PROMPT), "--threshold"),
