@@ -156,7 +156,7 @@ class Explainer:
                 which cost little; the others keep an estimate, and `Explanation.exact` says which is which. About
                 three times as many as will be looked at find these nearly always. None: all are exact.
             refine: of nested units, how many of each level are cut into the next one's; None: those that make up
-                four fifths of the level's effects, at least 3 and at most 8.
+                four fifths of the level's effects, at least 3 and at most 5.
             method: "atman", or another of `atman_kernels.explain.methods.names()`, whose scores mean something else
                 and need not be in nats: see docs/methods.md and `Explanation.measure`.
             options: of that method, by name.

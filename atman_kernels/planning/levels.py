@@ -13,7 +13,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.planning.units import GRANULARITIES, SpanChoice, Unit, checked_choice, split_units
 
 EFFECT = 0.8  # of a level, which the units that are opened make up together
-FEWEST, MOST = 3, 8  # units of a level that are opened, unless it is said how many
+FEWEST, MOST = 3, 5  # units of a level that are opened, unless it is said how many
 SPANS = "span"  # what a level of spans is called
 
 

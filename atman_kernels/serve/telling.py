@@ -133,27 +133,30 @@ class Telling(Listener):
 
     def estimated(self, question: int, unit: int, scores: Tensor) -> None:
         """What a search thinks of a unit by now."""
-        job = self._told[question].job  # a search has no other answers
-        if job.streamed:
-            job.tell("unit", {"index": self._firsts[question] + unit, "scores": scores.tolist(), "exact": False})
+        self._tell_unit(question, unit, scores, exact=False)
 
     def found(self, question: int, unit: int, scores: Tensor) -> None:
         """The scores of a unit are known."""
-        number = self._versus.get(question, question)
-        each = self._told[number]
         if question < len(self._told):
-            self._left[number] -= self._cost[number][unit]
-        if not each.job.streamed:
+            self._left[question] -= self._cost[question][unit]
+        self._tell_unit(question, unit, scores, exact=True)
+
+    def _tell_unit(self, question: int, unit: int, scores: Tensor, exact: bool) -> None:
+        """A unit's scores; of a contrast once both answers' are known, as their difference."""
+        number = self._versus.get(question, question)
+        job = self._told[number].job
+        if not job.streamed:
             return
-        request = each.job.request
+        request = job.request
         assert isinstance(request, ExplainRequest)
         if request.versus is not None:
+            own = scores.double().sum() * (1 if question == number else -1)
             other = self._halves.pop((number, unit), None)
             if other is None:
-                self._halves[number, unit] = scores.double().sum() * (1 if question == number else -1)
+                self._halves[number, unit] = own
                 return
-            scores = (other + scores.double().sum() * (1 if question == number else -1))[None]
-        each.job.tell("unit", {"index": self._firsts[question] + unit, "scores": scores.tolist(), "exact": True})
+            scores = (other + own)[None]
+        job.tell("unit", {"index": self._firsts[question] + unit, "scores": scores.tolist(), "exact": exact})
 
     def _check_size(self, question: "Objective", units: int) -> None:
         """What could not be known before the images were seen, or the strongest units were cut."""

@@ -620,3 +620,19 @@ def test_heatmaps_are_rendered_for_whoever_may_use_the_service(service, model, t
     assert service.http.post("/v1/heatmaps/explanation", content="{", headers=JSON).status_code == 400
     with running(model, tokenizer, token="secret") as locked:
         assert locked.http.post("/v1/heatmaps/explanation", json=result).status_code == 401
+
+
+def test_a_search_for_what_tells_two_answers_apart_is_told_as_it_goes(model, tokenizer):
+    prompt = " ".join(f"w{5 + number % 90}" for number in range(110))
+    with running(model, tokenizer) as service:
+        events = service.events(prompt=prompt, target=" w20", versus=" w30", exact=4)
+    assert events[-1][0] == "result", events[-1]
+    told = [data for name, data in events if name == "unit"]
+    assert {data["exact"] for data in told} == {True, False}
+    assert all(len(data["scores"]) == 1 for data in told)
+    last = {data["index"]: data["scores"] for data in told}
+    result = events[-1][1]
+    exact = [i for i, flag in enumerate(result["exact"]) if flag]
+    torch.testing.assert_close(
+        torch.tensor([last[i] for i in exact]), torch.tensor([result["scores"][i] for i in exact]), atol=1e-5, rtol=1e-4
+    )

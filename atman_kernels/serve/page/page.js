@@ -33,10 +33,9 @@ function formChanged() {
   at("target").required = given;
   at("length").hidden = given;
   at("most").disabled = given; // what cannot be seen must not keep the form back
-  const contrast = given && at("versus").value !== "";
-  const all = contrast || at("units").value.includes(" "); // two answers have different strongest units; nested ones are exact
-  at("depth").querySelector('[value="strongest"]').disabled = all;
-  if (all && at("depth").value === "strongest") at("depth").value = "all";
+  const nested = at("units").value.includes(" "); // which are all exact
+  at("depth").querySelector('[value="strongest"]').disabled = nested;
+  if (nested && at("depth").value === "strongest") at("depth").value = "all";
   at("versus").disabled = pictures.length > 0;
   for (const option of at("units").options) option.disabled = pictures.length > 0 && option.value.includes(" ");
   if (at("units").selectedOptions[0]?.disabled) at("units").value = "word";
