@@ -196,9 +196,10 @@ class _Printout:
 
     def ranking(self) -> Text:
         """The strongest units, one a line: rank, text, score, bar; nested ones below what they lie in."""
+        indents = ["  " * self.explanation.depths[unit] for unit in self.listed]
         labels = [
-            "  " * self.explanation.depths[unit] + self.alone(unit_label(self.explanation.units[unit]))
-            for unit in self.listed
+            indent + self.alone(unit_label(self.explanation.units[unit], 40 - len(indent)))
+            for unit, indent in zip(self.listed, indents, strict=True)
         ]
         width = max(map(cell_len, labels), default=0)
         numbers = [self.uncertain(unit) for unit in self.listed]
