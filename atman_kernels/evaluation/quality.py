@@ -162,6 +162,8 @@ def _area(
 def units_of(explainer: Explainer, item: Item, protocol: EvaluationProtocol) -> UnitChoice:
     """What gets a score: a granularity, or the spans of the units of that granularity that lie in the passage.
 
+    A token that stands for characters of two such spans belongs to both.
+
     Raises:
         InputError: the passage does not stand in the prompt.
     """

@@ -218,6 +218,24 @@ def test_questions_about_one_passage_are_explained_together_and_as_if_alone(mode
     assert results.entries[0]["seconds"] == results.entries[1]["seconds"]  # of both together, halved
 
 
+def test_units_of_the_passage_alone(model, squad, tmp_path):
+    """Those of the whole prompt that lie in it, but for tokens of white space alone; others are not suppressed."""
+    items, _ = usable(read_items(squad))
+    protocol = EvaluationProtocol(passage_only=True)
+    results = ResultFile(tmp_path / "r.jsonl", {})
+    measure(*model, items[:1], [Setting("lasso", "lasso", {"samples": 8}), Setting("x")], protocol, results)
+    whole = Explainer(*model, progress=False).explain(items[0].prompt(chat=False), " Pilot")
+    first, last, truth = locate(whole, items[0])
+    inside = [index for index in range(first, last) if whole.units[index].text.strip()]
+    assert len(inside) < len(whole.units)
+    sparse, own = results.entries
+    assert own["context"] == sparse["context"] == [0, len(inside)]
+    assert [inside[index] for index in own["truth"]] == truth
+    assert own["relevance"] == pytest.approx(whole.total[inside].tolist(), abs=1e-4)
+    assert len(sparse["relevance"]) == len(inside)
+    assert own["processor_seconds"] > 0
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_question_is_put_as_the_command_line_puts_it(model, squad, tmp_path, monkeypatch, chat):
     """The same prompt and target from `atman explain --squad`, and what the result is of."""
