@@ -192,6 +192,11 @@ FAULTS = (
           COMPILED_GRADIENTS),
     Fault("C++: ties share nothing", "l.through / l.ties", "l.through", "several keys at the minimum each get all",
           COMPILED_GRADIENTS),
+    # --- methods ---
+    Fault("AT2: another layer's heads", "of_heads[index].to(attention)", "of_heads[0].to(attention)", "a wrong index",
+          (Tests("test_at2", "own_attention"),)),
+    Fault("AT2: sets upside down", "[question], [~kept]", "[question], [kept]", "what stays for what goes",
+          (Tests("test_at2", "oracle"),)),
     # --- the Triton kernels ---
     Fault("Triton: unit of a bias", "scores += tl.where(b_bias > float(\"-inf\"), b_bias, 0.0) * bias_unit",
           "scores += tl.where(b_bias > float(\"-inf\"), b_bias, 0.0)", "nats for bits", TRITON),
