@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atman_kernels.formula import widened
+from atman_kernels.hf.forward.fused_head import PROBE_ROWS, FusedHead, fused_head
 from atman_kernels.hf.models.model_input import (
     Embedded,
     ModelInput,
@@ -51,29 +52,40 @@ def input_logprobs(
 def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor, targets: Tensor) -> Tensor:
     """(B, R) log-probs of `targets` (B, R) at `rows` (R,) of every sequence in the batch.
 
-    The model's own head makes the logits, a few rows at a time over one run of its layers.
+    The model's own head makes the logits, a few rows at a time over one run of its layers. Where the first rows show
+    that they are a plain product, and there is a faster way to the log-probs of one, the other rows go that way.
     """
     vocabulary = int(getattr(text_stack(model).config, "vocab_size", 1 << 16))
     step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
     # a head whose rows depend on one another is given all of them, as in a forward of the user's
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters and why_rows_do_not_mix(model) is None
+    fused = None
     if not keeps or _is_watched_outside_its_layers(model):
         step = max(1, len(rows))
-    pieces = []
+    else:
+        fused = fused_head(model, targets.numel())
+    pieces, first = [], 0
     # tensors of other packages, such as quantised weights, refuse inference_mode
     with (
         torch.no_grad(),
         Scope() as scope,
         states_with_inputs(model, scope),
-        _layers_run_once(model, scope),
-        head_in_float32(model, scope),
+        _layers_run_once(model, scope) as outputs,
+        head_in_float32(model, scope, fused),
     ):
-        for first in range(0, len(rows), step):
-            chunk = rows[first : first + step]
+        while first < len(rows):
+            chunk = rows[first : first + (PROBE_ROWS if fused else step)]
             keep = {"logits_to_keep": chunk} if keeps else {}
             logits = model(**inputs, use_cache=False, return_dict=True, **keep).logits
+            states = getattr(outputs[0], "last_hidden_state", None) if fused and outputs else None
+            is_plain = fused is not None and states is not None and fused.makes(logits, states[:, chunk])
             logits = logits if keeps else logits[:, chunk]
-            pieces.append(_log_softmax_at(targets[:, first : first + step], logits))
+            first += len(chunk)
+            pieces.append(_log_softmax_at(targets[:, first - len(chunk) : first], logits))
+            if fused is not None and is_plain and first < len(rows):
+                pieces.append(fused.logprobs(states[:, rows[first:]], targets[:, first:]))
+                break
+            fused = None
     return torch.cat(pieces, dim=1)
 
 
@@ -92,13 +104,17 @@ def _log_softmax_at(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 @contextmanager
-def _layers_run_once(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
-    """Calls of `model` in the scope compute its layers once; later ones differ in their head's rows only."""
+def _layers_run_once(model: PreTrainedModel, scope: Scope) -> Iterator[list[Any]]:
+    """Calls of `model` in the scope compute its layers once; later ones differ in their head's rows only.
+
+    Yields:
+        their output, once it is there; nothing where the model is its layers alone.
+    """
     body = model.base_model
-    if body is model:
-        yield
-        return
     outputs: list[Any] = []
+    if body is model:
+        yield outputs
+        return
 
     def once(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not outputs:
@@ -106,7 +122,7 @@ def _layers_run_once(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
         return outputs[0]
 
     with replaced(body, scope, once):
-        yield
+        yield outputs
 
 
 @contextmanager
@@ -149,12 +165,15 @@ def later_features(
 
 
 @contextmanager
-def head_in_float32(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
+def head_in_float32(model: PreTrainedModel, scope: Scope, fused: FusedHead | None = None) -> Iterator[None]:
     """The last product of a 16-bit model with float32 logits, in the scope.
 
     A logit of 20 is a multiple of 1/8 in bfloat16: rounding it would add more noise to a loss than all layers do.
     The weights are widened a few rows at a time. A head whose forward somebody else has replaced computes as it does;
     accelerate's hooks, which bring weights that lie elsewhere, stay in charge.
+
+    Args:
+        fused: is shown what the head makes of what.
     """
     head = model.get_output_embeddings()
     is_16_bit = computing_dtype(model) in (torch.bfloat16, torch.float16)
@@ -165,13 +184,15 @@ def head_in_float32(model: PreTrainedModel, scope: Scope) -> Iterator[None]:
     def wide(own: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         if head.weight.is_meta:  # brought by something that wraps the weight's use, not this call
             return own(hidden)
-        hidden = hidden.float()
+        given, hidden = hidden, hidden.float()
         logits = hidden.new_empty(*hidden.shape[:-1], head.out_features)
         with torch.autocast(hidden.device.type, enabled=False):
             for first in range(0, head.out_features, WIDENED_ROWS):
                 part = slice(first, first + WIDENED_ROWS)
                 bias = None if head.bias is None else head.bias[part].float()
                 logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
+        if fused is not None:
+            fused.see(given, logits)
         return logits
 
     with replaced(head, scope, wide, innermost_forward(head)):
