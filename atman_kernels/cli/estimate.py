@@ -1,7 +1,9 @@
 """What an explanation will take, said before it starts."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 from atman_kernels.cli.output import say
-from atman_kernels.progress import Listener
+from atman_kernels.progress import Listener, listening
 
 WORTH_SAYING = 10.0  # seconds
 TOO_LONG = 60.0  # seconds, from which what is faster is offered
@@ -42,6 +44,11 @@ class Estimate(Listener):
                 "shows what the answer reads from each unit directly"
             )
         say(f"{message}.")
+
+
+def estimated(shorter: bool, said: bool) -> AbstractContextManager[None]:
+    """Says inside how long an explanation will take, or nothing."""
+    return listening(Estimate(shorter)) if said else nullcontext()
 
 
 def duration(seconds: float) -> str:

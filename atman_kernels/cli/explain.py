@@ -1,6 +1,5 @@
 """`atman explain`: a prompt in, a heatmap out."""
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -119,26 +118,22 @@ def command(
     check_model_given(model, gguf)
     check_texts({"--target": target, "--versus": versus})
     text, answer = _question(prompt, file, squad, item, target, chat)
-    check_destinations(
-        {"--html": html, "--json": json_file}, {"--file": file, "--squad": squad, "--gguf": gguf, "--model": model}
-    )
-    cut = _cut(units, named_spans)
-    options = _method_options(method, permutations=permutations, seed=seed)
-
+    read = {"--file": file, "--squad": squad, "--gguf": gguf, "--model": model}
+    check_destinations({"--html": html, "--json": json_file}, read)
+    cut, options = _cut(units, named_spans), _method_options(method, permutations=permutations, seed=seed)
     with warnings_as_messages(quiet):
         loaded, tokenizer = load(
             model, device=device, dtype=dtype, quiet=quiet, gguf_file=gguf, trust_remote_code=trust_remote_code
         )
-        from atman_kernels.cli.estimate import Estimate
+        from atman_kernels.cli.estimate import estimated
         from atman_kernels.explain.explainer import Explainer
-        from atman_kernels.progress import listening
 
         explainer = Explainer(loaded, tokenizer, progress=not quiet and progress_is_seen(), **suppression)
         asked: dict[str, Any] = {"include_target": include_target, "chat": chat, "max_new_tokens": max_new_tokens}
         asked |= {"exact": exact, "recompute": recompute, "refine": refine}
         shorter = explainer.task == "text-generation" and method == "atman" and exact is recompute is None
-        short = quiet or not isinstance(cut, str | list)  # nested units are quick, and their number is not known yet
-        with nullcontext() if short else listening(Estimate(shorter)):
+        # nested units are quick, and their number is not known yet
+        with estimated(shorter, said=not quiet and isinstance(cut, str | list)):
             explanation = explainer.explain(text, answer, cut, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
 

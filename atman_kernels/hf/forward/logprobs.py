@@ -77,16 +77,21 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
             chunk = rows[first : first + (PROBE_ROWS if fused else step)]
             keep = {"logits_to_keep": chunk} if keeps else {}
             logits = model(**inputs, use_cache=False, return_dict=True, **keep).logits
-            states = getattr(outputs[0], "last_hidden_state", None) if fused and outputs else None
-            is_plain = fused is not None and states is not None and fused.makes(logits, states[:, chunk])
+            states = None if fused is None else _plain_states(fused, outputs, chunk, logits)
             logits = logits if keeps else logits[:, chunk]
             first += len(chunk)
             pieces.append(_log_softmax_at(targets[:, first - len(chunk) : first], logits))
-            if fused is not None and is_plain and first < len(rows):
+            if fused is not None and states is not None and first < len(rows):
                 pieces.append(fused.logprobs(states[:, rows[first:]], targets[:, first:]))
                 break
             fused = None
     return torch.cat(pieces, dim=1)
+
+
+def _plain_states(fused: FusedHead, outputs: list[Any], rows: Tensor, logits: Tensor) -> Tensor | None:
+    """(B, L, H) the layers' states, if logits of these rows of them are the head's product and nothing else."""
+    states = getattr(outputs[0], "last_hidden_state", None) if outputs else None
+    return states if states is not None and fused.makes(logits, states[:, rows]) else None
 
 
 def _is_watched_outside_its_layers(model: PreTrainedModel) -> bool:
