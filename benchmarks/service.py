@@ -28,6 +28,7 @@ import uvicorn
 
 import atman_kernels as ak
 from atman_kernels.serve.app import create_app
+from atman_kernels.serve.server import configured
 from atman_kernels.serve.settings import Settings
 from benchmarks.machine import environment
 
@@ -83,8 +84,8 @@ class Service:
     """A service in this process, and a client of it."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        app = create_app(model, tokenizer, Settings(name="smollm2"))
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+        settings = Settings(name="smollm2")
+        self._server = uvicorn.Server(configured(create_app(model, tokenizer, settings), settings, port=0))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:

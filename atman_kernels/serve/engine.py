@@ -56,7 +56,7 @@ class Engine:
             raise InputError(f"model: only language models are served, {type(explainer.model).__name__} is none")
         self.model, self.tokenizer = explainer.model, explainer.tokenizer
         self._reads_images = explainer.processor is not None
-        self.measuring = Measuring(self.model, self._given, settings)
+        self.measuring = Measuring(self.model, self._given, settings, self._reads_images)
 
     def describe(self) -> dict[str, Any]:
         """What there is to know about the model, for people and programs who ask."""
@@ -130,8 +130,6 @@ class Engine:
         first = requests[0]
         pictures = None
         if first.images:
-            if not self._reads_images:
-                raise InputError(f"images: {type(self.model).__name__} reads none")
             from atman_kernels.serve.pictures import opened
 
             pictures = [[opened(data, number) for number, data in enumerate(first.images)]]

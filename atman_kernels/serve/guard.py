@@ -1,6 +1,7 @@
 """What every request goes through before anything else: its size, its token, where it comes from; and what is written
 down of it afterwards."""
 
+import asyncio
 import hmac
 import ipaddress
 import json
@@ -25,6 +26,8 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+BODY_SECONDS = 300.0  # for a whole body
+SILENCE_SECONDS = 20.0  # between two pieces of it
 OPEN = ("/", "/health", "/ready", "/openapi.json", "/favicon.ico")  # without a token; so is what is below /page/
 
 
@@ -41,7 +44,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            if scope["type"] == "lifespan":  # else a websocket, which nothing here speaks
+                await self._app(scope, receive, send)
             return
         name, began, status, answered = uuid.uuid4().hex, time.perf_counter(), 499, False
         state: MutableMapping[str, Any] = scope.setdefault("state", {})
@@ -72,11 +76,12 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers, token = Headers(scope=scope), self._service.settings.token
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._service.settings.max_bytes:
-            raise _too_long(self._service.settings.max_bytes)
+        most = self._service.settings.max_bytes
+        length = headers.get("content-length", "0").lstrip("0") or "0"
+        if not length.isdecimal() or len(length) > len(str(most)) or int(length) > most:
+            raise _too_long(most)
         if token is None:
-            _check_same_machine(headers)
+            _check_same_machine(headers, scope["method"])
         elif scope["path"] not in OPEN and not scope["path"].startswith("/page/"):
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
@@ -107,10 +112,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check_same_machine(headers: Headers) -> None:
+def _check_same_machine(headers: Headers, method: str) -> None:
     """Without a token, a page of another site must not reach the service through this machine's browser.
 
-    Neither under a name of its own that was made to mean this machine, nor from its own origin.
+    Neither under a name of its own that was made to mean this machine, nor from its own origin; where the browser names
+    no origin, as for scripts and pictures, it says that the page is another's. People may follow a link to ours.
     """
     host = _address(f"//{headers.get('host', '')}")
     if host is None or not is_loopback(host.hostname or ""):
@@ -120,6 +126,9 @@ def _check_same_machine(headers: Headers) -> None:
     origin = headers.get("origin")
     if origin is not None and getattr(_address(origin), "netloc", None) != host.netloc:
         raise RequestError("forbidden", f"a page of {origin} asks; without a token only this service's own page may")
+    follows_link = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+    if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not follows_link:
+        raise RequestError("forbidden", "a page of another site asks; without a token only this service's own page may")
 
 
 def _address(text: str) -> SplitResult | None:
@@ -134,13 +143,20 @@ def _too_long(most: int) -> RequestError:
 
 
 def _limited(receive: Receive, most: int) -> Receive:
-    """The request's body, up to so many bytes."""
-    read = 0
+    """The request's body: up to so many bytes, in good time. What comes after it may take as long as it likes."""
+    read, is_whole, began = 0, False, time.monotonic()
 
     async def limited() -> Message:
-        nonlocal read
-        message = await receive()
+        nonlocal read, is_whole
+        if is_whole:
+            return await receive()
+        left = began + BODY_SECONDS - time.monotonic()
+        try:
+            message = await asyncio.wait_for(receive(), min(SILENCE_SECONDS, left))
+        except TimeoutError:
+            raise HTTPException(408, "the body did not come in time") from None
         read += len(message.get("body", b""))
+        is_whole = not message.get("more_body", False)
         if read > most:
             error = _too_long(most)
             raise HTTPException(error.status, error.message)

@@ -2,14 +2,24 @@
 model's turn, and may be called from any thread."""
 
 import copy
+import json
 import threading
 from collections.abc import Sequence
 from typing import Any
 
+from atman_kernels.errors import InputError
 from atman_kernels.explain import methods
 from atman_kernels.inputs.image_text import placeholder_of
 from atman_kernels.inputs.token_texts import token_texts_of
-from atman_kernels.inputs.tokenization import PromptTokens, encode, read_prompt, special_flags, target_ids, tokenizer_of
+from atman_kernels.inputs.tokenization import (
+    PromptTokens,
+    encode,
+    encode_prompt,
+    read_prompt,
+    special_flags,
+    target_ids,
+    tokenizer_of,
+)
 from atman_kernels.planning.levels import checked_units
 from atman_kernels.planning.units import GRANULARITIES, split_units
 from atman_kernels.serve.errors import RequestError
@@ -18,6 +28,40 @@ from atman_kernels.serve.settings import Settings
 
 Span = tuple[int, int]  # characters, end exclusive
 MOST_STEPS = 500  # of integrated gradients
+CHARACTERS = 64  # of a request's texts for each token that may be: whoever sends more is not asked how many they are
+
+
+def check_size(settings: Settings, request: ExplainRequest | None, tokens: int, units: int) -> None:
+    """Raises RequestError if a request is larger than what the service takes.
+
+    Args:
+        request: None where units are none of its business.
+        tokens: of prompt and answer.
+        units: of the prompt.
+    """
+    if tokens > settings.max_tokens:
+        message = f"prompt and answer have {tokens} tokens, this service takes {settings.max_tokens}"
+        raise RequestError("too_large", message)
+    if units > settings.max_units:
+        raise _too_many(units, settings.max_units)
+    if request is None:
+        return
+    options = methods.method(request.method, request.options).options
+    variants = max(options.get("permutations", 0) * (units + 1), options.get("samples", 0))
+    most = settings.max_units * settings.max_tokens // max(1, tokens)  # each has a number for each token
+    if variants > most:
+        message = f"options: method {request.method!r} would run {variants} variants, of this prompt {most} are taken"
+        raise RequestError("too_large", message, param="options")
+
+
+def _spans_of(units: Sequence[Any]) -> list[Any]:
+    """All spans of a choice of units, those of a level among several too."""
+    return [span for entry in units for span in ([entry] if isinstance(entry, tuple) else entry) if len(span) > 1]
+
+
+def _too_many(units: int, most: int) -> RequestError:
+    message = f"units: the prompt has {units}, this service takes {most}; larger units are fewer"
+    return RequestError("too_large", message, param="units")
 
 
 class Measuring:
@@ -27,10 +71,11 @@ class Measuring:
         model: whose limits count; it is not run.
         given: its tokenizer or processor.
         settings: limits.
+        reads_images: whether the model does.
     """
 
-    def __init__(self, model: Any, given: Any, settings: Settings) -> None:
-        self._model, self._settings = model, settings
+    def __init__(self, model: Any, given: Any, settings: Settings, reads_images: bool) -> None:
+        self._model, self._settings, self._reads_images = model, settings, reads_images
         self._tokenizer = copy.deepcopy(tokenizer_of(given))
         self._placeholder = placeholder_of(given)
         self._lock = threading.Lock()
@@ -42,6 +87,7 @@ class Measuring:
             InputError: something about it does not fit.
             RequestError: it is larger than what the service takes.
         """
+        self._check_texts(request)
         most = self._settings.max_new_tokens
         if getattr(request, "target", None) is None and request.max_new_tokens > most:
             message = f"max_new_tokens must be at most {most} here, got {request.max_new_tokens}"
@@ -57,8 +103,32 @@ class Measuring:
             if request.images:  # what they become is known once they are seen
                 return self._checked(longest)
             tokens = self._read(request, request.units, request.language)
-            self._check_units(len(tokens.units))
-            return self._checked(len(tokens.ids) + longest)
+            check_size(self._settings, request, len(tokens.ids) + longest, len(tokens.units))
+            return len(tokens.ids) + longest
+
+    def _check_texts(self, request: ExplainRequest | AnswerRequest) -> None:
+        """Before a tokenizer sees them, which others wait for."""
+        most = self._settings.max_tokens * CHARACTERS
+        texts = [request.prompt, getattr(request, "target", None), getattr(request, "versus", None)]
+        characters = sum(len(text if isinstance(text, str) else json.dumps(text)) for text in texts if text is not None)
+        if characters > most:
+            raise RequestError("too_large", f"the texts have {characters} characters, this service takes {most}")
+        if isinstance(request, ExplainRequest) and request.images:
+            if not self._reads_images:
+                raise InputError(f"images: {type(self._model).__name__} reads none")
+            from atman_kernels.serve.pictures import check_together
+
+            check_together(request.images)
+        if isinstance(request, ExplainRequest) and isinstance(request.units, list):
+            self._check_spans(_spans_of(request.units), most)
+
+    def _check_spans(self, spans: Sequence[Any], most: int) -> None:
+        if len(spans) > self._settings.max_units:
+            raise _too_many(len(spans), self._settings.max_units)
+        characters = sum(end - start for start, end, *_ in spans)
+        if characters > most:
+            message = f"units: they hold {characters} characters together, this service takes {most}"
+            raise RequestError("too_large", message, param="units")
 
     def _check_method(self, request: ExplainRequest) -> None:
         if request.method in methods.WITH_FILES:  # before a file is looked for, which would tell what is there
@@ -71,19 +141,13 @@ class Measuring:
             raise RequestError("invalid_request", message, param="options")
 
     def _read(self, request: ExplainRequest | AnswerRequest, units: Any, language: str) -> PromptTokens:
+        _, encoded = encode_prompt(self._model, self._tokenizer, request.prompt, request.chat)
+        self._checked(len(encoded["input_ids"]))  # before the text is cut into units, which takes longer
         cut = None if units is None else checked_units(units)
         return read_prompt(self._model, self._tokenizer, request.prompt, cut, chat=request.chat, language=language)
 
-    def _check_units(self, units: int) -> None:
-        most = self._settings.max_units
-        if units > most:
-            message = f"units: the prompt has {units}, this service takes {most}; larger units are fewer"
-            raise RequestError("too_large", message, param="units")
-
     def _checked(self, tokens: int) -> int:
-        most = self._settings.max_tokens
-        if tokens > most:
-            raise RequestError("too_large", f"prompt and answer have {tokens} tokens, this service takes {most}")
+        check_size(self._settings, None, tokens, 0)
         return tokens
 
     # Prompts that come in pieces ---------------------------------------------------------------------------------

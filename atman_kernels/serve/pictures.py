@@ -1,7 +1,8 @@
 """Pictures as they come in: only of known formats, and of a size that fits into memory once it is unpacked."""
 
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from PIL import Image
@@ -45,6 +46,13 @@ def cropped(data: bytes, number: int, left: int, top: int, side: int) -> bytes:
         buffer = io.BytesIO()
         picture.convert("RGB").crop((left, top, left + side, top + side)).save(buffer, "PNG")
         return buffer.getvalue()
+
+
+def check_together(pictures: Sequence[bytes]) -> None:
+    """Raises InputError if one of a request's pictures is none, or they are too large together."""
+    pixels = sum(math.prod(size_of(data, number)) for number, data in enumerate(pictures))
+    if pixels > MOST_PIXELS:
+        raise InputError(f"images have {pixels} pixels together; {MOST_PIXELS >> 20} million are taken")
 
 
 def _checked(data: bytes, number: int) -> Image.Image:

@@ -9,6 +9,7 @@ import uvicorn
 
 from atman_kernels.errors import InputError
 from atman_kernels.serve.app import create_app
+from atman_kernels.serve.connections import Connection
 from atman_kernels.serve.guard import is_loopback
 from atman_kernels.serve.settings import Settings
 
@@ -71,6 +72,22 @@ def serve(model: Any, tokenizer: Any, settings: Settings, taken: socket.socket) 
     return server.was_asked
 
 
+def configured(app: Any, settings: Settings, **more: Any) -> uvicorn.Config:
+    """How uvicorn serves an application of `create_app`; `more` are further options of uvicorn's."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        access_log=False,  # ours knows more, and nothing that was asked
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.grace + LAST_WORDS),
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+        **more,
+    )
+
+
 class _Server(uvicorn.Server):
     """uvicorn's, which lets the model's thread know first; a second signal ends it at once."""
 
@@ -81,17 +98,7 @@ class _Server(uvicorn.Server):
 
     def prepare(self, app: Any, settings: Settings) -> None:
         self.app = app
-        super().__init__(
-            uvicorn.Config(
-                app,
-                access_log=False,  # ours knows more, and nothing that was asked
-                log_config=None,
-                server_header=False,
-                timeout_graceful_shutdown=int(settings.grace + LAST_WORDS),
-                timeout_keep_alive=30,
-                h11_max_incomplete_event_size=64 << 10,
-            )
-        )
+        super().__init__(configured(app, settings))
 
     def end(self) -> None:
         """The model's thread has ended, so there is nothing left to do."""

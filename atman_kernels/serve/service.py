@@ -23,6 +23,7 @@ from atman_kernels.serve.worker import Worker
 
 LOG = logging.getLogger("atman_kernels.serve")
 SILENCE = 15.0  # seconds without an event after which a stream says that it is still there
+MOST_KEPT = 256 << 20  # characters of all kept results
 STUCK = 60.0  # seconds that a reader may take nothing
 
 
@@ -122,10 +123,10 @@ class Service:
                 task.cancel()
 
     def keep(self, job: Job, result: Any) -> None:
-        """Keeps a result whose request asks for it; the oldest goes when there are too many."""
+        """Keeps a result whose request asks for it; the oldest goes when there are too many, or they are too long."""
         if getattr(job.request, "store", False):
             self._kept[job.id] = as_json(result)
-            while len(self._kept) > self.settings.keep:
+            while len(self._kept) > self.settings.keep or sum(map(len, self._kept.values())) > MOST_KEPT:
                 self._kept.popitem(last=False)
 
     def kept(self, name: str) -> str:

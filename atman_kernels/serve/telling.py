@@ -11,6 +11,7 @@ from atman_kernels.errors import Cancelled
 from atman_kernels.progress import Listener
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.job import Job
+from atman_kernels.serve.measuring import check_size
 from atman_kernels.serve.metrics import Metrics
 from atman_kernels.serve.requests import ExplainRequest
 from atman_kernels.serve.settings import Settings
@@ -114,7 +115,9 @@ class Telling(Listener):
         contrasted = [number for number, each in enumerate(requests) if getattr(each, "versus", None) is not None]
         self._versus = dict(zip(range(len(self._told), len(questions)), contrasted, strict=True))
         for number, (each, question) in enumerate(zip(self._told, questions, strict=False)):
-            self._check_size(question, self._units[number])
+            request = each.job.request
+            assert isinstance(request, ExplainRequest)
+            check_size(self._settings, request, question.positions, self._units[number])  # images are seen by now
             self._cost[number] = [question.positions - min(unit.token_indices) for unit in question.units]
             self._left[number] = sum(self._cost[number])
             each.ask(question, self._firsts[number])
@@ -157,16 +160,6 @@ class Telling(Listener):
                 return
             scores = (other + own)[None]
         job.tell("unit", {"index": self._firsts[question] + unit, "scores": scores.tolist(), "exact": exact})
-
-    def _check_size(self, question: "Objective", units: int) -> None:
-        """What could not be known before the images were seen, or the strongest units were cut."""
-        limits = {
-            "tokens": (question.positions, self._settings.max_tokens),
-            "units": (units, self._settings.max_units),
-        }
-        for what, (count, most) in limits.items():
-            if count > most:
-                raise RequestError("too_large", f"the request has {count} {what}, this service takes {most}")
 
     def look(self) -> None:
         """Whether anybody still waits, and has time."""

@@ -11,6 +11,7 @@ import httpx
 import uvicorn
 
 from atman_kernels.serve.app import create_app
+from atman_kernels.serve.server import configured
 from atman_kernels.serve.settings import Settings
 
 
@@ -21,10 +22,11 @@ class Running:
         url: where.
         http: a client of it, which has no token.
         service: its insides.
+        connections: that are open.
     """
 
-    def __init__(self, url: str, service: Any) -> None:
-        self.url, self.service = url, service
+    def __init__(self, url: str, service: Any, connections: Any = ()) -> None:
+        self.url, self.service, self.connections = url, service, connections
         self.http = httpx.Client(base_url=url, timeout=60)
 
     def explain(self, **body: Any) -> httpx.Response:
@@ -64,8 +66,9 @@ def events_of(response: httpx.Response) -> Iterator[tuple[str, Any]]:
 @contextmanager
 def running(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Running]:
     given: dict[str, Any] = {"name": "tiny", "grace": 5.0} | settings
-    app = create_app(model, tokenizer, Settings(**given))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=10))
+    limits = Settings(**given)
+    app = create_app(model, tokenizer, limits)
+    server = uvicorn.Server(configured(app, limits, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -73,7 +76,7 @@ def running(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Running]:
             assert thread.is_alive()
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        found = Running(f"http://127.0.0.1:{port}", app.state.service)
+        found = Running(f"http://127.0.0.1:{port}", app.state.service, server.server_state.connections)
         yield found
         found.http.close()
     finally:

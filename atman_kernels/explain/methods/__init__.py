@@ -23,6 +23,7 @@ from atman_kernels.errors import InputError
 from atman_kernels.explain.head_weights import HeadWeights, checked_weights
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.inputs.objective import Objective
+from atman_kernels.progress import Listener, listener
 from atman_kernels.run.perturbation import Perturbation
 from atman_kernels.run.runner import Outcome, Runner, Started
 
@@ -178,6 +179,7 @@ class Method:
 
     def run(self, context: MethodContext, objectives: Sequence[Objective]) -> MethodOutcome:
         """What the method finds for each objective."""
+        (listener() or Listener()).asked(objectives)
         if self.name in OF_UNITS:
             return self.function(context, objectives, **self.options)  # type: ignore[no-any-return]
         found = [self.function(context.model, objective, **self.options) for objective in objectives]

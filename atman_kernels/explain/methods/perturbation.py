@@ -21,7 +21,6 @@ def atman(context: MethodContext, objectives: Sequence[Objective]) -> MethodOutc
     """
     factors = [context.factors(objective) for objective in objectives]
     heard = listener() or Listener()
-    heard.asked(objectives)
     exact: list[Tensor] | None = None
     settings: dict[str, Any] = {}
     if context.exact is None:

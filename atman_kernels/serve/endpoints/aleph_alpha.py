@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atman_kernels.result.explanation import Explanation
 from atman_kernels.run.perturbation import Perturbation
-from atman_kernels.serve.endpoints.schema import ERRORS, Factor, Index, Number, decoded
+from atman_kernels.serve.endpoints.schema import ERRORS, MOST_IMAGES, Factor, Index, Number, decoded
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.measuring import Measuring
 from atman_kernels.serve.requests import ExplainRequest, ImageControl, Overlap, TextControl
@@ -76,7 +76,7 @@ class ExplainBody(BaseModel):
 
     model_config = ConfigDict(extra="ignore")  # "hosting" and what later clients add
     model: str
-    prompt: str | list[Item]
+    prompt: str | Annotated[list[Item], Field(max_length=4096)]
     target: str
     control_factor: Factor | None = None
     contextual_control_threshold: Annotated[Number, Field(gt=0, le=1)] | None = None
@@ -157,6 +157,7 @@ def _joined(measuring: Measuring, items: list[Item]) -> tuple[str, list[Part], l
     text = ""
     parts: list[Part] = []
     images: list[bytes] = []
+    pictures = _pictures(items)
     for number, item in enumerate(items):
         start, name = len(text), f"prompt[{number}].data"
         if (item.type == "token_ids") != isinstance(item.data, list):
@@ -170,11 +171,27 @@ def _joined(measuring: Measuring, items: list[Item]) -> tuple[str, list[Part], l
             parts.append(Part(item.type, start, len(text)))
         else:
             text += measuring.image_placeholder()
-            part, data = _picture(item, decoded(item.data, name), len(images))
+            part, data = _picture(item, pictures[len(images)], len(images))
             parts.append(replace(part, start=start, end=len(text)))
             images.append(data)
     measuring.check_ids(text, [item.data for item in items if isinstance(item.data, list)])
     return text, parts, images
+
+
+def _pictures(items: list[Item]) -> list[bytes]:
+    """The bytes of all pictures, none of which is unpacked yet."""
+    found = [
+        decoded(item.data, f"prompt[{number}].data")
+        for number, item in enumerate(items)
+        if item.type == "image" and isinstance(item.data, str)
+    ]
+    if len(found) > MOST_IMAGES:
+        raise _wrong(f"prompt must have at most {MOST_IMAGES} images, got {len(found)}")
+    if found:
+        from atman_kernels.serve.pictures import check_together
+
+        check_together(found)
+    return found
 
 
 def _picture(item: Item, data: bytes, number: int) -> tuple[Part, bytes]:

@@ -12,6 +12,7 @@ from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.requests import AnswerRequest, ExplainRequest, Prompt
 from atman_kernels.serve.settings import Settings
 
+MOST_IMAGES = 16
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Factor = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -73,7 +74,9 @@ class ExplanationBody(Asking):
     language: str = "en"
     method: str = "atman"
     options: dict[str, StrictBool | StrictInt | Number | str | None] = Field(default_factory=dict)
-    images: list[str] | None = Field(None, max_length=16, description="base64 or data: URLs of PNG, JPEG or WebP.")
+    images: list[str] | None = Field(
+        None, max_length=MOST_IMAGES, description="base64 or data: URLs of PNG, JPEG or WebP."
+    )
     image_units: Positive | Literal["patch", "image"] | None = "patch"
     exact: Positive | None = Field(None, description="So many of the strongest units exactly, the others estimated.")
     recompute: Positive | None = Field(None, description="Last prompt tokens that feel a suppression; null: all.")
@@ -162,7 +165,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "The token is missing or wrong.",
         403: "From elsewhere, where there is no token.",
         404: "No such model, request or result.",
-        413: "More bytes, tokens or units than this service takes.",
+        408: "The body did not come in time.",
+        413: "More bytes, characters, tokens, units or variants than this service takes.",
         422: "The model cannot be explained so.",
         500: "A defect of ours.",
         503: "The queue is full, or the service is about to end.",
