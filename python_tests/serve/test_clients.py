@@ -105,7 +105,7 @@ def test_its_description_holds(model, tokenizer, environment, tmp_path):
                 "response_schema_conformance,response_headers_conformance", "--generation-database", "none",
                 "--request-timeout", "60", "--phases", "examples,fuzzing,stateful",
             ],
-            capture_output=True, text=True, timeout=900,
+            capture_output=True, text=True, timeout=900, cwd=tmp_path,  # it keeps a folder where it runs
         )  # fmt: skip
         assert service.explain(prompt=TEXT, target=TARGET).status_code == 200
     assert done.returncode == 0, done.stdout[-6000:]
