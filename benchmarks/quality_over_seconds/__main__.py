@@ -83,7 +83,7 @@ def main(
         write(output, table(output, header | facts, rows_of(ResultFile(measurements, header), settings, lengths)))
     result = json.loads(output.read_text(encoding="utf-8"))
     draw(result, figure)
-    for line in (*_lines(result["rows"]), *ahead(result["rows"])):
+    for line in (*markdown(result["rows"]), *ahead(result["rows"])):
         click.echo(line)
 
 
@@ -190,14 +190,21 @@ def ahead(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{row['tokens']:5} {row['setting']:16} {row['items']:3} questions  "
-        + "  ".join(f"{name} {100 * row['values'][name]:5.1f}" for name in ("mAP", "hit@1", "hit@5"))
-        + f"  {row['values']['processor_seconds']:7.2f} s"
-        for row in rows
-        if row["items"]
-    ]
+def markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of the documentation: percent with 95 % intervals, and seconds."""
+    lines = ["| tokens | method | mAP | hit@1 | hit@5 | processor seconds |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row["items"]:
+            percent = [_with_interval(row, measure_name, 100, 1) for measure_name in ("mAP", "hit@1", "hit@5")]
+            cells = [str(row["tokens"]), row["setting"], *percent, _with_interval(row, "processor_seconds", 1, 2)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _with_interval(row: dict[str, Any], name: str, factor: int, digits: int) -> str:
+    found, bounds = row["values"][name], row.get("intervals", {}).get(name)
+    ends = "" if bounds is None else f" ({factor * bounds[0]:.{digits}f} – {factor * bounds[1]:.{digits}f})"
+    return f"{factor * found:.{digits}f}{ends}"
 
 
 def _counts(text: str) -> dict[int, int]:

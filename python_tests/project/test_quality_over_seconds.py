@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from atman_kernels.evaluation.squad import Item, split_of
 from atman_kernels.hf.models.loading import load_model
-from benchmarks.quality_over_seconds.__main__ import ahead, main, table
+from benchmarks.quality_over_seconds.__main__ import ahead, main, markdown, table
 from benchmarks.quality_over_seconds.questions import lengthened, short_questions
 
 WORDS = ("rope", "harbour", "lamp", "winter", "keeper", "stone", "bell", "grey", "railway", "salt")
@@ -149,6 +149,12 @@ def test_who_is_ahead_for_its_seconds_is_said():
     rows = [row("direct", 1.0, 0.6), row("atman", 5.0, 0.4), row("attnlrp", 2.0, 0.7), row("linear", 6.0, 0.5)]
     assert ahead(rows) == ["128: attnlrp is ahead in mAP, 70.0 against 60.0"]
     assert ahead([row("direct", 1.0, 0.6), row("at2", 0.5, 0.1)])[0].startswith("128: at2 takes less time")
+
+
+def test_the_table_of_the_documentation():
+    one = row("search", 1.0, 0.1) | {"intervals": {"mAP": (0.05, 0.25), "processor_seconds": (0.5, 1.5)}}
+    one["values"]["hit@1"] = 1.0
+    assert markdown([one])[2] == "| 128 | search | 10.0 (5.0 – 25.0) | 100.0 | 50.0 | 1.00 (0.50 – 1.50) |"
 
 
 def test_rows_are_replaced_one_by_one(tmp_path):
