@@ -66,7 +66,7 @@ def _text_features(text: str, tokenizer: Any, units: UnitChoice, language: str) 
         token_texts=tokenizer.convert_ids_to_tokens(ids),
         language=language,
     )
-    return Features(torch.tensor([ids], device="cpu"), found, [unit.text for unit in found])
+    return Features(torch.tensor([ids], device="cpu"), found, [unit.name or unit.text for unit in found])
 
 
 def _token_features(source: TextTokenInput, tokenizer: Any) -> Features:

@@ -162,6 +162,11 @@ class ExplanationData:
             (float(total[own].max()) if own else 0.0) or 1.0 for own in map(self.of_level, range(len(self.levels) or 1))
         )
 
+    @property
+    def finest(self) -> int:
+        """The finest level that was reached: 0 where units are not nested, or none of them can be cut."""
+        return max(self.depths)
+
     def of_level(self, level: int) -> list[int]:
         """The indices of one level's units, in reading order."""
         return [index for index, depth in enumerate(self.depths) if depth == level]

@@ -53,7 +53,7 @@
         span.classList.toggle("estimate", data.about[unit] !== "");
       }
       for (const end of root.querySelectorAll("[data-end]")) end.textContent = signed(end.dataset.end * scales[0]);
-      for (const end of root.querySelectorAll("[data-scale]")) end.textContent = `±${signed(scales[end.dataset.scale]).replace("+", "")}`;
+      for (const end of root.querySelectorAll("[data-scale]")) end.textContent = `±${signed(scales[end.dataset.scale] ?? 1).replace("+", "")}`;
       rank();
     }
 

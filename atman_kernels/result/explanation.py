@@ -78,13 +78,13 @@ class Explanation(ExplanationData):
 
         Args:
             estimates: list units whose scores are but estimates among the others, see `exact`.
-            level: of nested units the level, by its name or number; None: the finest.
+            level: of nested units the level, by its name or number; None: the finest that was reached.
 
         Raises:
             InputError: k is not a positive integer, or there is no such level.
         """
         k = integer(k, "k", least=1, expected="a positive integer")
-        wanted = self.level_number(-1 if level is None else level)
+        wanted = self.finest if level is None else self.level_number(level)
         total = self.total
         order = torch.argsort(total, descending=True, stable=True).tolist()
         listed = [i for i in order if self.depths[i] == wanted and (estimates or self.is_exact(i))]

@@ -88,7 +88,7 @@ def heat(
         explanation: what to draw.
         top: show only this many units, those with the largest score in absolute value; None shows all.
         ax: where to draw; a new figure of a fitting size by default.
-        level: of nested units the one level to show; None: the finest.
+        level: of nested units the one level to show; None: the finest that was reached.
 
     Raises:
         InputError: top is neither None nor a positive integer, or there is no such level.
@@ -133,7 +133,7 @@ def _largest(values: torch.Tensor, top: int, among: torch.Tensor) -> torch.Tenso
 
 def _of_level(explanation: ExplanationData, level: int | str | None) -> torch.Tensor:
     """The indices of a level's units; of all units where they are not nested."""
-    number = explanation.level_number(-1 if level is None else level)
+    number = explanation.finest if level is None else explanation.level_number(level)
     found = explanation.of_level(number)
     if not found:
         raise InputError(f"level {level!r} has no units: none of the level above it can be cut")

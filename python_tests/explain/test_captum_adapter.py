@@ -169,6 +169,13 @@ def test_plots(attribution):
 # captum's inputs ----------------------------------------------------------------------------------------------------
 
 
+def test_named_spans_are_shown_by_their_names(attribution):
+    found = attribution.attribute("w5 w6 w7 w8", "w9", units=[(0, 5, "Doc A"), (6, 11)])
+    assert found.input_tokens == ["Doc A", "w7 w8"]
+    with pytest.raises(ak.InputError, match="several levels are for"):
+        attribution.attribute("w5 w6 w7 w8", "w9", units=("sentence", "word"))
+
+
 def test_token_input(attribution, model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer)
     result = attribution.attribute(inp, ANSWER)

@@ -58,6 +58,15 @@ def test_top_lists_the_finest_level_unless_another_is_named(nested):
         nested.top(3, level="sentence")
 
 
+def test_what_cannot_be_cut_is_the_finest_level_there_is(explainer):
+    found = explainer.explain("w3", ANSWER, NESTED)
+    assert (len(found.units), found.levels, found.finest) == (1, NESTED, 0)
+    assert [unit.text for unit, _ in found.top()] == ["w3"]
+    assert "±1.00" in found.to_html()  # the scale of a level without units
+    with pytest.raises(ak.InputError, match="level 'word' has no units: none of the level above it can be cut"):
+        found.at("word")
+
+
 def test_three_levels_from_documents_down_to_tokens(explainer):
     documents = [(0, 21, "Doc A"), (23, 46, "Doc B"), (48, len(PROMPT), "Doc C")]
     found = explainer.explain(PROMPT, ANSWER, (documents, "paragraph", "token"), refine=1)

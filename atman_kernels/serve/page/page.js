@@ -176,12 +176,9 @@ function clear() {
 
 async function show(request, result, id) {
   const mine = (drawing += 1);
-  const heatmap = await finished(result, request.images);
-  if (mine !== drawing) return; // another one was asked for meanwhile
+  const heatmap = finished(result, request.images);
   at("outcome").hidden = false;
   at("saying").hidden = true;
-  at("heatmap").replaceChildren(heatmap);
-  enliven();
   if (saved) URL.revokeObjectURL(saved);
   saved = URL.createObjectURL(new Blob([JSON.stringify(result), "\n"], { type: "application/json" }));
   at("save").href = saved;
@@ -189,6 +186,10 @@ async function show(request, result, id) {
   at("link").hidden = !id;
   if (id) at("link").href = `#${id}`;
   steer.begin(request, result);
+  const section = await heatmap;
+  if (mine !== drawing) return; // another one was asked for meanwhile
+  at("heatmap").replaceChildren(section);
+  enliven();
 }
 
 // Results of before ------------------------------------------------------------------------------------------------------
