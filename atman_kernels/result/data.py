@@ -202,7 +202,9 @@ def as_json(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, tuple):
         return [as_json(member) for member in value]
-    return asdict(value) if isinstance(value, Unit | ImageSize | AnswerLogprobs) else value
+    if isinstance(value, Unit):  # most units have neither name nor parent
+        return {name: member for name, member in asdict(value).items() if member is not None or name == "box"}
+    return asdict(value) if isinstance(value, ImageSize | AnswerLogprobs) else value
 
 
 def _facts_in(settings: dict[str, Any]) -> dict[str, Any]:

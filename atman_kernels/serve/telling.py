@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from atman_kernels.errors import Cancelled
 from atman_kernels.progress import Listener
+from atman_kernels.result.data import as_json
 from atman_kernels.serve.errors import RequestError
 from atman_kernels.serve.job import Job
 from atman_kernels.serve.measuring import check_size
@@ -56,7 +56,7 @@ class ToldJob:
             return
         self._known = first + len(question.units)
         if first:
-            self.job.tell("units", {"first": first, "units": [asdict(unit) for unit in question.units]})
+            self.job.tell("units", {"first": first, "units": as_json(question.units)})
             return
         self.job.tell(
             "question",
@@ -64,7 +64,7 @@ class ToldJob:
                 "prompt": question.prompt,
                 "target": question.target,
                 "target_tokens": list(question.target_tokens),
-                "units": [asdict(unit) for unit in question.units],
+                "units": as_json(question.units),
                 "total_tokens": question.positions,
             },
         )

@@ -296,7 +296,7 @@ def test_nested_units_open_and_two_answers_stand_side_by_side(service, page):
         "[...document.querySelectorAll('#heatmap [data-side=\"1\"] .band')]"
         ".map(e => parseFloat(e.style.getPropertyValue('--strength')))"
     )
-    sides = [both for both, unit in zip(kept["sides"], kept["units"], strict=True) if unit["parent"] is None]
+    sides = [both for both, unit in zip(kept["sides"], kept["units"], strict=True) if "parent" not in unit]
     most = max(abs(total) for both in sides for total in both)
     assert page.run(strengths) == pytest.approx([100 * abs(both[1]) / most for both in sides], abs=0.1)
     page.look(390, 800)

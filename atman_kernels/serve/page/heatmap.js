@@ -26,7 +26,7 @@ export function filling(question, pictures, show) {
     paint();
   }
 
-  const depth = (i) => (units[i].parent === null ? 0 : 1 + depth(units[i].parent));
+  const depth = (i) => (units[i].parent === undefined ? 0 : 1 + depth(units[i].parent));
 
   function paint() {
     frame = 0;
