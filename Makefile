@@ -20,7 +20,7 @@ CXX_FILES := $(sort $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h' -o
 pin = $(shell grep -E '^$(1)==' $(PINS))
 
 .DEFAULT_GOAL := help
-.PHONY: help docs docs-serve kernel-hub wheel extras demo serve-demo test test-all test-oldest sanitize bench coverage-table mutations gpu-check gpu-bundle lint clean
+.PHONY: help docs docs-serve kernel-hub wheel extras demo serve-demo test test-all test-oldest sanitize bench coverage-table loading-table mutations gpu-check gpu-bundle lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo "make mutations the package with one fault at a time: which of the tests sees it"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
+	@echo "make loading-table every way to load a model, adapters and quantisation tried: the table in docs/deployment.md"
 	@echo "make gpu-check on a machine with a GPU and torch: benchmarks, tests that need it, compute-sanitizer, by value"
 	@echo "make gpu-bundle what gpu-check would compile there, in one archive to be carried there"
 	@echo "make docs      the documentation as a site in site/; docs-serve shows it while you write"
@@ -49,7 +50,7 @@ serve-demo: $(STAMPS)/serve
 	@$(BIN)/atman serve --model smollm2 $(ARGS)
 
 # Threads that spin while they wait starve each other when anything else runs beside the tests.
-test test-all coverage-table: export OMP_WAIT_POLICY := PASSIVE
+test test-all coverage-table loading-table: export OMP_WAIT_POLICY := PASSIVE
 
 # A process per core, four at most (each takes about 2 GB); each begins with a stretch of its own, where fixtures and
 # expected values serve neighbouring tests, and takes from another's when it is done. SIDE_BY_SIDE= runs one process.
@@ -76,6 +77,11 @@ mutations: $(STAMPS)/dev
 
 coverage-table: $(STAMPS)/dev
 	$(BIN)/python tools/coverage_table.py
+
+# The tests of these ways, then the table. `make test` skips those whose packages it does not install.
+loading-table: $(STAMPS)/loading
+	$(BIN)/python -m pytest -q python_tests/models/test_loaded_models.py python_tests/models/test_wrapped_models.py
+	$(BIN)/python tools/loading_table.py
 
 # Installs nothing: a GPU machine comes with the torch that fits its driver. make gpu-check ARGS="--budget 330"
 gpu-check:
@@ -141,6 +147,11 @@ $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml $(NATIVE) $(PINS)
 $(STAMPS)/bench: $(STAMPS)/dev
 	@echo "Installing what the benchmarks compare with ..."
 	@$(PIP) install --constraint $(PINS) --editable '.[bench,captum,dev,evaluation,gguf,hub,images,inseq,lasso,notebooks,plots,ray,serve,triton]'
+	@touch $@
+
+$(STAMPS)/loading: $(STAMPS)/dev
+	@echo "Installing what loads models in other ways ..."
+	@$(PIP) install --constraint $(PINS) --editable '.[captum,dev,evaluation,gguf,hub,images,inseq,lasso,loading,notebooks,plots,ray,serve,triton]'
 	@touch $@
 
 $(STAMPS)/docs: $(STAMPS)/torch pyproject.toml $(PINS)

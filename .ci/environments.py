@@ -32,6 +32,7 @@ PROMISES = {  # extra: what can be done with it
     "images": "from atman_kernels.result.overlay import overlay",
     "inseq": "from atman_kernels.adapters.inseq import AtManAttribution",
     "lasso": "from sklearn.linear_model import Lasso",
+    "loading": "import accelerate, bitsandbytes, optimum.quanto, peft, torchao",
     "notebooks": "import jupytext, nbclient, ipykernel, ipywidgets, matplotlib",
     "plots": "from atman_kernels import plots",
     "ray": "import ray, pyarrow.parquet; from atman_kernels.scale import Pool, explain_dataset",
