@@ -153,7 +153,8 @@ def _compared(way: Way, name: tuple[str, str, str], model: Any, itself: Any, noi
     remarks = [way.remark, runner._mixing or runner.unpackable or ""]
     to_full = float((explanation.scores - full.scores).abs().max())
     to_eager = float((explanation.scores - eager_scores(itself)).abs().max())
-    if not max(to_full, to_eager) <= FLOOR[name[2]] + MARGIN * noise:
+    limit = FLOOR[name[2]] + MARGIN * noise
+    if not (to_full <= limit and to_eager <= limit):
         state = "wrong"
     size = float(full.scores.abs().max())
     assert size > 0.1, "scores this small would be right by chance"
