@@ -12,9 +12,10 @@ import torch
 
 from atman_kernels.errors import InputError
 from atman_kernels.planning.levels import SPANS
-from atman_kernels.planning.units import Unit
+from atman_kernels.planning.units import GRANULARITIES, Unit
 
 LOG_PROBABILITY = "log-probability"
+MOST_LEVELS = 1 + len(GRANULARITIES)  # spans, and what they are cut into
 RISE = "rise of the loss when suppressed, in nats"
 
 
@@ -263,8 +264,9 @@ def _check_exact(exact: object, count: int) -> None:
 
 
 def _check_levels(levels: object, units: tuple[Unit, ...]) -> None:
-    if not isinstance(levels, tuple) or len(levels) == 1 or not all(isinstance(level, str) for level in levels):
-        raise InputError(f"levels must be () or a tuple of two or more str, got {shortened(repr(levels), 80)}")
+    names = isinstance(levels, tuple) and all(isinstance(level, str) for level in levels)
+    if not isinstance(levels, tuple) or not names or len(levels) not in (0, *range(2, MOST_LEVELS + 1)):
+        raise InputError(f"levels must be () or a tuple of 2 to {MOST_LEVELS} str, got {shortened(repr(levels), 80)}")
     depths: list[int] = []
     for i, unit in enumerate(units):
         parent = unit.parent

@@ -46,14 +46,16 @@ def bare_fragment(explanation: ExplanationData) -> str:
     return _rendered("fragment.html", content(explanation), style="", script="", styled="data-style")
 
 
-def unfinished(prompt: str, target: str, units: tuple[Unit, ...]) -> str:
+def unfinished(prompt: str, target: str, units: tuple[Unit, ...], levels: tuple[str, ...] = ()) -> str:
     """What there is to show before any score is known, for a page as of `bare_fragment`, which paints it.
+
+    Args:
+        prompt, target, units, levels: see `Explanation`.
 
     Raises:
         InputError: the units do not fit the texts.
     """
     nothing = torch.zeros(len(units) + 1, 1, dtype=torch.float32, device="cpu")
-    levels = ("", "") if any(unit.parent is not None for unit in units) else ()
     explanation = ExplanationData(
         prompt, target, units, nothing[1:], (target,), nothing[0], settings={}, stats={}, levels=levels
     )

@@ -120,9 +120,11 @@ class Measuring:
 
             check_together(request.images)
         if isinstance(request, ExplainRequest) and isinstance(request.units, list):
-            self._check_spans(_spans_of(request.units), most)
+            self.check_spans(_spans_of(request.units))
 
-    def _check_spans(self, spans: Sequence[Any], most: int) -> None:
+    def check_spans(self, spans: Sequence[Any]) -> None:
+        """Raises RequestError for more of them, or more characters in them, than the service takes."""
+        most = self._settings.max_tokens * CHARACTERS
         if len(spans) > self._settings.max_units:
             raise _too_many(len(spans), self._settings.max_units)
         characters = sum(end - start for start, end, *_ in spans)

@@ -154,7 +154,7 @@ def test_a_bare_fragment_has_nothing_that_a_strict_policy_forbids(explanation):
 
 
 def test_a_question_is_shown_before_its_scores():
-    html = unfinished(PROMPT, "a<b>", UNITS)
+    html = unfinished(PROMPT, "a<b>", UNITS, ("span", "word"))
     assert [(unit, around) for unit, _, _, around in Spans(html).found] == [
         ("0", []),
         ("2", ["0"]),

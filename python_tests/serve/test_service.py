@@ -577,12 +577,16 @@ def test_nested_and_named_units_are_the_librarys(service, explainer):
 
 
 def test_a_stream_tells_the_units_of_each_level_before_their_scores(service):
-    events = service.events(**ASKED, units=["sentence", "word"], versus=" w30")
+    events = service.events(**ASKED, units=[DOCUMENTS, "sentence", "word"], versus=" w30")
     result = events[-1][1]
     (question,) = [data for name, data in events if name == "question"]
-    (further,) = [data for name, data in events if name == "units"]
-    assert question["units"] + further["units"] == result["units"]
-    assert further["first"] == len(question["units"]) == 1
+    further = [data for name, data in events if name == "units"]
+    assert question["levels"] == result["levels"] == ["span", "sentence", "word"]
+    assert question["units"] + further[0]["units"] + further[1]["units"] == result["units"]
+    assert [data["first"] for data in further] == [2, 4]
+    for units in (question["units"], result["units"]):
+        html = service.http.post("/v1/heatmaps/question", json={**question, "units": units}).text
+        assert html.count("data-units") == len(units)
     known = {data["index"]: data["scores"] for name, data in events if name == "unit"}
     assert sorted(known) == list(range(len(result["units"])))
     torch.testing.assert_close(torch.tensor([known[i] for i in sorted(known)]), torch.tensor(result["scores"]))
@@ -613,10 +617,23 @@ def test_heatmaps_are_rendered_for_whoever_may_use_the_service(service, model, t
     assert response.headers["content-type"].startswith("text/html")
     assert 'class="atman-explanation"' in response.text
     assert "<script>w6" not in response.text
-    question = {name: result[name] for name in ("prompt", "target", "units")}
+    question = {name: result[name] for name in ("prompt", "target", "units", "levels")}
     assert "&lt;script" in service.http.post("/v1/heatmaps/question", json=question).text.replace("</span>", "")
-    for kind, wrong in (("explanation", {"prompt": "w5"}), ("question", {"prompt": "w5"}), ("question", [])):
-        assert service.http.post(f"/v1/heatmaps/{kind}", json=wrong).status_code == 400
+    odd = {**question["units"][0], "start": "x"}
+    for kind, wrong in (
+        ("explanation", {"prompt": "w5"}),
+        ("explanation", {**result, "levels": ["a"] * 6}),
+        ("question", {"prompt": "w5"}),
+        ("question", []),
+        ("question", {**question, "units": [odd]}),
+        ("question", {**question, "levels": 7}),
+    ):
+        response = service.http.post(f"/v1/heatmaps/{kind}", json=wrong)
+        assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request"), wrong
+    many = {**question, "units": question["units"][:1] * 51}  # of units that overlap a heatmap says each at every piece
+    response = service.http.post("/v1/heatmaps/question", json=many)
+    assert response.status_code == 413
+    assert "units: the prompt has 51" in response.json()["error"]["message"]
     assert service.http.post("/v1/heatmaps/explanation", content="{", headers=JSON).status_code == 400
     with running(model, tokenizer, token="secret") as locked:
         assert locked.http.post("/v1/heatmaps/explanation", json=result).status_code == 401

@@ -10,26 +10,37 @@ from atman_kernels.errors import InputError
 from atman_kernels.result.explanation import Explanation
 from atman_kernels.result.html import bare_fragment, unfinished
 from atman_kernels.result.json_format import units_from_json, values_from_json
+from atman_kernels.serve.measuring import Measuring
+from atman_kernels.serve.service import TheService
 
 router = APIRouter(include_in_schema=False)
 
 
 @router.post("/v1/heatmaps/explanation")
-async def explanation(http: Request) -> Response:
+async def explanation(http: Request, service: TheService) -> Response:
     """An explanation, in the form in which it is saved, as a fragment of HTML."""
-    content = await _content(http)
-    return HTMLResponse(await run_in_threadpool(lambda: bare_fragment(Explanation(**values_from_json(content)))))
+    return HTMLResponse(await run_in_threadpool(_finished, await _content(http), service.engine.measuring))
 
 
 @router.post("/v1/heatmaps/question")
-async def question(http: Request) -> Response:
-    """What is known before the first score: prompt, target and units, as a fragment of HTML."""
-    content = await _content(http)
+async def question(http: Request, service: TheService) -> Response:
+    """What is known before the first score: prompt, target, units and levels, as a fragment of HTML."""
+    return HTMLResponse(await run_in_threadpool(_unfinished, await _content(http), service.engine.measuring))
+
+
+def _finished(content: Any, measuring: Measuring) -> str:
+    found = Explanation(**values_from_json(content))
+    measuring.check_spans([(unit.start, unit.end) for unit in found.units])
+    return bare_fragment(found)
+
+
+def _unfinished(content: Any, measuring: Measuring) -> str:
     try:
-        prompt, target, units = content["prompt"], content["target"], units_from_json(content["units"])
-    except (KeyError, TypeError, ValueError) as error:
+        units, levels = units_from_json(content["units"]), tuple(content.get("levels", ()))
+        measuring.check_spans([(unit.start, unit.end) for unit in units])
+        return unfinished(content["prompt"], content["target"], units, levels)
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"not a question: {error}") from error
-    return HTMLResponse(await run_in_threadpool(unfinished, prompt, target, units))
 
 
 async def _content(http: Request) -> Any:

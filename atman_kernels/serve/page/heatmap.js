@@ -19,7 +19,7 @@ export function filling(question, pictures, show) {
 
   async function draw() {
     const mine = (asked += 1);
-    const section = withPictures(await rendered("question", { prompt: question.prompt, target: question.target, units }), pictures);
+    const section = withPictures(await rendered("question", { ...question, units }), pictures);
     if (mine !== asked || !show(section)) return;
     spans = [...section.querySelectorAll("[data-units]")].map((span) => [span, span.dataset.units.split(" ").map(Number)]);
     for (const [span] of spans) span.classList.add("waiting");
