@@ -33,7 +33,7 @@ LAYERS, HEADS, PROMPT, ANSWER = 3, 4, 24, 3
 PROMPTS, SAMPLES, STEPS = 4, 32, 300
 
 
-class Trainer(LinearScoreEstimatorTrainer):  # type: ignore[misc]
+class Trainer(LinearScoreEstimatorTrainer):
     """at2's own learner over features that are already there."""
 
     def __init__(self, features: list[Tensor], responses: list[Tensor]) -> None:
