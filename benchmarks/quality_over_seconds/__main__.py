@@ -6,7 +6,8 @@
     python -m benchmarks.quality_over_seconds --draw
 
 Every finished explanation is a line of --measurements, so that a run which was stopped goes on; lengths take turns, so
-that it may be stopped at any time. The rows of the result file are replaced setting by setting.
+that it may be stopped (Ctrl-C) at any time: the table is then of what is there. The rows of the result file are
+replaced setting by setting. AT2's weights of SmolLM2 are beside the results.
 """
 
 import json
@@ -25,6 +26,7 @@ from atman_kernels.evaluation.metrics import confidence_interval
 from atman_kernels.evaluation.quality import EvaluationProtocol, Setting, measure, summarize
 from atman_kernels.evaluation.results import ResultFile
 from atman_kernels.evaluation.squad import Item, read_items, split_of, usable
+from atman_kernels.explain.head_weights import HeadWeights
 from benchmarks.explain import write
 from benchmarks.machine import REPOSITORY, RESULTS, cpu_slug, environment
 from benchmarks.prompts import find_squad
@@ -35,6 +37,7 @@ COUNTS = "128:40,256:20,512:8"
 SETTINGS = ("direct", "at2", "attnlrp", "linear", "search", "atman", "contextcite_32", "contextcite_64",
             "contextcite_256", "random")  # fmt: skip
 OURS = ("direct", "search", "atman")
+WEIGHTS = {"smollm2": RESULTS / "at2-smollm2.safetensors"}  # fitted on the split dev
 PROTOCOL = EvaluationProtocol(units="token", passage_only=True)
 FIGURE = REPOSITORY / "docs" / "images" / "quality-over-seconds.svg"
 
@@ -44,7 +47,9 @@ FIGURE = REPOSITORY / "docs" / "images" / "quality-over-seconds.svg"
 @click.option("--counts", default=COUNTS, show_default=True, metavar="TOKENS:N,…", help="Lengths, questions of each.")
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--at2-weights", type=click.Path(path_type=Path), help="What atman bench fit-at2 wrote.")
+@click.option(
+    "--at2-weights", type=click.Path(path_type=Path), help="What atman bench fit-at2 wrote.  [default: of smollm2]"
+)
 @click.option("--only", metavar="NAME,NAME", help=f"Some of {', '.join(SETTINGS)}.")
 @click.option("--again", is_flag=True, help="Forget what was measured of these settings.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
@@ -73,6 +78,7 @@ def main(
     if not draw_only:
         torch.set_num_threads(threads)
         lengths = _counts(counts)
+        at2_weights = at2_weights or WEIGHTS.get(model)
         settings = _settings(only, at2_weights)
         measurements = measurements or REPOSITORY / "build" / f"quality-over-seconds-{cpu_slug()}.jsonl"
         measurements.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +86,8 @@ def main(
         if again:
             forget(measurements, {setting.name for setting in settings})
         facts = _run(_squad(squad), lengths, header, settings, ResultFile(measurements, header))
+        if at2_weights is not None and at2_weights.is_file():
+            facts |= {"at2": HeadWeights.load(at2_weights).fit}
         write(output, table(output, header | facts, rows_of(ResultFile(measurements, header), settings, lengths)))
     result = json.loads(output.read_text(encoding="utf-8"))
     draw(result, figure)
@@ -98,7 +106,10 @@ def _run(
     warm = replace(items[0], id="warm-up", context=items[0].context[-200:])
     _warm_up(loaded, tokenizer, warm, settings)
     with tqdm(total=len(items) * len(settings), unit="explanation", disable=not sys.stderr.isatty()) as bar:
-        measure(loaded, tokenizer, items, settings, PROTOCOL, file, bar.update)
+        try:
+            measure(loaded, tokenizer, items, settings, PROTOCOL, file, bar.update)
+        except KeyboardInterrupt:
+            click.echo("Stopped; what was measured so far is in the table. The same command goes on.", err=True)
     sizes: dict[str, list[int]] = {}
     for item in items:
         sizes.setdefault(item.id.rpartition("@")[2], []).append(len(tokenizer(item.prompt(False))["input_ids"]))
@@ -133,14 +144,14 @@ def questions(tokenizer: Any, squad: Path, lengths: dict[int, int], seed: int) -
 def rows_of(file: ResultFile, settings: list[Setting], lengths: dict[int, int]) -> list[dict[str, Any]]:
     """One row per length and setting, with 95 % bootstrap intervals."""
     rows, where = [], environment()
-    measured = {"date": where["date"], "commit": where["commit"], "package": where["sources"]["package"]}
+    tabulated = {"date": where["date"], "commit": where["commit"], "package": where["sources"]["package"]}
     for tokens in lengths:
         own = [entry for entry in file.entries if entry["item"].endswith(f"@{tokens}")]
         for setting in settings:
             entries = [entry for entry in own if entry["setting"] == setting.name]
             for summary in summarize(entries):
                 row = {"tokens": tokens, "setting": setting.name, "items": summary.items, "values": summary.values}
-                rows.append(row | {"intervals": summary.intervals | _seconds(entries), "measured": measured})
+                rows.append(row | {"intervals": summary.intervals | _seconds(entries), "tabulated": tabulated})
     return rows
 
 
@@ -155,10 +166,10 @@ def _seconds(entries: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 def table(output: Path, header: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The result file's content: new rows in the place of those that it has of the same length and setting."""
     new = {(row["tokens"], row["setting"]) for row in rows}
-    old = json.loads(output.read_text(encoding="utf-8"))["rows"] if output.is_file() else []
-    kept = [row for row in old if (row["tokens"], row["setting"]) not in new]
+    old = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"rows": []}
+    kept = [row for row in old["rows"] if (row["tokens"], row["setting"]) not in new]
     rows = sorted([*kept, *rows], key=lambda row: (row["tokens"], SETTINGS.index(row["setting"])))
-    return {**header, "units": "tokens of the passages", "environment": environment(), "rows": rows}
+    return {**old, **header, "units": "tokens of the passages", "environment": environment(), "rows": rows}
 
 
 def forget(measurements: Path, settings: set[str]) -> None:
@@ -224,7 +235,7 @@ def _settings(only: str | None, at2_weights: Path | None) -> list[Setting]:
         raise click.UsageError(f"--only: {unknown[0]!r} is none of {', '.join(SETTINGS)}")
     if "at2" not in names:
         at2_weights = None
-    elif at2_weights is None:
+    elif at2_weights is None or not at2_weights.is_file():
         raise click.UsageError("--at2-weights is missing; leave at2 out by --only, or fit it: atman bench fit-at2")
     return compared(",".join(names), {}, 16, None if at2_weights is None else str(at2_weights))
 

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from atman_kernels.evaluation.squad import Item, split_of
 from atman_kernels.hf.models.loading import load_model
+from benchmarks.quality_over_seconds import __main__ as program
 from benchmarks.quality_over_seconds.__main__ import ahead, main, markdown, table
 from benchmarks.quality_over_seconds.questions import lengthened, short_questions
 
@@ -90,7 +91,11 @@ def squad(tmp_path):
     return file
 
 
-def test_measured_in_stages_and_row_by_row(model, tiny_llama, squad, tmp_path):
+def stopped(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_measured_in_stages_and_row_by_row(model, tiny_llama, squad, tmp_path, monkeypatch):
     weights = even_weights(model[0], tmp_path)
     common = ["--squad", squad, "--model", tiny_llama, "--dtype", "float32", "--at2-weights", weights]
     common += [
@@ -118,6 +123,9 @@ def test_measured_in_stages_and_row_by_row(model, tiny_llama, squad, tmp_path):
     result, second = run(*only, "--counts", "90:3,120:1")
     assert second[: len(first)] == first, "what was there is not measured again"
     assert len(second) == len(first) + 4
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "measure", stopped)
+        assert len(run(*only, "--counts", "90:3,120:1")[0]["rows"]) == 8, "the table is of what is there"
     result, third = run("--only", "search", "--counts", "90:3,120:1", "--again")
     kept = [line for line in second if json.loads(line).get("setting") != "search"]
     assert third[: len(kept)] == kept
@@ -131,7 +139,7 @@ def test_measured_in_stages_and_row_by_row(model, tiny_llama, squad, tmp_path):
         (("--counts", "128"), "--counts must be like 128:40"),
         (("--counts", "128:0"), "--counts must be like 128:40"),
         (("--only", "chefer"), "'chefer' is none of direct, "),
-        (("--only", "at2"), "--at2-weights is missing"),
+        (("--only", "at2", "--model", "other"), "--at2-weights is missing"),
         (("--only", "direct", "--squad", "nowhere.json"), "does not exist"),
     ],
 )
