@@ -25,6 +25,7 @@ _HOME = {
     "UnsupportedModelError": "errors",
     "BackendUnavailableError": "errors",
     "Cancelled": "errors",
+    "RankError": "errors",
 }
 __all__ = [
     "Ablation",
@@ -34,6 +35,7 @@ __all__ = [
     "Explanation",
     "InputError",
     "Occurrence",
+    "RankError",
     "Steered",
     "Unit",
     "UnsupportedModelError",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from atman_kernels.errors import BackendUnavailableError, Cancelled, InputError, UnsupportedModelError
+    from atman_kernels.errors import BackendUnavailableError, Cancelled, InputError, RankError, UnsupportedModelError
     from atman_kernels.explain.explainer import Explainer
     from atman_kernels.hf.attention.suppression import suppress
     from atman_kernels.hf.models.loading import load_model

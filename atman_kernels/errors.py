@@ -42,6 +42,21 @@ class Cancelled(Exception):  # as asyncio's and concurrent.futures' are called
     """
 
 
+class RankError(RuntimeError):
+    """Another process that has a part of the same model ended, failed, or did not answer; the message says which.
+
+    Where it was in the middle of a forward, all of them have to be started anew.
+
+    Example:
+        >>> import atman_kernels as ak
+        >>> try:                                                                        # doctest: +SKIP
+        ...     explainer.explain("The capital of France is", " Paris")
+        ... except ak.RankError as error:
+        ...     print(error)
+        another process that has a part of this model ended or did not answer, as rank 1 of 2 sees it; …
+    """
+
+
 class BackendUnavailableError(RuntimeError):
     """An explicitly requested backend cannot run here; nothing falls back in silence.
 

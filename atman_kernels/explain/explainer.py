@@ -4,9 +4,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+import atman_kernels
 from atman_kernels.arguments import choice, described, flag, integer, of_entry
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain import methods
@@ -18,6 +21,7 @@ from atman_kernels.formula import MODES
 from atman_kernels.hf.attention.layers import checked_layers
 from atman_kernels.hf.images.embedding import check_vision
 from atman_kernels.hf.models.eval_mode import evaluating
+from atman_kernels.hf.models.ranks import Ranks, check_sharding, in_step
 from atman_kernels.hf.models.tasks import Task, part_of, task_of
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.image_units import PATCHES, ImageUnitChoice
@@ -85,6 +89,7 @@ class Explainer:
         model = unwrapped(model)
         self.task = task_of(model)
         part = part_of(model, self.task)  # refuses what cannot be reached
+        check_sharding(model, part)
         self.vision = flag(vision, "vision")
         if self.vision:
             _check_vision(model, self.task)
@@ -101,6 +106,7 @@ class Explainer:
         how = Perturbation(choice(mode, "mode", MODES), factor, threshold, checked_layers(part, layers))
         self.runner = Runner(model, how, token_budget, checked_progress(progress))
 
+    @in_step
     def explain(
         self,
         prompt: Prompt | tuple[str, str] | Mapping[str, Any] | None = None,
@@ -203,6 +209,7 @@ class Explainer:
             raise InputError(f"include_target, chat, versus and other methods are for language models; {name} is none")
         return request
 
+    @in_step
     def explain_batch(
         self,
         prompts: Sequence[Prompt | Mapping[str, Any]],
@@ -266,6 +273,7 @@ class Explainer:
         for number, request in enumerate(requests):
             with of_entry(None if len(requests) == 1 else f"prompt {number}"):
                 self._check(request, method)
+        self._agree(requests, method=method.name, options=method.options, depth=depth)
         together = [request for request in requests if not request.has_images]
         with evaluating(self.model):
             found = iter(self._explained_together(method, together, depth) if together else [])
@@ -273,6 +281,21 @@ class Explainer:
                 self._explained_together(method, [request], depth)[0] if request.has_images else next(found)
                 for request in requests
             ]
+
+    def _agree(self, requests: list[Request], **asked: Any) -> None:
+        """Raises InputError where other processes that share the model were given something else."""
+        if self.ranks.size == 1:
+            return
+        same = [request.common for request in requests]
+        self.ranks.agree(
+            "what is asked",
+            versions=[atman_kernels.__version__, torch.__version__, transformers.__version__],
+            settings=[self.suppression, self.vision, same],
+            prompts=[[r.prompt, r.images, r.audio, r.labels, r.pooling] for r in requests],
+            targets=[[r.target, r.versus] for r in requests],
+            units=[r.units for r in requests],
+            **asked,
+        )
 
     def _check(self, request: Request, method: methods.Method) -> None:
         """Raises InputError if something of a request does not go with the rest, or with the model."""
@@ -306,6 +329,7 @@ class Explainer:
             explanations[first] = contrast(explanations[first], explanations[second], errors)
         return explanations[: len(requests)]
 
+    @in_step
     def ablate(
         self,
         prompt: Prompt,
@@ -343,6 +367,7 @@ class Explainer:
             torch.Size([1000, 1])
         """
         depth = Depth.checked(recompute, None, methods.method("atman", {}), self.task)
+        self.ranks.agree("an ablation", recompute=depth.recompute)
         started = time.perf_counter()
         objective = self.objective_of(
             prompt,
@@ -373,6 +398,7 @@ class Explainer:
             stats=seconds | outcome.work.stats,
         )
 
+    @in_step
     def objective_of(
         self, prompt: Prompt, target: str | None = None, units: UnitChoice = "token", **common: Any
     ) -> CausalObjective:
@@ -392,9 +418,15 @@ class Explainer:
         if request.is_nested:
             raise InputError("units of an ablation are of one level: a mask has a column for each of them")
         check_request(self._reader, request)
+        self._agree([request])
         with evaluating(self.model):
             (objective,) = causal_objectives(self._reader, [request])
         return objective
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the model; this one alone, mostly."""
+        return self.runner.ranks
 
     @property
     def factor(self) -> float:

@@ -85,9 +85,14 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Whether somebody has put a forward on the instance, other than accelerate, which only brings weights, and us."""
+    """Whether somebody has put a forward on the instance, other than us.
+
+    accelerate does, which only brings weights, and transformers, which deals modules out to several processes.
+    """
     own = module.__dict__.get("forward")
-    return own is not None and "_old_forward" not in module.__dict__ and not is_replacement(own)
+    if own is None or "_old_forward" in module.__dict__ or is_replacement(own):
+        return False
+    return not getattr(own, "__globals__", {}).get("__name__", "").startswith("transformers.")
 
 
 class _Method:

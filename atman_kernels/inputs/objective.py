@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.attention.pooling import encoder_run
 from atman_kernels.hf.attention.suppressed_runs import SuppressedRun
+from atman_kernels.hf.models.ranks import ranks_of
 from atman_kernels.planning.units import Unit
 from atman_kernels.result.data import LOG_PROBABILITY
 
@@ -126,22 +127,25 @@ class ForwardObjective(Objective):
         return self.suppressed
 
     def values_as_it_is(self, model: PreTrainedModel) -> Tensor:
-        with torch.no_grad():
-            return self.forward(1)[0]
+        ranks = ranks_of(model)
+        with torch.no_grad(), ranks.forward():
+            values = self.forward(1)[0]
+        return ranks.shared(values)
 
     def values(
         self, model: PreTrainedModel, factors: Tensor | None, *, mode: str, layers: tuple[int, ...] | None
     ) -> Tensor:
         make = partial(encoder_run, self.suppressed) if self.run is None else self.run
         run = make(factors, mode=mode, layers=layers)
-        with run.installed(self.suppressed, self.suppressed), torch.no_grad():
+        ranks = ranks_of(model)
+        with run.installed(self.suppressed, self.suppressed), torch.no_grad(), ranks.forward():
             values = self.forward(1 if factors is None else len(factors))
         if not run.reached:
             raise UnsupportedModelError(
                 f"{type(self.suppressed).__name__} cannot be explained: a forward of it never called the attention "
                 "function"
             )
-        return values
+        return ranks.shared(values)
 
     def embeddings(self, model: PreTrainedModel) -> Tensor | None:
         return None if self.read_embeddings is None else self.read_embeddings()

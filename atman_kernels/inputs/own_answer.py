@@ -8,7 +8,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from atman_kernels.errors import InputError
-from atman_kernels.progress import listener
+from atman_kernels.hf.models.ranks import Ranks, ranks_of
+from atman_kernels.progress import Listener, listener
 
 # One answer, as a tensor of ids, by plain greedy search. What a config says of logits and of stopping stays.
 _GREEDY: dict[str, Any] = {
@@ -82,11 +83,15 @@ def generated(
         asked["tokenizer"] = tokenizer
     if asked.get("pad_token_id") is None and getattr(config, "pad_token_id", None) is None:  # it would say so
         asked["pad_token_id"] = next(iter([*_ids(tokenizer.pad_token_id), *sorted(end_ids(model, tokenizer)), 0]))
-    heard = listener()
-    if heard is not None:
-        asked["streamer"] = _Telling(heard.answering())
+    heard, ranks = listener(), ranks_of(model)
+    if heard is not None or ranks.size > 1:
+        asked["streamer"] = _Telling((heard or Listener()).answering(), ranks)
+    if ranks.stage is not None:  # later stages cannot tell from a cache where a token stands
+        asked["use_cache"] = False
+    ranks.agree("the model's own answer", tokens=inputs, max_new_tokens=max_new_tokens)
     try:
-        output = (generate or model.generate)(**inputs, **asked)
+        with ranks.forward():
+            output = (generate or model.generate)(**inputs, **asked)
     except ValueError as error:
         if not stops:
             raise
@@ -100,13 +105,14 @@ def generated(
 class _Telling(BaseStreamer):
     """Passes on the ids of an answer, one by one; `generate` gives a streamer what was there before, first."""
 
-    def __init__(self, tell: Callable[[int], object]) -> None:
-        self._tell, self._begun = tell, False
+    def __init__(self, tell: Callable[[int], object], ranks: Ranks) -> None:
+        self._tell, self._ranks, self._begun = tell, ranks, False
 
     def put(self, value: Tensor) -> None:
         if self._begun:
             for token in value.flatten().tolist():
                 self._tell(token)
+            self._ranks.agree("a token of the model's own answer", token=value)
         self._begun = True
 
     def end(self) -> None:

@@ -12,7 +12,9 @@ from atman_kernels.arguments import of_entry
 from atman_kernels.hf.forward.base import own_logprobs
 from atman_kernels.hf.forward.full_rows import full_row_logprobs
 from atman_kernels.hf.models.model_input import Embedded, ModelInput, WithPixels
+from atman_kernels.hf.models.parts import text_stack
 from atman_kernels.hf.models.placement import input_device
+from atman_kernels.hf.models.ranks import ranks_of
 from atman_kernels.inputs.limits import check_length, language_positions, room_for_answer
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.own_answer import check_said, end_ids, generated, without_ends
@@ -83,8 +85,14 @@ class CausalObjective(Objective):
     def embeddings(self, model: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             inputs = self.inputs
-            merged = inputs.embeddings if isinstance(inputs, Embedded) else model.get_input_embeddings()(inputs)
-            return merged.float().cpu()
+            if isinstance(inputs, Embedded):
+                return inputs.embeddings.float().cpu()
+            ranks = ranks_of(model)
+            with ranks.forward():
+                found = model.get_input_embeddings()(inputs)
+            if ranks.stage is not None and not ranks.stage.pp_is_first_stage:  # the others have none
+                found = torch.empty(len(inputs), text_stack(model).config.hidden_size)
+            return ranks.shared(found.float().cpu(), of_the_first=True)
 
 
 def ask(

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from atman_kernels.hf.forward.base import Base
 from atman_kernels.hf.forward.packed import grow, packed_logprobs
-from atman_kernels.hf.models.memory import free_bytes
 from atman_kernels.hf.models.model_input import ModelInput, concatenated
 from atman_kernels.hf.models.placement import input_device
 from atman_kernels.inputs.objective import Objective
@@ -110,7 +109,9 @@ class PackedRuns:
         levels alone: with four times as many, 800 subsets of 20 sentences ran a tenth faster.
         """
         yield from self.run(base, tree.variants)
-        capacity = max(1, min(self.budget, free_bytes(self.model) // FREE_SHARE // base.bytes_per_key))
+        ranks = self.work.ranks
+        kept = ranks.free_bytes(self.model) // FREE_SHARE // base.bytes_per_key
+        capacity = ranks.least("the memory for shared prefixes", max(1, min(self.budget, kept)))
         for prefixes in chunks(tree.prefixes, capacity):
             grown = base.emptied([t.stretch.length for t in prefixes])
             self._grow(base, [t.stretch for t in prefixes], grown)

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from atman_kernels.errors import UnsupportedModelError
 from atman_kernels.hf.forward.base import Base, PackingUnsupportedError, base_run, join_and_clear
-from atman_kernels.hf.models.memory import activation_bytes_per_token, free_bytes
+from atman_kernels.hf.models.memory import activation_bytes_per_token
 from atman_kernels.hf.models.packability import why_lengths_do_not_mix
 from atman_kernels.hf.models.parts import computing_dtype
 from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.models.quantised import rounding_dtype, why_rows_do_not_mix
+from atman_kernels.hf.models.ranks import ranks_of
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.planning.factors import first_suppressed
@@ -81,6 +82,7 @@ class Runner:
         self.perturbation = perturbation
         self.token_budget = token_budget
         self.progress = progress
+        self.ranks = ranks_of(model)
         self.unpackable: str | None = None  # the reason, once it is known
         self._mixing = why_rows_do_not_mix(model)  # why rows must not share a forward, once it is known
         self._told = False
@@ -114,6 +116,7 @@ class Runner:
             MemoryError: a single variant does not fit.
         """
         factors = list(factors)
+        self.ranks.agree("what is suppressed", factors=factors, recompute=recompute, begun=started is not None)
         started = self.start(objectives) if started is None else started
         objectives, work = started.objectives, started.work
         packable = started.packable if recompute is None else self.packable(started)
@@ -155,7 +158,8 @@ class Runner:
 
     def start(self, objectives: Sequence[Objective]) -> "Started":
         """The base runs, and the probe whether packs reproduce them."""
-        started, clock = Started(list(objectives), Work()), time.perf_counter()
+        started, clock = Started(list(objectives), Work(ranks=self.ranks)), time.perf_counter()
+        self._agree_on(started.objectives)
         self._forget_other_dtypes()
         sequences = [each for objective in objectives if (each := objective.sequence) is not None]
         if len(sequences) < len(started.objectives):
@@ -180,9 +184,22 @@ class Runner:
     def _budget(self, objectives: Sequence[Objective]) -> int:
         """Tokens per forward, of the memory that base runs leave."""
         if self.token_budget is not None:
-            return self.token_budget
+            return self.ranks.least("token_budget", self.token_budget)
         part = objectives[0].part(self.model)
-        return token_budget(free_bytes(part), activation_bytes_per_token(part), input_device(part).type)
+        free = self.ranks.free_bytes(part)
+        return token_budget(free, activation_bytes_per_token(part), input_device(part).type)
+
+    def _agree_on(self, objectives: Sequence[Objective]) -> None:
+        """Raises InputError where other ranks of the model ask something else."""
+        if self.ranks.size > 1:
+            sequences = [each.sequence for each in objectives]
+            self.ranks.agree(
+                "the questions",
+                tokens=[each and (each.ids, each.prompt_length) for each in sequences],
+                targets=[(each.target_tokens, each.positions) for each in objectives],
+                units=[each.units for each in objectives],
+                quantisation=self._mixing,
+            )
 
     # Packs ----------------------------------------------------------------------------------------------------
 
@@ -230,21 +247,38 @@ class Runner:
             return None
         bases, logprobs = [], []
         for objective in objectives:
-            try:
-                base, own = base_run(self.model, objective.inputs, objective.rows, objective.targets)
-            except PackingUnsupportedError as error:
-                self._fall_back(str(error))
+            found = self._base_of(objective)
+            if found is None:
                 return None
+            base, own = found
             work.add(len(objective.inputs), 1)
             self._check_attention(objective, own, work)
             bases.append(base)
             logprobs.append(own)
-            del base  # the list alone holds it, so that joining frees what it has copied
+            del base, found  # the list alone holds it, so that joining frees what it has copied
         try:
             return join_and_clear(bases), logprobs
         except PackingUnsupportedError as error:
             self._fall_back(str(error))
             return None
+
+    def _base_of(self, objective: CausalObjective) -> tuple[Base, Tensor] | None:
+        """One unperturbed run; None where some rank of the model cannot go on from it."""
+        found, reason = None, None
+        try:
+            found = base_run(self.model, objective.inputs, objective.rows, objective.targets)
+        except PackingUnsupportedError as error:
+            reason = str(error)
+        if found is not None and self.ranks.stage is not None and found[0].patterns:
+            reason = "layers on several pipeline stages have attention masks of their own"
+        far = found is not None and found[0].by_position
+        said = self.ranks.gathered("a base run", [reason and reason[:400], far])
+        reason = next((theirs for theirs, _ in said if theirs is not None), None)
+        if found is None or reason is not None:
+            self._fall_back(str(reason))
+            return None
+        base, logprobs = found
+        return replace(base, by_position=any(theirs for _, theirs in said)), logprobs
 
     def _check_attention(self, objective: Objective, ours: Tensor, work: Work) -> None:
         """The model with our attention is the model with its own.

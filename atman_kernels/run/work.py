@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from atman_kernels.hf.models.memory import is_out_of_memory
+from atman_kernels.hf.models.ranks import ALONE, Ranks
 from atman_kernels.planning.packing import Variant, VariantQueue
 from atman_kernels.progress import Listener, listener
 
@@ -22,6 +23,7 @@ class Work:
     variants: int = 0
     token_budget: int = 0
     advance: Callable[[int], object] = field(default=lambda tokens: None, repr=False)  # shows progress, in tokens
+    ranks: Ranks = field(default=ALONE, repr=False)  # which do the work together
 
     def add(self, tokens: int, variants: int) -> None:
         """Counts one forward over so many tokens."""
@@ -45,7 +47,8 @@ def in_pieces(
 ) -> Iterator[tuple[list[Variant], Result]]:
     """Runs variants in pieces of at most `budget` tokens, and yields each piece with its result.
 
-    When memory runs out the budget is halved, and only the piece that failed is repeated, in smaller ones.
+    When memory runs out the budget is halved, and only the piece that failed is repeated, in smaller ones; where a
+    model is shared with other processes this ends all of them, see `Ranks.forward`.
 
     Args:
         variants: what runs.
@@ -54,15 +57,18 @@ def in_pieces(
         run: runs one piece, and counts what it cost.
 
     Raises:
-        MemoryError: a single variant does not fit.
+        MemoryError: a single variant does not fit, or a piece on one of several ranks.
     """
     queue = VariantQueue(variants, budget)
     for taken in queue:
+        work.ranks.agree("a forward", variants=[(v.objective, v.row, v.prefix, v.length) for v in taken])
         try:
             result = run(taken)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if work.ranks.size > 1:
+                raise work.ranks.out_of_memory(error) from error
             if not queue.put_back(taken):
                 raise MemoryError(
                     f"out of memory on a single variant of {taken[0].suffix} tokens; a shorter prompt, a smaller dtype "

@@ -1,22 +1,19 @@
 """`explain_part`: rows of a data set explained in this process, or in a group of processes that share a model."""
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import atman_kernels
 from atman_kernels import Explainer, arguments
 from atman_kernels.errors import InputError
-from atman_kernels.hf.models.placement import input_device
+from atman_kernels.hf.models.ranks import Ranks
 from atman_kernels.scale.crew import Task
 from atman_kernels.scale.dataset import DatasetRun, Queue, Results, Run, rows_left
 from atman_kernels.scale.options import sorted_options
@@ -69,10 +66,10 @@ def explain_part(
     part = arguments.integer(part, "part", least=0, most=parts - 1)
     size = arguments.integer(prompts_per_task, "prompts_per_task", least=1)
     progress = arguments.flag(progress, "progress")
-    group = _Group(input_device(explainer.model))
+    ranks = explainer.ranks
     with ExitStack() as stack:
         results: Results = _Nowhere(id_column)
-        with group.agreeing() as given:
+        with ranks.in_step("explain_part"):
             asking = _asking(options, units)
             data = Source(source, id_column, prompt_column, target_column)
             there = dict(islice(data.fingerprints().items(), part, None, parts))
@@ -82,16 +79,17 @@ def explain_part(
                 "explainer": explainer.suppression, "options": asking, "part": part, "parts": parts,
                 "atman_kernels": atman_kernels.__version__,
             }  # fmt: skip
-            given += [json.dumps(settings), *there.values()]
+            ranks.agree("a data set", settings=settings, rows=list(there.items()))
             left: set[Id] = set()
-            if group.is_first and there:
+            if ranks.own == 0 and there:
                 results = stack.enter_context(closing(Output(output, settings, type(next(iter(there))))))
                 left = rows_left(there, results.fingerprints)
-        left = group.of_the_first(list(there), left)
+            ranks.agree("the results that are there")
+            left = _of_the_first(ranks, list(there), left)
         if left:
             rows = (row for row in data.rows() if row.id in left)
-            crew = _Here(explainer, in_step=group.size > 1)
-            Run(crew, results, Queue(rows, size, asking), len(left), len(there)).go(progress and group.is_first)
+            crew = _Here(explainer, in_step=ranks.size > 1)
+            Run(crew, results, Queue(rows, size, asking), len(left), len(there)).go(progress and ranks.own == 0)
     return DatasetRun(os.fspath(output), len(there), len(left), results.failed, time.perf_counter() - started)
 
 
@@ -131,41 +129,8 @@ class _Nowhere:
         self.failed += sum(row.get("error") is not None for row in rows)
 
 
-class _Group:
-    """The processes that share a model; this one alone where torch's process group was not begun."""
-
-    def __init__(self, device: torch.device) -> None:
-        begun = dist.is_available() and dist.is_initialized()
-        self.size = dist.get_world_size() if begun else 1
-        self.is_first = not begun or dist.get_rank() == 0
-        self.device = device
-
-    @contextmanager
-    def agreeing(self) -> Iterator[list[str]]:
-        """An error in one process is one in all, and what is put into the list must be the same in all."""
-        given: list[str] = []
-        error: Exception | None = None
-        try:
-            yield given
-        except Exception as found:
-            error = found
-        digest = hashlib.blake2b("\n".join(given).encode(), digest_size=7).digest()
-        own = torch.tensor([error is None, int.from_bytes(digest, "big")], dtype=torch.int64, device=self.device)
-        every = [own]
-        if self.size > 1:
-            every = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(every, own)
-        if error is not None:
-            raise error
-        if not all(one[0] for one in every):
-            raise InputError("another process of the group cannot go on; its own error says why")
-        if len({int(one[1]) for one in every}) > 1:
-            raise InputError("the processes of the group were given different rows, settings or versions")
-
-    def of_the_first(self, keys: Sequence[Id], chosen: set[Id]) -> set[Id]:
-        """Which of the keys the first process has chosen."""
-        if self.size == 1:
-            return chosen
-        marks = torch.tensor([key in chosen for key in keys], dtype=torch.uint8, device=self.device)
-        dist.broadcast(marks, src=0)
-        return {key for key, mark in zip(keys, marks.tolist(), strict=True) if mark}
+def _of_the_first(ranks: Ranks, keys: Sequence[Id], chosen: set[Id]) -> set[Id]:
+    """Which of the keys the first rank has chosen."""
+    marks = torch.tensor([key in chosen for key in keys], dtype=torch.uint8, device="cpu")
+    marks = ranks.shared(marks, of_the_first=True) if keys else marks
+    return {key for key, mark in zip(keys, marks.tolist(), strict=True) if mark}

@@ -15,6 +15,7 @@ from atman_kernels.hf.attention.suppression import suppressed
 from atman_kernels.hf.models.eval_mode import check_loaded
 from atman_kernels.hf.models.parts import is_encoder_decoder
 from atman_kernels.hf.models.placement import input_device
+from atman_kernels.hf.models.ranks import ranks_of
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.hf.scope import Scope
 from atman_kernels.inputs.limits import check_ids, check_length, language_positions, room_for_answer
@@ -64,7 +65,10 @@ def steer(
         ...     logits = model(**steered.inputs).logits
     """
     check_loaded(model)
-    steered = _prepare(model, tokenizer, prompt, spans, chat)
+    ranks = ranks_of(unwrapped(model))
+    with ranks.in_step("steer"):
+        steered = _prepare(model, tokenizer, prompt, spans, chat)
+        ranks.agree("a steering", prompt=steered.inputs, spans=steered.factor)
     with suppressed(model, steered.factor, mode=mode, layers=layers, backend=backend) as scope, steered._inside(scope):
         yield steered
 
@@ -154,6 +158,8 @@ class Steered:
         if options.get("stop_strings") or getattr(config, "stop_strings", None):
             options = {"tokenizer": self._tokenizer, **options}
         options = self._within_positions(options)
+        if ranks_of(unwrapped(self._model)).stage is not None:  # as `suppress` asks for
+            options = {"use_cache": False, **options}
         until = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), _WhenLeft(self)])
         output = self._model.generate(**self.inputs, **{**options, "stopping_criteria": until})
         return output if isinstance(output, Tensor) else output.sequences

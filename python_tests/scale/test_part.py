@@ -121,7 +121,7 @@ def test_a_group_of_processes_explains_together(explainer, source, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = sorted(done.stdout.splitlines())
-    refused = "the processes of the group were given different rows, settings or versions"
+    refused = "settings: not the same on ranks 0 and 1 of 2, which share this model"
     assert lines == sorted(["7 7 1", "7 7 1", "7 0 1", "7 0 0", refused, refused])
     assert not (tmp_path / "in.jsonl.other").exists()
     check(tmp_path / "in.jsonl.out", explainer)

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atman_kernels.arguments import flag, integer, real
-from atman_kernels.errors import InputError
+from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.head_weights import HeadWeights, checked_weights
 from atman_kernels.hf.models.parts import decoder_of
+from atman_kernels.hf.models.ranks import ranks_of
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.progress import Listener, listener
 from atman_kernels.run.perturbation import Perturbation
@@ -66,6 +67,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 # these run variants, of which only the end may be recomputed
 WITH_RECOMPUTE = ("atman", "shapley", "lasso")
 WITH_FILES = ("at2",)  # these read files of this machine, which is not for everybody who may ask
+# of models that are shared among processes: by tensor parallelism, which deals out heads; and in a pipeline
+WITH_TENSOR_PARALLELISM = (
+    "atman", "linear", "shapley", "lasso", "random", "input_x_gradient", "integrated_gradients", "attnlrp",
+)  # fmt: skip
+IN_A_PIPELINE = ("atman", "shapley", "lasso", "random")
 WITH_IMAGES = ("atman", "shapley", "lasso", "random")  # the others read token ids, which images do not have
 
 
@@ -166,7 +172,14 @@ class Method:
     function: Callable[..., Any]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError if an option does not fit the model."""
+        """Raises InputError if an option does not fit the model, UnsupportedModelError if the method does not."""
+        ranks = ranks_of(model)
+        served = WITH_TENSOR_PARALLELISM if ranks.stage is None else IN_A_PIPELINE
+        if ranks.size > 1 and self.name not in served:
+            raise UnsupportedModelError(
+                f"method {self.name!r} needs all heads and layers of {type(model).__name__} in one process, and it is "
+                f"shared among {ranks.size}; there are {', '.join(served)}"
+            )
         layer, layers = self.options.get("layer"), getattr(decoder_of(model).config, "num_hidden_layers", None)
         if layer is not None and layers is not None and not -layers <= layer < layers:
             raise InputError(f"layer must be an index into {layers} layers, got {layer}")

@@ -16,7 +16,7 @@ class LayerSelection:
     """Attention layers by the index that they have in the model, or else by the order in which the model calls them."""
 
     def __init__(self, layers: Iterable[int] | None) -> None:
-        self._wanted = None if layers is None else frozenset(layers)
+        self.wanted = None if layers is None else frozenset(layers)
         self._called: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -29,9 +29,9 @@ class LayerSelection:
             return self._called.setdefault(id(module), len(self._called))
 
     def __contains__(self, layer: nn.Module | int) -> bool:
-        if self._wanted is None:
+        if self.wanted is None:
             return True
-        return (layer if isinstance(layer, int) else self.index(layer)) in self._wanted
+        return (layer if isinstance(layer, int) else self.index(layer)) in self.wanted
 
 
 def checked_layers(model: nn.Module, layers: Iterable[int] | None, name: str = "layers") -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ from atman_kernels.hf.attention.masks import compact_mask
 from atman_kernels.hf.attention.positional import Factors, LayerFactors, Queries, checked_queries
 from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.models.parts import encoder_of
+from atman_kernels.hf.models.ranks import ALONE, Ranks, has_heads_of_its_own
 from atman_kernels.hf.replacement import replaced
 from atman_kernels.hf.scope import Scope
 
@@ -61,6 +62,7 @@ class SuppressedRun(Run):
         self.backend = backend
         self.reached = False
         self.computing: Callable[[nn.Module], None] | None = None  # is told of every module that attends
+        self.ranks: Ranks = ALONE  # among which the model's heads may be dealt out
         self._forward = _ForwardState()
 
     def mask(self, **kwargs: Any) -> Tensor | None:
@@ -105,8 +107,21 @@ class SuppressedRun(Run):
         first = self._forward.offsets.get((call.query.shape[2], keys), (0, 0))[1]
         factors, value_factors = self.factors.of(layer), self.value_factors.of(layer)
         if value_factors is not None and not value_factors.neutral:
-            call = _with_scaled_values(call, value_factors.at(batch, first, keys, device))
-        return call, None if factors is None else factors.at(batch, first, keys, device)
+            scaled = self._of_own_heads(value_factors.at(batch, first, keys, device), module, call, "value_factor")
+            call = _with_scaled_values(call, scaled)
+        if factors is None:
+            return call, None
+        return call, self._of_own_heads(factors.at(batch, first, keys, device), module, call, "factor")
+
+    def _of_own_heads(self, factor: Tensor, module: nn.Module, call: AttentionCall, name: str) -> Tensor:
+        """(B, S) as it is; of (B, Hq, S) what belongs to the heads that this rank computes."""
+        number, size = self.ranks.tensor
+        if factor.ndim == 2 or size == 1 or not has_heads_of_its_own(module):
+            return factor
+        own = call.query.shape[1]
+        if factor.shape[1] != own * size:
+            raise InputError(f"{name} has {factor.shape[1]} heads, but the model's attention has {own * size}")
+        return factor[:, number * own : (number + 1) * own]
 
     def _rows(self, call: AttentionCall) -> Tensor | None:
         """(B, T) bool on the CPU, the queries to act on; None for all."""

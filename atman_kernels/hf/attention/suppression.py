@@ -1,6 +1,6 @@
 """`suppress`: any forward of an unmodified model, `generate` included, with the attention to some keys changed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, get_args
@@ -16,8 +16,9 @@ from atman_kernels.hf.attention.recomputation import Recomputations
 from atman_kernels.hf.attention.suppressed_runs import Attention, SourceRun, SuppressedRun
 from atman_kernels.hf.attention.switch import is_under_a_run
 from atman_kernels.hf.models.parts import decoder_of, is_encoder_decoder
+from atman_kernels.hf.models.ranks import check_sharding, ranks_of
 from atman_kernels.hf.models.wrapped import unwrapped
-from atman_kernels.hf.replacement import observed
+from atman_kernels.hf.replacement import observed, replaced
 from atman_kernels.hf.scope import Scope, entering_frame
 
 
@@ -89,21 +90,11 @@ def suppressed(
 ) -> Iterator[Scope]:
     """`suppress`, which tells whose calls it acts on: those of the block around which this is entered."""
     model = unwrapped(model)
-    part = _part_of(model, attention, queries)
-    for name, factors in (("factor", factor), ("value_factor", value_factor)):
-        if isinstance(factors, Mapping):
-            if layers is not None:
-                raise InputError(f"layers must be left out where {name} is a mapping, whose keys are the layers")
-            checked_layers(model, list(factors), f"the keys of {name}")
-    options: dict[str, Any] = {
-        "mode": mode,
-        "layers": checked_layers(model, layers),
-        "queries": queries,
-        "value_factor": value_factor,
-        "backend": backend,
-    }
-    is_both = is_encoder_decoder(model)
-    run = SourceRun(part, factor, attention=attention, **options) if is_both else SuppressedRun(factor, **options)
+    ranks, options = ranks_of(model), {"mode": mode, "queries": queries, "value_factor": value_factor}
+    with ranks.in_step("suppress"):
+        part, run = _run_on(model, factor, layers=layers, attention=attention, backend=backend, **options)
+        ranks.agree("a suppression", factor=factor, layers=run.layers.wanted, attention=attention, **options)
+    run.ranks = ranks
 
     scope = Scope(entering_frame())
     recomputations = Recomputations(part, scope, partial(run.reinstalled, part))
@@ -118,14 +109,46 @@ def suppressed(
         elif not run.reached:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be suppressed: a forward of it never called the attention function"
-                + (f" for attention={attention!r}" if is_both else "")
+                + (f" for attention={attention!r}" if is_encoder_decoder(model) else "")
             )
 
     with ExitStack() as stack:
         stack.enter_context(run.installed(model, part, scope))
         stack.enter_context(observed(part, check_reached))
         stack.enter_context(recomputations.watched())
+        if ranks.stage is not None:
+            stack.enter_context(replaced(model, scope, _without_a_cache))
         yield scope
+
+
+def _without_a_cache(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward of a pipeline, refused on all stages before one of them waits for another.
+
+    transformers asks layer 0's cache where a forward's tokens stand, and later stages have none of that layer.
+    """
+    if kwargs.get("past_key_values") is not None:
+        raise UnsupportedModelError(
+            "a model in pipeline stages cannot be suppressed in a forward that goes on from cached keys: their "
+            "positions are not known on later stages; call generate with use_cache=False"
+        )
+    return own(*args, **kwargs)
+
+
+def _run_on(
+    model: PreTrainedModel, factor: Factors, *, layers: Iterable[int] | None, attention: Attention, **options: Any
+) -> tuple[PreTrainedModel, SuppressedRun]:
+    """The part of a model whose attention is changed, and the run that does so, of checked arguments."""
+    part = _part_of(model, attention, options["queries"])
+    check_sharding(model, decoder_of(model))
+    for name, factors in (("factor", factor), ("value_factor", options["value_factor"])):
+        if isinstance(factors, Mapping):
+            if layers is not None:
+                raise InputError(f"layers must be left out where {name} is a mapping, whose keys are the layers")
+            checked_layers(model, list(factors), f"the keys of {name}")
+    options |= {"layers": checked_layers(model, layers)}
+    if is_encoder_decoder(model):
+        return part, SourceRun(part, factor, attention=attention, **options)
+    return part, SuppressedRun(factor, **options)
 
 
 def _part_of(model: nn.Module, attention: Attention, queries: Queries) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from atman_kernels.hf.models.model_input import ModelInput, whole_inputs
 from atman_kernels.hf.models.packability import why_unpackable
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.models.placement import devices_of
+from atman_kernels.hf.models.ranks import ranks_of
 from atman_kernels.hf.scope import Scope
 
 
@@ -208,7 +209,7 @@ def base_run(model: PreTrainedModel, ids: ModelInput, rows: Tensor, targets: Ten
         UnsupportedModelError: no layer of the model reaches the attention function.
         PackingUnsupportedError: some do not, or the model is built so that parts of a sequence cannot stand alone.
     """
-    layers = getattr(decoder_of(model).config, "num_hidden_layers", None)
+    layers = ranks_of(model).layers_of(decoder_of(model))
     run = _CaptureRun(layers if len(devices_of(model)) == 1 else None)
     with run.installed(model) as scope:
         logprobs = input_logprobs(model, ids, whole_inputs(ids), rows, targets[None], scope)[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atman_kernels.formula import widened
+from atman_kernels.formula import wide_dtype, widened
 from atman_kernels.hf.forward.fused_head import PROBE_ROWS, FusedHead, fused_head
 from atman_kernels.hf.models.model_input import (
     Embedded,
@@ -23,6 +23,7 @@ from atman_kernels.hf.models.model_input import (
 from atman_kernels.hf.models.parts import computing_dtype, decoder_of, text_stack
 from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.models.quantised import why_rows_do_not_mix
+from atman_kernels.hf.models.ranks import gathered, own_rows, ranks_of
 from atman_kernels.hf.replacement import has_hooks, innermost_forward, is_rewritten, replaced
 from atman_kernels.hf.scope import Scope
 
@@ -59,10 +60,10 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
     step = max(1, LOGITS_BYTES // (4 * vocabulary * targets.shape[0]))
     # a head whose rows depend on one another is given all of them, as in a forward of the user's
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters and why_rows_do_not_mix(model) is None
-    fused = None
+    fused, ranks = None, ranks_of(model)
     if not keeps or _is_watched_outside_its_layers(model):
         step = max(1, len(rows))
-    else:
+    elif ranks.size == 1:
         fused = fused_head(model, targets.numel())
     pieces, first = [], 0
     # tensors of other packages, such as quantised weights, refuse inference_mode
@@ -72,20 +73,25 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
         states_with_inputs(model, scope),
         _layers_run_once(model, scope) as outputs,
         head_in_float32(model, scope, fused),
+        ranks.forward(),
+        ranks.logits_staying(),
     ):
         while first < len(rows):
             chunk = rows[first : first + (PROBE_ROWS if fused else step)]
             keep = {"logits_to_keep": chunk} if keeps else {}
             logits = model(**inputs, use_cache=False, return_dict=True, **keep).logits
-            states = None if fused is None else _plain_states(fused, outputs, chunk, logits)
-            logits = logits if keeps else logits[:, chunk]
+            tokens = targets[:, first : first + len(chunk)]
             first += len(chunk)
-            pieces.append(_log_softmax_at(targets[:, first - len(chunk) : first], logits))
+            if logits is None:  # they are on the last pipeline stage
+                pieces.append(torch.zeros_like(tokens, dtype=wide_dtype(model.dtype)))
+                continue
+            states = None if fused is None else _plain_states(fused, outputs, chunk, logits)
+            pieces.append(_log_softmax_at(tokens, logits if keeps else logits[:, chunk]))
             if fused is not None and states is not None and first < len(rows):
                 pieces.append(fused.logprobs(states[:, rows[first:]], targets[:, first:]))
                 break
             fused = None
-    return torch.cat(pieces, dim=1)
+    return ranks.shared(torch.cat(pieces, dim=1))
 
 
 def _plain_states(fused: FusedHead, outputs: list[Any], rows: Tensor, logits: Tensor) -> Tensor | None:
@@ -189,16 +195,19 @@ def head_in_float32(model: PreTrainedModel, scope: Scope, fused: FusedHead | Non
     def wide(own: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         if head.weight.is_meta:  # brought by something that wraps the weight's use, not this call
             return own(hidden)
+        weights, biases = own_rows(head.weight), own_rows(head.bias)
+        if weights is None or (weights is not head.weight and torch.is_grad_enabled()):
+            return own(hidden)  # which knows how the weight lies on several ranks, and the way back
         given, hidden = hidden, hidden.float()
-        logits = hidden.new_empty(*hidden.shape[:-1], head.out_features)
+        logits = hidden.new_empty(*hidden.shape[:-1], len(weights))
         with torch.autocast(hidden.device.type, enabled=False):
-            for first in range(0, head.out_features, WIDENED_ROWS):
+            for first in range(0, len(weights), WIDENED_ROWS):
                 part = slice(first, first + WIDENED_ROWS)
-                bias = None if head.bias is None else head.bias[part].float()
-                logits[..., part] = nn.functional.linear(hidden, head.weight[part].float(), bias)
+                bias = None if biases is None else biases[part].float()
+                logits[..., part] = nn.functional.linear(hidden, weights[part].float(), bias)
         if fused is not None:
             fused.see(given, logits)
-        return logits
+        return gathered(logits, head.weight, head.out_features)
 
     with replaced(head, scope, wide, innermost_forward(head)):
         yield

@@ -1,0 +1,177 @@
+"""Models that are shared among two and three processes, by tensor and by pipeline parallelism, against one process."""
+
+import pytest
+import shared_model_cases as cases
+import torch
+import transformers as hf
+from shared_model import NOTHING, run_ranks
+from shared_model_cases import PIPELINE, TENSOR
+from tiny_models import COMMON
+
+NAMES = ("llama", "granite_swa", "gpt_oss", "gemma2", "six_heads")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    models = {name: cases.made(name) for name in NAMES}
+    models["one_layer"] = hf.LlamaForCausalLM(hf.LlamaConfig(**{**COMMON, "num_hidden_layers": 1}))
+    found = {}
+    for name, model in models.items():
+        found[name] = str(tmp_path_factory.mktemp(name))
+        model.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    return run_ranks(2, cases.two_ranks, folders)
+
+
+@pytest.fixture(scope="module")
+def three(folders):
+    return run_ranks(3, cases.three_ranks, folders)
+
+
+def check(ranks, key, expected, most=1e-4):
+    """On every rank, what one process gives."""
+    for rank in ranks:
+        assert key in rank, rank.get("failed", rank)
+        assert rank[key].keys() == expected.keys()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert (rank[key][name] - value).abs().max() <= most, name
+            else:
+                assert rank[key][name] == value, name
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding"), [("llama", TENSOR), ("granite_swa", TENSOR), ("gpt_oss", PIPELINE), ("gemma2", PIPELINE)]
+)
+def test_two_ranks_give_what_one_process_gives(two, folders, name, sharding):
+    """With grouped heads, with sinks that each rank has its own of, with windows in some layers of a stage only."""
+    expected = cases.answers(cases.loaded(folders[name]), 4)
+    assert expected["path"] == "packed"
+    check(two, f"{name} {sharding}", expected)
+
+
+@pytest.mark.parametrize("sharding", [{"tp_size": 3}, {"pp_size": 3}])
+def test_three_ranks_give_what_one_process_gives(three, folders, sharding):
+    check(three[:2], f"six_heads {sharding}", cases.answers(cases.loaded(folders["six_heads"]), 6))
+
+
+@pytest.mark.parametrize("sharding", [TENSOR, PIPELINE])
+def test_16_bit_heads_are_widened(two, folders, sharding):
+    """Layers are whole here: alone the head's rows are dealt out, or its logits sent on. All else would be rounding."""
+    expected = cases.in_16_bits(cases.loaded(folders["gpt_oss"], dtype="bfloat16"))
+    for rank in two:
+        assert (rank[f"bfloat16 {sharding}"] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sharding", "served"),
+    [
+        (TENSOR, {"atman", "shapley", "lasso", "random", "input_x_gradient", "integrated_gradients", "attnlrp"}),
+        (PIPELINE, {"atman", "shapley", "lasso", "random"}),
+    ],
+)
+def test_methods_are_right_or_refused_by_name(two, folders, sharding, served):
+    expected = cases.by_method(cases.loaded(folders["llama"]))
+    for rank in two:
+        for name, scores in rank[f"methods {sharding}"].items():
+            if name in served:
+                assert (scores - expected[name]).abs().max() <= 1e-4, name
+            else:
+                assert scores.startswith(f"method '{name}' needs all heads and layers of LlamaForCausalLM in one")
+
+
+def test_heads_that_do_not_divide_are_told_how(two, folders):
+    """The plan in the error is one that works."""
+    model = cases.loaded(folders["six_heads"])
+    expected = {"scores": cases.explainer_of(model).explain(cases.PROMPT, " w5 w6").scores}
+    expected |= cases.suppressions(model, 6)
+    for rank in two:
+        said = rank["heads"].pop("said")
+        assert "on 2 tensor-parallel ranks, which do not divide its 3 key-value heads" in said
+        assert '"model.layers.*.self_attn.q_proj": "replicate"' in said
+    check(two, "heads", expected)
+
+
+def test_fewer_layers_than_stages(two):
+    for rank in two:
+        assert rank["layers"].endswith("it has 1 layers, too few for 2 pipeline stages")
+
+
+def test_cached_keys_in_a_pipeline(two):
+    for rank in two:
+        assert rank["cache"].endswith("positions are not known on later stages; call generate with use_cache=False")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("prompt", "InputError: prompts: not the same on ranks 0 and 1 of 2, which share this model"),
+        ("target", "InputError: targets: not the same on ranks 0 and 1 of 2, which share this model"),
+        ("settings", "InputError: settings: not the same on ranks 0 and 1 of 2, which share this model"),
+        ("factor", "InputError: factor: not the same on ranks 0 and 1 of 2, which share this model"),
+        ("calls", "InputError: ranks that share a model must make the same calls in the same order: rank 0 is at the"),
+    ],
+)
+def test_what_differs_is_named_on_every_rank(two, what, message):
+    for rank in two:
+        assert rank["differences"][what].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("what", "own"),
+    [
+        ("empty", "InputError: prompt is empty"),
+        ("cancelled", "Cancelled: enough"),
+        ("mode", "InputError: mode must be one of"),
+    ],
+)
+def test_an_error_of_one_rank_is_one_of_all(two, what, own):
+    first, second = (rank["differences"][what] for rank in two)
+    kind, text = own.split(": ")
+    assert first.startswith(own)
+    assert second.startswith(f"{kind}: rank 0 of 2, which has a part of this model, cannot go on: {text}")
+
+
+def test_factors_have_the_heads_of_the_whole_model(two):
+    for rank in two:
+        assert rank["differences"]["heads"] == "InputError: factor has 2 heads, but the model's attention has 4"
+
+
+def test_the_smallest_budget_is_everybody_s(two, folders):
+    expected = cases.explainer_of(cases.loaded(folders["llama"])).explain(cases.PROMPT, " w5 w6").scores
+    for rank in two:
+        assert rank["differences"]["budget"] == 60
+        assert (rank["differences"]["scores"] - expected).abs().max() <= 1e-4
+
+
+def test_out_of_memory_on_one_rank_ends_all(two):
+    first, second = (rank["lost"] for rank in two)
+    assert second["said"].startswith("MemoryError: out of memory on rank 1 of 2, in the middle of a forward")
+    assert second["again"].startswith("RankError: the processes that share this model have to be started anew: rank 1")
+    assert first["said"].startswith("RankError: another process that has a part of this model ended or did not answer")
+    assert first["again"].startswith("RankError: the processes that share this model have to be started anew")
+
+
+def test_a_rank_that_dies_is_no_hang(three):
+    assert three[2] == NOTHING
+    for rank in three[:2]:
+        assert rank["killed"].startswith("RankError: another process that has a part of this model ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_real_weights(smollm2_folder, size):
+    """9 query heads and 3 key heads: three ranks take three and one each, two keep the attention whole."""
+    import atman_kernels as ak
+
+    model, tokenizer = ak.load_model(smollm2_folder, dtype="float32", device="cpu")
+    whole = {f"model.layers.*.self_attn.{name}_proj": "replicate" for name in "qkvo"}
+    found = run_ranks(size, cases.real_weights, str(smollm2_folder), whole if size == 2 else None)
+    expected = cases.smollm2_answers(model, tokenizer)
+    assert expected["path"] == "packed"
+    for rank in found:
+        check([{"all": rank}], "all", expected)
