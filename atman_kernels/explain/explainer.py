@@ -4,12 +4,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-import atman_kernels
 from atman_kernels.arguments import choice, described, flag, integer, of_entry
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain import methods
@@ -21,12 +18,13 @@ from atman_kernels.formula import MODES
 from atman_kernels.hf.attention.layers import checked_layers
 from atman_kernels.hf.images.embedding import check_vision
 from atman_kernels.hf.models.eval_mode import evaluating
-from atman_kernels.hf.models.ranks import Ranks, check_sharding, in_step
+from atman_kernels.hf.models.ranks import in_step
+from atman_kernels.hf.models.sharding import check_sharding
 from atman_kernels.hf.models.tasks import Task, part_of, task_of
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.inputs.image_units import PATCHES, ImageUnitChoice
 from atman_kernels.inputs.objective import Objective
-from atman_kernels.inputs.request import Common, Request, batch_of
+from atman_kernels.inputs.request import Common, Request, batch_of, contents
 from atman_kernels.inputs.tasks import CAUSAL, ROWS, Reader, causal_objectives, check_request, units_named
 from atman_kernels.inputs.text_generation import CausalObjective
 from atman_kernels.inputs.tokenization import NestedChoice, Prompt, UnitChoice
@@ -105,6 +103,7 @@ class Explainer:
         threshold = None if similarity_threshold is None else checked_threshold(similarity_threshold)
         how = Perturbation(choice(mode, "mode", MODES), factor, threshold, checked_layers(part, layers))
         self.runner = Runner(model, how, token_budget, checked_progress(progress))
+        self.ranks = self.runner.ranks
 
     @in_step
     def explain(
@@ -273,7 +272,7 @@ class Explainer:
         for number, request in enumerate(requests):
             with of_entry(None if len(requests) == 1 else f"prompt {number}"):
                 self._check(request, method)
-        self._agree(requests, method=method.name, options=method.options, depth=depth)
+        self._agree(requests, method=(method.name, method.options), depth=depth)
         together = [request for request in requests if not request.has_images]
         with evaluating(self.model):
             found = iter(self._explained_together(method, together, depth) if together else [])
@@ -284,18 +283,8 @@ class Explainer:
 
     def _agree(self, requests: list[Request], **asked: Any) -> None:
         """Raises InputError where other processes that share the model were given something else."""
-        if self.ranks.size == 1:
-            return
-        same = [request.common for request in requests]
-        self.ranks.agree(
-            "what is asked",
-            versions=[atman_kernels.__version__, torch.__version__, transformers.__version__],
-            settings=[self.suppression, self.vision, same],
-            prompts=[[r.prompt, r.images, r.audio, r.labels, r.pooling] for r in requests],
-            targets=[[r.target, r.versus] for r in requests],
-            units=[r.units for r in requests],
-            **asked,
-        )
+        if self.ranks.size > 1:
+            self.ranks.agree("what is asked", settings=(self.suppression, self.vision), **contents(requests), **asked)
 
     def _check(self, request: Request, method: methods.Method) -> None:
         """Raises InputError if something of a request does not go with the rest, or with the model."""
@@ -422,11 +411,6 @@ class Explainer:
         with evaluating(self.model):
             (objective,) = causal_objectives(self._reader, [request])
         return objective
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that share the model; this one alone, mostly."""
-        return self.runner.ranks
 
     @property
     def factor(self) -> float:

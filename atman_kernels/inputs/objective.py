@@ -65,6 +65,13 @@ class Objective:
         """The causal sequence whose suffixes can be packed; None where every variant is a full row."""
         return None
 
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What processes that share a model must ask alike."""
+        sequence = self.sequence
+        read = None if sequence is None else (sequence.ids, sequence.prompt_length)
+        return read, self.positions, self.units, self.target_tokens
+
     def part(self, model: PreTrainedModel) -> PreTrainedModel:
         """Whose activations fill the memory, and whose device the inputs are on."""
         return model

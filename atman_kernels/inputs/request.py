@@ -138,3 +138,13 @@ def batch_of(common: Common, prompts: Any, targets: Any, units: Any, versus: Any
         with of_entry(f"prompt {number}"):
             found.append(Request(common, *parts).checked())
     return found
+
+
+def contents(requests: Sequence[Request]) -> dict[str, Any]:
+    """What processes that share a model must be given alike, by the names that an error gives it."""
+    return {
+        "prompts": [(each.prompt, each.images, each.audio, each.labels, each.pooling) for each in requests],
+        "targets": [(each.target, each.versus) for each in requests],
+        "units": [each.units for each in requests],
+        "options": [each.common for each in requests],
+    }

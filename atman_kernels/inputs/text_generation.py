@@ -91,7 +91,9 @@ class CausalObjective(Objective):
             with ranks.forward():
                 found = model.get_input_embeddings()(inputs)
             if ranks.stage is not None and not ranks.stage.pp_is_first_stage:  # the others have none
-                found = torch.empty(len(inputs), text_stack(model).config.hidden_size)
+                found = torch.empty(
+                    len(inputs), text_stack(model).config.hidden_size, dtype=torch.float32, device="cpu"
+                )
             return ranks.shared(found.float().cpu(), of_the_first=True)
 
 

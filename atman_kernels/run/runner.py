@@ -159,7 +159,8 @@ class Runner:
     def start(self, objectives: Sequence[Objective]) -> "Started":
         """The base runs, and the probe whether packs reproduce them."""
         started, clock = Started(list(objectives), Work(ranks=self.ranks)), time.perf_counter()
-        self._agree_on(started.objectives)
+        questions = [objective.content for objective in started.objectives] if self.ranks.size > 1 else []
+        self.ranks.agree("the questions", questions=questions, quantisation=self._mixing)
         self._forget_other_dtypes()
         sequences = [each for objective in objectives if (each := objective.sequence) is not None]
         if len(sequences) < len(started.objectives):
@@ -188,18 +189,6 @@ class Runner:
         part = objectives[0].part(self.model)
         free = self.ranks.free_bytes(part)
         return token_budget(free, activation_bytes_per_token(part), input_device(part).type)
-
-    def _agree_on(self, objectives: Sequence[Objective]) -> None:
-        """Raises InputError where other ranks of the model ask something else."""
-        if self.ranks.size > 1:
-            sequences = [each.sequence for each in objectives]
-            self.ranks.agree(
-                "the questions",
-                tokens=[each and (each.ids, each.prompt_length) for each in sequences],
-                targets=[(each.target_tokens, each.positions) for each in objectives],
-                units=[each.units for each in objectives],
-                quantisation=self._mixing,
-            )
 
     # Packs ----------------------------------------------------------------------------------------------------
 
@@ -247,38 +236,21 @@ class Runner:
             return None
         bases, logprobs = [], []
         for objective in objectives:
-            found = self._base_of(objective)
-            if found is None:
+            try:
+                base, own = base_run(self.model, objective.inputs, objective.rows, objective.targets)
+            except PackingUnsupportedError as error:
+                self._fall_back(str(error))
                 return None
-            base, own = found
             work.add(len(objective.inputs), 1)
             self._check_attention(objective, own, work)
             bases.append(base)
             logprobs.append(own)
-            del base, found  # the list alone holds it, so that joining frees what it has copied
+            del base  # the list alone holds it, so that joining frees what it has copied
         try:
             return join_and_clear(bases), logprobs
         except PackingUnsupportedError as error:
             self._fall_back(str(error))
             return None
-
-    def _base_of(self, objective: CausalObjective) -> tuple[Base, Tensor] | None:
-        """One unperturbed run; None where some rank of the model cannot go on from it."""
-        found, reason = None, None
-        try:
-            found = base_run(self.model, objective.inputs, objective.rows, objective.targets)
-        except PackingUnsupportedError as error:
-            reason = str(error)
-        if found is not None and self.ranks.stage is not None and found[0].patterns:
-            reason = "layers on several pipeline stages have attention masks of their own"
-        far = found is not None and found[0].by_position
-        said = self.ranks.gathered("a base run", [reason and reason[:400], far])
-        reason = next((theirs for theirs, _ in said if theirs is not None), None)
-        if found is None or reason is not None:
-            self._fall_back(str(reason))
-            return None
-        base, logprobs = found
-        return replace(base, by_position=any(theirs for _, theirs in said)), logprobs
 
     def _check_attention(self, objective: Objective, ours: Tensor, work: Work) -> None:
         """The model with our attention is the model with its own.

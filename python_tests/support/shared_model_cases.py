@@ -14,14 +14,22 @@ import atman_kernels as ak
 from atman_kernels.explain import methods
 
 PROMPT, OTHER = text_of([*range(3, 25)]), text_of([4, 9, *range(30, 44)])
+LONG = text_of([3 + i % 40 for i in range(45)])  # more units than are searched through without a search
 IDS = torch.arange(3, 20)[None]
 TENSOR, PIPELINE = {"tp_size": 2}, {"pp_size": 2}
 HEADS: dict[str, Any] = {**COMMON, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
 
 
 def made(name: str) -> hf.PreTrainedModel:
-    """A tiny model: one of `tiny_models`, or one with sinks that a plan of transformers' shards, or with 6 heads."""
+    """A tiny model whose vocabulary two and three ranks divide; see `_made`."""
     torch.manual_seed(0)
+    model = _made(name)
+    model.resize_token_embeddings(96, mean_resizing=False)
+    return model
+
+
+def _made(name: str) -> hf.PreTrainedModel:
+    """One of `tiny_models`, or one with sinks that transformers' plan shards, with 6 heads, or with one layer."""
     if name == "granite_swa":
         kinds = ["sliding_attention", "full_attention", "sliding_attention"]
         options: dict[str, Any] = {**COMMON, "num_key_value_heads": 2, "sliding_window": WINDOW, "layer_types": kinds}
@@ -31,6 +39,8 @@ def made(name: str) -> hf.PreTrainedModel:
         return model.eval()
     if name == "six_heads":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**HEADS)).eval()
+    if name == "one_layer":
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**{**COMMON, "num_hidden_layers": 1})).eval()
     return build(name)
 
 
@@ -51,13 +61,16 @@ def answers(model: Any, heads: int) -> dict[str, Any]:
         warnings.simplefilter("error", UserWarning)
         one = explainer.explain(PROMPT, " w5 w6")
         both = explainer.explain_batch([PROMPT, OTHER], [" w5", None], units="word", max_new_tokens=3)
-        found = explainer.explain(PROMPT, " w5 w6", exact=3)
+        found, long = explainer.explain(LONG, " w5 w6", exact=3), explainer.explain(LONG, " w5 w6")
         similar = explainer_of(model, similarity_threshold=0.3).explain(PROMPT, " w5")
         shapley = explainer.explain(OTHER, " w7", method="shapley", permutations=4)
         halves = explainer.ablate(PROMPT, " w5", masks=lambda units: torch.arange(len(units))[None] % 2 == 0)
     scores = {"one": one.scores, "similar": similar.scores, "shapley": shapley.scores, "ablated": halves.logprobs}
-    scores |= {"batch": both[0].scores, "own": both[1].scores, "search": found.scores}
-    texts = {"path": one.settings["path"], "answer": both[1].target, "exact": str(found.exact)}
+    scores |= {"batch": both[0].scores, "own": both[1].scores, "long": long.scores}
+    scores["search"] = found.scores[found.exact] - long.scores[found.exact]
+    texts = {"path": one.settings["path"], "answer": both[1].target}
+    if getattr(model, "_pp_stage", None) is None:  # a pipeline has no gradients to search by
+        texts |= {"hints": found.settings["hints"], "exact": str(found.exact)}
     return scores | texts | suppressions(model, heads)
 
 
@@ -106,7 +119,8 @@ def error_of(call: Any) -> str:
 def two_ranks(folders: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, sharding in (("llama", TENSOR), ("granite_swa", TENSOR), ("gpt_oss", PIPELINE), ("gemma2", PIPELINE)):
-        found[f"{name} {sharding}"] = answers(loaded(folders[name], sharding), 4)
+        if name in folders:
+            found[f"{name} {sharding}"] = answers(loaded(folders[name], sharding), 4)
     for sharding in (TENSOR, PIPELINE):
         found[f"methods {sharding}"] = by_method(loaded(folders["llama"], sharding))
         found[f"bfloat16 {sharding}"] = in_16_bits(loaded(folders["gpt_oss"], sharding, "bfloat16"))

@@ -11,6 +11,7 @@ and one backward pass. Weights are made again on the way back, for some rows of 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from atman_kernels.hf.attention.layers import LayerSelection
 from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.attention.weights import RowBlock, by_group, grouped, noted, row_blocks
 from atman_kernels.hf.forward.gradients import differentiable_run, differentiation, target_gradients
+from atman_kernels.hf.models.ranks import Ranks, ranks_of
+from atman_kernels.hf.models.sharding import has_heads_of_its_own
 from atman_kernels.inputs.text_generation import CausalObjective
 
 NOTHING_LEFT = 1e-6  # of a row's weight: its output is taken to vanish then
@@ -63,13 +66,15 @@ def _linear(
     """(n_units, m or 1) scores and (m,) log-probabilities, on the CPU."""
     how = context.perturbation
     ids = question.ids[:-1]
+    ranks = ranks_of(context.model)
     run = _EffectsRun(context.factors(question)[:, : len(ids)], how.mode, LayerSelection(how.layers))
-    with differentiation(context.model, checkpointing=checkpointing), run.installed(context.model):
+    differentiated = differentiation(context.model, checkpointing=checkpointing)
+    with differentiated, run.installed(context.model), ranks.forward():
         forward = differentiable_run(context.model, ids, question.rows, question.targets)
         columns = []
         for _ in target_gradients(forward.logprobs, [forward.embeddings], whole_answer=whole_answer):
-            columns.append(-run.collect())
-    return torch.stack(columns, dim=1).cpu(), forward.logprobs[0].detach().cpu()
+            columns.append(-run.collect(ranks))
+    return torch.stack(columns, dim=1).cpu(), ranks.shared(forward.logprobs[0].detach().cpu())
 
 
 class _EffectsRun(Run):
@@ -77,7 +82,7 @@ class _EffectsRun(Run):
 
     def __init__(self, factor: Tensor, mode: str, layers: LayerSelection) -> None:
         self.factor, self.mode, self.layers = factor, mode, layers
-        self._effects: Tensor | None = None  # (n_units,)
+        self._effects: dict[bool, Tensor] = {}  # (n_units,), those of modules of which this rank has some heads apart
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         output = call.attend(None, self.mode)  # (1, T, Hq, Dv)
@@ -88,16 +93,18 @@ class _EffectsRun(Run):
                 f"{type(module).__name__} attends to {call.key.shape[2]} keys where {self.factor.shape[1]} tokens were "
                 'read: method "linear" needs one key for each'
             )
-        return noted(output, call, self._add)
+        return noted(output, call, partial(self._add, has_heads_of_its_own(module)))
 
-    def _add(self, call: AttentionCall, output: Tensor, gradient: Tensor) -> None:
+    def _add(self, of_own_heads: bool, call: AttentionCall, output: Tensor, gradient: Tensor) -> None:
         effects = _effects(call, output, gradient, self.factor.to(output.device), self.mode)
-        self._effects = effects if self._effects is None else self._effects + effects.to(self._effects.device)
+        before = self._effects.get(of_own_heads)
+        self._effects[of_own_heads] = effects if before is None else before + effects.to(before.device)
 
-    def collect(self) -> Tensor:
+    def collect(self, ranks: Ranks) -> Tensor:
         """(n_units,) of the backward pass that just ended; the next begins at 0."""
-        found, self._effects = self._effects, None
-        return self.factor.new_zeros(len(self.factor)) if found is None else found
+        nothing = self.factor.new_zeros(len(self.factor))
+        whole, of_own_heads = (self._effects.pop(key, nothing) for key in (False, True))
+        return ranks.shared(whole) + ranks.summed(of_own_heads).to(whole.device)
 
 
 def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tensor, mode: str) -> Tensor:

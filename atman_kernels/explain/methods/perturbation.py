@@ -64,6 +64,9 @@ class Hints:
         if any(sequence.embedded is not None for sequence in sequences):
             self.source = "none: images are no tokens that could be differentiated"
             return None
+        if self._context.runner.ranks.stage is not None:
+            self.source = "none: the model's layers lie on several pipeline stages"
+            return None
         found = []
         with Meter(self._context.runner.progress, sum(each.positions for each in sequences), "searching") as meter:
             for sequence in sequences:

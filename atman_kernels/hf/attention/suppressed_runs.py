@@ -21,7 +21,8 @@ from atman_kernels.hf.attention.masks import compact_mask
 from atman_kernels.hf.attention.positional import Factors, LayerFactors, Queries, checked_queries
 from atman_kernels.hf.attention.switch import Run
 from atman_kernels.hf.models.parts import encoder_of
-from atman_kernels.hf.models.ranks import ALONE, Ranks, has_heads_of_its_own
+from atman_kernels.hf.models.ranks import ALONE, Ranks
+from atman_kernels.hf.models.sharding import has_heads_of_its_own
 from atman_kernels.hf.replacement import replaced
 from atman_kernels.hf.scope import Scope
 

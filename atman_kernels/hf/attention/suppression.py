@@ -16,7 +16,8 @@ from atman_kernels.hf.attention.recomputation import Recomputations
 from atman_kernels.hf.attention.suppressed_runs import Attention, SourceRun, SuppressedRun
 from atman_kernels.hf.attention.switch import is_under_a_run
 from atman_kernels.hf.models.parts import decoder_of, is_encoder_decoder
-from atman_kernels.hf.models.ranks import check_sharding, ranks_of
+from atman_kernels.hf.models.ranks import ranks_of
+from atman_kernels.hf.models.sharding import check_sharding
 from atman_kernels.hf.models.wrapped import unwrapped
 from atman_kernels.hf.replacement import observed, replaced
 from atman_kernels.hf.scope import Scope, entering_frame

@@ -17,7 +17,7 @@ from atman_kernels.hf.models.model_input import ModelInput, whole_inputs
 from atman_kernels.hf.models.packability import why_unpackable
 from atman_kernels.hf.models.parts import decoder_of
 from atman_kernels.hf.models.placement import devices_of
-from atman_kernels.hf.models.ranks import ranks_of
+from atman_kernels.hf.models.ranks import Ranks, ranks_of
 from atman_kernels.hf.scope import Scope
 
 
@@ -209,7 +209,8 @@ def base_run(model: PreTrainedModel, ids: ModelInput, rows: Tensor, targets: Ten
         UnsupportedModelError: no layer of the model reaches the attention function.
         PackingUnsupportedError: some do not, or the model is built so that parts of a sequence cannot stand alone.
     """
-    layers = ranks_of(model).layers_of(decoder_of(model))
+    ranks = ranks_of(model)
+    layers = ranks.layers_of(decoder_of(model))
     run = _CaptureRun(layers if len(devices_of(model)) == 1 else None)
     with run.installed(model) as scope:
         logprobs = input_logprobs(model, ids, whole_inputs(ids), rows, targets[None], scope)[0]
@@ -219,10 +220,22 @@ def base_run(model: PreTrainedModel, ids: ModelInput, rows: Tensor, targets: Ten
             f"{type(model).__name__} cannot be explained: a forward of it never called the attention function"
         )
     reason = why_unpackable(model)
-    if reason is not None:
-        raise PackingUnsupportedError(reason)
-    if layers is not None and captured < layers:
-        raise PackingUnsupportedError(
-            f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"
-        )
-    return Base(run.keys.tensors, run.values.tensors, (0,), run.patterns, by_position=run.by_position), logprobs
+    if reason is None and layers is not None and captured < layers:
+        reason = f"only {captured} of {layers} layers of {type(model).__name__} are attention layers"
+    if reason is None and ranks.stage is not None and run.patterns:
+        reason = f"layers of {type(model).__name__}, on several stages, have attention masks of their own"
+    by_position = _agreed(ranks, reason, run.by_position)
+    return Base(run.keys.tensors, run.values.tensors, (0,), run.patterns, by_position=by_position), logprobs
+
+
+def _agreed(ranks: Ranks, reason: str | None, by_position: bool) -> bool:
+    """Whether layers of any rank look at distances.
+
+    Raises:
+        PackingUnsupportedError: some rank has a reason not to pack.
+    """
+    said = ranks.gathered("a base run", (reason, by_position))
+    for theirs, _ in said:
+        if theirs is not None:
+            raise PackingUnsupportedError(theirs)
+    return any(theirs for _, theirs in said)

@@ -23,7 +23,8 @@ from atman_kernels.hf.models.model_input import (
 from atman_kernels.hf.models.parts import computing_dtype, decoder_of, text_stack
 from atman_kernels.hf.models.placement import input_device
 from atman_kernels.hf.models.quantised import why_rows_do_not_mix
-from atman_kernels.hf.models.ranks import gathered, own_rows, ranks_of
+from atman_kernels.hf.models.ranks import ranks_of
+from atman_kernels.hf.models.sharding import gathered, own_rows
 from atman_kernels.hf.replacement import has_hooks, innermost_forward, is_rewritten, replaced
 from atman_kernels.hf.scope import Scope
 

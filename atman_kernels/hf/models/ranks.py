@@ -22,8 +22,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 
+import atman_kernels
 from atman_kernels.errors import Cancelled, InputError, RankError, UnsupportedModelError
 from atman_kernels.hf.models.memory import free_bytes, is_out_of_memory
 from atman_kernels.hf.models.placement import devices_of
@@ -118,6 +120,15 @@ class Ranks:
             dist.broadcast(values, src=self._members[0] if of_the_first else self._last, group=self._own_group())
         return values.to(tensor.device)
 
+    def summed(self, of_own_heads: Tensor) -> Tensor:
+        """The sum over the ranks of a tensor-parallel group, on all."""
+        if self.tensor[1] == 1:
+            return of_own_heads
+        values = of_own_heads.to("cpu", copy=True)
+        with self._turn, self._in_contact():
+            dist.all_reduce(values, group=self._own_group())
+        return (values * self.tensor[1] / self.size).to(of_own_heads.device)  # several groups have the same parts
+
     @contextmanager
     def logits_staying(self) -> Iterator[None]:
         """Inside, logits of a pipeline stay on its last stage, and are None elsewhere.
@@ -147,7 +158,7 @@ class Ranks:
             return
         with self._turn:
             self._heard = None
-            self.agree(f"the beginning of {call}")
+            self.agree(f"the beginning of {call}", versions=_versions())
             try:
                 yield
             except BaseException as error:
@@ -199,6 +210,7 @@ class Ranks:
 
     def _tell(self, error: BaseException) -> None:
         """Lets the ranks that wait in the next `agree` know."""
+        self._heard = error
         with suppress(RankError):  # they are gone, too; what is raised is what came first
             self._send({"error": [type(error).__name__, _first_line(error)[:300]]})
 
@@ -293,7 +305,7 @@ def _found(model: nn.Module) -> Ranks:
     stage: Any = getattr(model, "_pp_stage", None)
     mesh: Any = getattr(model, "_device_mesh", None)  # transformers'
     if mesh is None:
-        mesh = next((p.device_mesh for p in model.parameters() if _is_sharded(p)), None)  # type: ignore[attr-defined]
+        mesh = next((p.device_mesh for p in model.parameters() if hasattr(p, "placements")), None)  # type: ignore[attr-defined]
     if mesh is None and stage is None:
         return ALONE
     if mesh is None:
@@ -312,77 +324,6 @@ def _if_several(stage: Any) -> Any:
     return stage if stage is not None and stage.pp_size > 1 else None
 
 
-def _is_sharded(parameter: Tensor, dim: int | None = None) -> bool:
-    """Whether ranks have different parts of a parameter, along a dimension if one is given."""
-    placements = getattr(parameter, "placements", ())
-    return any(each.is_shard(dim) for each in placements)
-
-
-def own_rows(weight: Any) -> Any:
-    """The rows of a linear layer's weight, or of its bias, that this rank has; None where it is cut in another way."""
-    placements = getattr(weight, "placements", None)
-    if placements is None:
-        return weight
-    return weight.to_local() if len(placements) == 1 and placements[0].is_shard(0) else None
-
-
-def gathered(outputs: Tensor, weight: Any, size: int) -> Tensor:
-    """What a linear layer gives, (…, size), of what each rank's rows of its weight give."""
-    if not hasattr(weight, "placements"):
-        return outputs
-    from torch.distributed.tensor import DTensor, Shard
-
-    shape = torch.Size((*outputs.shape[:-1], size))
-    stride = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(outputs, weight.device_mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
-    return whole.full_tensor()
-
-
-def has_heads_of_its_own(attention: nn.Module) -> bool:
-    """Whether each tensor-parallel rank computes some of an attention module's heads; otherwise all compute all."""
-    return any(_is_sharded(parameter, 0) for parameter in attention.parameters())
-
-
-def check_sharding(model: nn.Module, decoder: nn.Module) -> None:
-    """Raises UnsupportedModelError where heads or layers cannot be dealt out to the ranks."""
-    ranks = ranks_of(model)
-    config: Any = decoder.config
-    layers = getattr(config, "num_hidden_layers", None)
-    name = type(model).__name__
-    if ranks.stage is not None and layers is not None and layers < ranks.stage.pp_size:
-        raise UnsupportedModelError(
-            f"{name} cannot be explained or suppressed: it has {layers} layers, too few for {ranks.stage.pp_size} "
-            "pipeline stages"
-        )
-    if ranks.tensor[1] == 1:
-        return
-    heads = getattr(config, "num_attention_heads", None)
-    for kind, count in (("attention", heads), ("key-value", getattr(config, "num_key_value_heads", None) or heads)):
-        uneven = isinstance(count, int) and count % ranks.tensor[1]
-        keys = _sharded_projections(model, decoder) if uneven else []
-        if keys:
-            plan = ", ".join(f'"{key}": "replicate"' for key in keys)
-            raise UnsupportedModelError(
-                f"{name} cannot be explained or suppressed on {ranks.tensor[1]} tensor-parallel ranks, which do not "
-                f"divide its {count} {kind} heads; keep its attention whole on every rank, by "
-                f"DistributedConfig(tp_size={ranks.tensor[1]}, tp_plan={{{plan}}})"
-            )
-
-
-def _sharded_projections(model: nn.Module, decoder: nn.Module) -> list[str]:
-    """By the names that transformers' plans give them: what is sharded in attention modules with sharded heads."""
-    inside = {id(module) for module in decoder.modules()}
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if id(module) not in inside or "att" not in name.rpartition(".")[2] or not has_heads_of_its_own(module):
-            continue
-        for child, part in module.named_modules():
-            if any(_is_sharded(parameter) for parameter in part.parameters(recurse=False)):
-                places = f"{name}.{child}".strip(".").split(".")
-                found[".".join("*" if place.isdigit() else place for place in places)] = None
-    return list(found)
-
-
 def in_step(method: Method) -> Method:
     """A method, of what has `ranks`, that all of them call together; see `Ranks.in_step`."""
 
@@ -392,6 +333,10 @@ def in_step(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return called  # type: ignore[return-value]
+
+
+def _versions() -> list[str]:
+    return [atman_kernels.__version__, torch.__version__, transformers.__version__]
 
 
 def _timeout() -> timedelta | None:
