@@ -102,7 +102,7 @@ def by_method(model: Any) -> dict[str, Any]:
         for name in methods.names():
             try:
                 found[name] = explainer.explain(OTHER, " w5", method=name, **few.get(name, {})).scores
-            except ak.UnsupportedModelError as error:
+            except (ak.UnsupportedModelError, ak.InputError) as error:  # such as what asks for a file
                 found[name] = str(error)
     return found
 
