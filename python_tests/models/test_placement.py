@@ -41,6 +41,11 @@ def by_full_rows(model, **settings):
     return explainer.explain(PROMPT, ANSWER)
 
 
+def same(found, expected):
+    """But for the order of additions, in which a kernel may go by where in memory a weight begins."""
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 # --- weights that are brought when they run ---
 
 
@@ -82,7 +87,7 @@ def test_weights_that_lie_elsewhere(where, tmp_path):
     lying = {name: parameter.device for name, parameter in model.named_parameters()}
     found = explained(model)
     assert (found.settings["path"], found.settings["device"]) == ("packed", "cpu")
-    assert torch.equal(found.scores, explained(plain).scores)
+    same(found.scores, explained(plain).scores)
     assert {name: parameter.device for name, parameter in model.named_parameters()} == lying
 
 
@@ -90,7 +95,7 @@ def test_all_else_with_weights_on_disk(tmp_path):
     tiny_models.build("llama").save_pretrained(tmp_path / "tiny")
     load = partial(hf.AutoModelForCausalLM.from_pretrained, tmp_path / "tiny", dtype="bfloat16")  # its head is widened
     plain, model, tokenizer = load(), from_disk(load(), tmp_path), tiny_models.tokenizer()
-    assert torch.equal(by_full_rows(model).scores, by_full_rows(plain).scores)
+    same(by_full_rows(model).scores, by_full_rows(plain).scores)
     ids, factor = tokenizer(PROMPT, return_tensors="pt").input_ids, torch.ones(1, N)
     factor[0, 3] = 0
     answers, steered = [], []
@@ -102,7 +107,7 @@ def test_all_else_with_weights_on_disk(tmp_path):
     assert torch.equal(*answers)
     assert steered[0] == steered[1]
     for method in ("rollout", "attnlrp"):
-        assert torch.equal(explained(model, method=method).scores, explained(plain, method=method).scores), method
+        same(explained(model, method=method).scores, explained(plain, method=method).scores)
     own_answer = ak.Explainer(model, tokenizer, progress=False).explain(PROMPT, max_new_tokens=2)
     assert own_answer.target == ak.Explainer(plain, tokenizer, progress=False).explain(PROMPT, max_new_tokens=2).target
 
@@ -117,7 +122,7 @@ def test_encoders_with_weights_on_disk(tmp_path):
         ak.Explainer(model, tiny_models.tokenizer(), progress=False).explain(PROMPT, target=1).scores
         for model in (build(), from_disk(build(), tmp_path))
     ]
-    assert torch.equal(*found)
+    same(*found)
 
 
 def test_where_a_model_takes_its_inputs():
