@@ -1,10 +1,11 @@
 """The service against the library and against itself, over HTTP on this machine, with SmolLM2-135M.
 
-    python -m benchmarks.service [--json FILE]
+    python -m benchmarks.service --output benchmarks/results
 
 1. One explanation through the service, in units of the same call of the library: what HTTP, the queue and JSON cost.
 2. Eight requests at once, in units of eight in a row: about one passage, which they share, and about eight passages.
-3. A prompt of some 200 tokens, streamed: seconds to the first token of the answer, and to the first unit.
+3. A prompt of some 200 tokens, streamed: seconds to the first token of the answer, and to the first unit; with all
+   units exact, and with the search, as the page asks, whose first units are estimates.
 
 Before anything is timed, each result is compared with the library's.
 """
@@ -30,7 +31,7 @@ import atman_kernels as ak
 from atman_kernels.serve.app import create_app
 from atman_kernels.serve.server import configured
 from atman_kernels.serve.settings import Settings
-from benchmarks.machine import environment
+from benchmarks.machine import cpu_slug, environment
 
 PASSAGE = (
     "The lighthouse on the northern cape was built in 1871 of grey granite from the island's own quarry. Its keeper, "
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--words", type=int, default=72, help="of the passage: all it has, or its first ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--output", metavar="FOLDER", help="also write service-<processor>.json there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
@@ -158,10 +159,13 @@ def main() -> None:
         message = f"{PASSAGE} {PASSAGE.partition('.')[0]}. Which dog found the sailors?"
         body = {"messages": [{"role": "user", "content": message}], "units": "word", "max_new_tokens": 16}
         given_answer = {"prompt": f"{PASSAGE} {PASSAGE}"[: int(len(PASSAGE) * 1.9)], "target": " The", "units": "word"}
-        firsts = [service.first(body) for _ in range(3)]
-        results["streamed"] = {name: median_of(each[name] for each in firsts) for name in firsts[0]}
-        firsts = [service.first(given_answer) for _ in range(3)]
-        results["streamed, answer given"] = {name: median_of(each[name] for each in firsts) for name in firsts[0]}
+        results["streamed tokens"] = len(tokenizer(given_answer["prompt"])["input_ids"])
+        for name, depth in (("all exact", {}), ("exact=16", {"exact": 16})):
+            for what, asking in (("own answer", body), ("answer given", given_answer)):
+                firsts = [service.first(asking | depth) for _ in range(2 if depth else 1)]
+                results[f"streamed, {what}, {name}"] = {
+                    event: median_of(each[event] for each in firsts) for event in firsts[0]
+                }
     finally:
         service.end()
     pairs = {
@@ -178,8 +182,9 @@ def main() -> None:
     }
     results |= {"dtype": str(model.dtype), "environment": environment()}
     print(json.dumps(results, indent=2))
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if options.output:
+        file = Path(options.output, f"service-{cpu_slug()}.json")
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
