@@ -222,4 +222,11 @@ FAULTS = (
           "another head's", TRITON),
     Fault("Triton: queries stand at the end", "position = row + (keys - rows)", "position = row", "fewer queries than keys",
           TRITON),
+    # --- several processes, and others' requests ---
+    Fault("pool: scores in the order in which they come", "scores[[places[unit] for unit in task.arguments[1]]] = scored.scores",
+          "scores[: len(scored.scores)] = scored.scores", "shares take the places of others", all_of("test_worker")),
+    Fault("service: pages of other sites", "getattr(_address(origin), \"netloc\", None) != host.netloc", "host.netloc is None",
+          "whoever's page is open can ask", all_of("test_access")),
+    Fault("service: silent connections", "if is_late or now - self._read_at > STUCK_SECONDS", "if now - self._read_at > STUCK_SECONDS",
+          "a client that says nothing holds a connection for ever", all_of("test_hostile")),
 )  # fmt: skip
