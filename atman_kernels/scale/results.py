@@ -50,7 +50,7 @@ class Result(NamedTuple):
 def read_results(output: str | os.PathLike[str]) -> Iterator[Result]:
     """What `explain_dataset` wrote, row by row, in the order in which it was finished; or every `explain_part` in it.
 
-    The files can be read with anything that reads Parquet, too; docs/deployment.md describes the columns.
+    The files can be read with anything that reads Parquet, too; docs/many-prompts.md describes the columns.
 
     Raises:
         InputError: output is no folder of `explain_dataset`.
