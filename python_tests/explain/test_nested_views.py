@@ -177,6 +177,7 @@ def test_terminals_without_colours_nest_brackets():
     assert "Doc B −2.00 ▸ [4:rain]" in told
     lines = [line[5:].rstrip() for line in told.splitlines() if re.match(r" +\d+  ", line)]
     assert [re.split(r" {3,}", line)[0] for line in lines] == ["Doc <A> & co", "  sun", "  <b>up", "Doc B"]
+    assert [len(re.findall("[█░]", line)) for line in lines] == [24, 12, 24, 6]  # of the largest of their level
 
 
 def test_terminals_with_colours_underline_what_is_cut():
