@@ -33,7 +33,7 @@ help:
 	@echo "make mutations the package with one fault at a time: which of the tests sees it"
 	@echo "make bench     time and memory against the alternatives; results under benchmarks/results"
 	@echo "make coverage-table which model families are served, tried one by one: docs/coverage.md"
-	@echo "make loading-table every way to load a model, adapters and quantisation tried: the table in docs/deployment.md"
+	@echo "make loading-table every way to load a model, adapters and quantisation tried: the table in docs/loading.md"
 	@echo "make gpu-check on a machine with a GPU and torch: benchmarks, tests that need it, compute-sanitizer, by value"
 	@echo "make gpu-bundle what gpu-check would compile there, in one archive to be carried there"
 	@echo "make docs      the documentation as a site in site/; docs-serve shows it while you write"

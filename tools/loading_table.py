@@ -1,6 +1,6 @@
 """How a model may be loaded to be explained, and how exactly it then is: a table written by trying every way.
 
-    python tools/loading_table.py               tries all, writes docs/loading.json and the table in docs/deployment.md
+    python tools/loading_table.py               tries all, writes docs/loading.json and the table in docs/loading.md
     python tools/loading_table.py nf4 LoRA      tries those whose name holds a word, and prints what came out
     python tools/loading_table.py --update nf4  … and replaces their rows
 
@@ -72,7 +72,7 @@ def write(results: list[Result], root: Path = ROOT) -> None:
     """Replace the record and the table."""
     record = {"versions": versions(), "results": [asdict(r) for r in results]}
     (root / "docs" / "loading.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    page = root / "docs" / "deployment.md"
+    page = root / "docs" / "loading.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
     page.write_text(before + table(record) + rest.split(END, 1)[1], encoding="utf-8")
 

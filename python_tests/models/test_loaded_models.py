@@ -1,4 +1,4 @@
-"""Every way to load a model that docs/deployment.md lists: exact, or refused by name. Those whose package is not here
+"""Every way to load a model that docs/loading.md lists: exact, or refused by name. Those whose package is not here
 are skipped; `make loading-table` installs them all."""
 
 import dataclasses
@@ -96,7 +96,7 @@ def test_noise_is_what_a_model_says_differently_by_itself():
 
 
 def test_the_table_is_what_the_record_says():
-    page = (loading_table.ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    page = (loading_table.ROOT / "docs" / "loading.md").read_text(encoding="utf-8")
     assert loading_table.table(RECORD) in page
 
 
@@ -113,7 +113,7 @@ def test_every_way_is_in_the_table_and_none_is_wrong():
 
 def test_rows_are_replaced_one_by_one(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
-    for name in ("loading.json", "deployment.md"):
+    for name in ("loading.json", "loading.md"):
         (tmp_path / "docs" / name).write_text((loading_table.ROOT / "docs" / name).read_text(encoding="utf-8"))
     monkeypatch.setattr(loading_table, "versions", lambda: RECORD["versions"])
     new = Result(WAYS[0].name, WAYS[0].group, "float32", "refused", remark="a | b")
@@ -121,7 +121,7 @@ def test_rows_are_replaced_one_by_one(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "docs" / "loading.json").read_text(encoding="utf-8"))
     assert record["results"][0] == dataclasses.asdict(new)
     assert record["results"][1:] == RECORD["results"][1:]
-    assert "| refused |  |  |  |  | a \\| b |" in (tmp_path / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert "| refused |  |  |  |  | a \\| b |" in (tmp_path / "docs" / "loading.md").read_text(encoding="utf-8")
     monkeypatch.setattr(loading_table, "versions", lambda: {"torch": "0"})
     with pytest.raises(SystemExit, match="run all of it"):
         loading_table.update([new], tmp_path)
