@@ -138,7 +138,7 @@ def main() -> None:
     service = Service(model, tokenizer)
     words = PASSAGE.split()[: options.words]
     shared = [asked(" ".join(words), question, answer) for question, answer in QUESTIONS.items()]
-    turned = [" ".join(PASSAGE.split()[number * 9 :] + PASSAGE.split()[: number * 9]) for number in range(8)]
+    turned = [" ".join(words[number * len(words) // 8 :] + words[: number * len(words) // 8]) for number in range(8)]
     apart = [asked(passage, *item) for passage, item in zip(turned, QUESTIONS.items(), strict=True)]
     try:
         one = shared[0]
