@@ -103,7 +103,7 @@ def _run(
 
     loaded, tokenizer = load_model(header["model"], dtype=header["dtype"], device="cpu")
     items = questions(tokenizer, squad, lengths, header["seed"])
-    warm = replace(items[0], id="warm-up", context=items[0].context[-40:])
+    warm = replace(items[0], id="warm-up", context=items[0].context[-120:])
     _warm_up(loaded, tokenizer, warm, settings)
     with tqdm(total=len(items) * len(settings), unit="explanation", disable=not sys.stderr.isatty()) as bar:
         try:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-MEASURES = (("mAP", "mAP [%]"), ("hit@5", "an answer's token among the 5 strongest [%]"))
+MEASURES = (("mAP", "mAP [%]"), ("hit@5", "hit@5 [%]"))
 # what belongs together, from the cheapest to the dearest: name, settings, colour, mark
 CURVES = (
     ("AtMan here: direct effect, search, exact", ("direct", "search", "atman"), "C3", "o"),
@@ -61,5 +61,5 @@ def _panel(axis: Any, rows: dict[str, dict[str, Any]], measure: str) -> None:
         )
     if FLOOR in rows and rows[FLOOR]["items"]:
         axis.axhline(100 * rows[FLOOR]["values"][measure], color="0.5", linestyle=":", label="at random")
-    axis.set(xscale="log", ylim=(-2, 102))
+    axis.set(xscale="log", ylim=(-4, 104))
     axis.grid(alpha=0.25, which="major")
