@@ -9,6 +9,9 @@ import transformers as hf
 from shared_model import NOTHING, run_ranks
 from shared_model_cases import PIPELINE, TENSOR
 
+import atman_kernels as ak
+from atman_kernels.hf.models import loading
+
 GRADIENTS = ("input_x_gradient", "integrated_gradients", "attnlrp")
 NAMES = ("llama", "granite_swa", "gpt_oss", "gemma2", "six_heads", "one_layer")
 
@@ -171,16 +174,26 @@ def test_a_rank_that_dies_is_no_hang(three):
         assert rank["killed"].startswith("RankError: another process that has a part of this model ended")
 
 
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """A folder with the real weights, the model and its tokenizer."""
+    try:
+        loading.find_smollm2()
+    except ak.InputError as error:
+        pytest.skip(str(error))
+    model, tokenizer = ak.load_model("smollm2", dtype="float32", device="cpu")
+    folder = tmp_path_factory.mktemp("smollm2")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder), cases.smollm2_answers(model, tokenizer)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_real_weights(smollm2_folder, size):
+def test_real_weights(smollm2, size):
     """9 query heads and 3 key heads: three ranks take three and one each, two keep the attention whole."""
-    import atman_kernels as ak
-
-    model, tokenizer = ak.load_model(smollm2_folder, dtype="float32", device="cpu")
-    whole = {f"model.layers.*.self_attn.{name}_proj": "replicate" for name in "qkvo"}
-    found = run_ranks(size, cases.real_weights, str(smollm2_folder), whole if size == 2 else None)
-    expected = cases.smollm2_answers(model, tokenizer)
+    folder, expected = smollm2
     assert expected["path"] == "packed"
-    for rank in found:
+    plan = {f"model.layers.*.self_attn.{name}_proj": "replicate" for name in "qkvo"} if size == 2 else None
+    for rank in run_ranks(size, cases.real_weights, folder, plan):
         check([{"all": rank}], "all", expected)
