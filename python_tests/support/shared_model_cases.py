@@ -139,7 +139,8 @@ def in_16_bits(model: Any) -> torch.Tensor:
 def heads_that_do_not_divide(folder: str) -> dict[str, Any]:
     said = error_of(lambda: explainer_of(loaded(folder, TENSOR)))
     plan = re.search(r"tp_plan=(\{.*\})", said)
-    assert plan is not None, said
+    if plan is None:
+        return {"said": said}
     model = loaded(folder, TENSOR | {"tp_plan": ast.literal_eval(plan[1])})
     return {"said": said, "scores": explainer_of(model).explain(PROMPT, " w5 w6").scores} | suppressions(model, 6)
 

@@ -58,11 +58,16 @@ def check_sharding(model: nn.Module, decoder: nn.Module) -> None:
         uneven = isinstance(count, int) and count % ranks.tensor[1]
         keys = _sharded_projections(model, decoder) if uneven else []
         if keys:
+            from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
             plan = ", ".join(f'"{key}": "replicate"' for key in keys)
+            size = ranks.tensor[1]
+            advice = f"keep its attention whole on every rank, by DistributedConfig(tp_size={size}, tp_plan={{{plan}}})"
+            if "replicate" not in ALL_PARALLEL_STYLES:
+                advice = 'take as many as do, or a transformers in whose plans there is a style "replicate"'
             raise UnsupportedModelError(
-                f"{name} cannot be explained or suppressed on {ranks.tensor[1]} tensor-parallel ranks, which do not "
-                f"divide its {count} {kind} heads; keep its attention whole on every rank, by "
-                f"DistributedConfig(tp_size={ranks.tensor[1]}, tp_plan={{{plan}}})"
+                f"{name} cannot be explained or suppressed on {size} tensor-parallel ranks, which do not divide its "
+                f"{count} {kind} heads; {advice}"
             )
 
 
