@@ -90,7 +90,12 @@ def fit_at2(
         tokens = samples * sum(question.positions for question in questions)
         with Meter(explainer.runner.progress, tokens, "learning from ablations") as meter:
             for number, question in enumerate(questions):
-                kept = torch.rand(samples, len(question.units), generator=seeded(seed + number), device="cpu") < KEEP
+                kept = (
+                    torch.rand(
+                        samples, len(question.units), generator=seeded(seed + number), dtype=torch.float32, device="cpu"
+                    )
+                    < KEEP
+                )
                 features.append(_features(explainer.model, question, kept))
                 outcome = run_subsets(runner, [question], [~kept], "ablating")
                 responses.append(log_odds(outcome.perturbed[0].double().sum(1)))

@@ -136,7 +136,9 @@ def _file(path: str) -> dict[str, str]:
 def _sample(model: PreTrainedModel) -> Tensor:
     """(k,) a few numbers of every floating-point parameter; NaN where it is not in memory."""
     picked = [
-        torch.full((SAMPLED,), torch.nan, device="cpu") if parameter.is_meta else _evenly(parameter.detach().flatten())
+        torch.full((SAMPLED,), torch.nan, dtype=torch.float32, device="cpu")
+        if parameter.is_meta
+        else _evenly(parameter.detach().flatten())
         for _, parameter in model.named_parameters()
         if parameter.is_floating_point()
     ]

@@ -158,7 +158,7 @@ class Pool:
         tasks = [Task("score", (question, [units[i] for i in own], recompute)) for own in dealt if own]
         places = {unit: place for place, unit in enumerate(units)}
         found: list[Scored] = []
-        scores = torch.empty(0, device="cpu")
+        scores = torch.empty(0, dtype=torch.float32, device="cpu")
         for task, scored in self._run(tasks):
             _tell(scored.messages)
             if not found:
