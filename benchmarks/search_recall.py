@@ -135,10 +135,14 @@ def report(files: tuple[Path, ...], output: Path) -> None:
             name: sum(e["search"][name] for e in passages) / sum(e["exact"][name] for e in passages)
             for name in ("tokens", "seconds")
         }
+        # hints take two forwards, the first round one token for each unit
+        alone = [_exact_tokens(e, e["search"]["exact"]) + 3 * e["units"] for e in own]
+        whole = [_exact_tokens(e, range(e["units"])) for e in own]
         chosen = [sum(flag < e["units"] for flag in e["search"]["exact"]) / e["units"] for e in own]
         return (
             _recall(own, [e["search"]["exact"] for e in own])
-            | {f"part of the {name}": round(part, 4) for name, part in parts.items()}
+            | {"part of the tokens, a question alone": round(sum(alone) / sum(whole), 4)}
+            | {f"part of the {name}, together": round(part, 4) for name, part in parts.items()}
             | {"passages": len(passages), "part of the units that is exact": round(sum(chosen) / len(chosen), 4)}
         )
 

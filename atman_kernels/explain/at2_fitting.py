@@ -90,26 +90,22 @@ def fit_at2(
         tokens = samples * sum(question.positions for question in questions)
         with Meter(explainer.runner.progress, tokens, "learning from ablations") as meter:
             for number, question in enumerate(questions):
-                kept = (
-                    torch.rand(
-                        samples, len(question.units), generator=seeded(seed + number), dtype=torch.float32, device="cpu"
-                    )
-                    < KEEP
-                )
+                kept = _kept(samples, len(question.units), seed + number)
                 features.append(_features(explainer.model, question, kept))
                 outcome = run_subsets(runner, [question], [~kept], "ablating")
                 responses.append(log_odds(outcome.perturbed[0].double().sum(1)))
                 meter.advance(samples * question.positions)
-    how = {
-        "prompts": len(asked),
-        "samples": samples,
-        "steps": steps,
-        "seed": seed,
-        "suppression": explainer.suppression,
-    }
+    how = {"prompts": len(asked), "samples": samples, "steps": steps, "seed": seed}
+    how |= {"suppression": explainer.suppression}
     shape = features[0].shape[1:]
     weights = fitted(torch.stack(features).flatten(2), torch.stack(responses), steps, seed)
     return HeadWeights.of(model, weights.reshape(shape), how)
+
+
+def _kept(samples: int, n_units: int, seed: int) -> Tensor:
+    """(samples, n_units) bool, at random."""
+    drawn = torch.rand(samples, n_units, generator=seeded(seed), dtype=torch.float32, device="cpu")
+    return drawn < KEEP
 
 
 def fitted(features: Tensor, responses: Tensor, steps: int, seed: int) -> Tensor:
