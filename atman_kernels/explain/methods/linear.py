@@ -120,13 +120,25 @@ def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tens
         gain = by_group(grouped(d_output, call), value[:, block.keys].mT).sub_(at_output)  # [Hq, M, N]
         gain = gain.mul_(block.weights)  # of the answer's log-prob with each weight
         if mode == "log_additive":
-            change = (own - 1).T  # [N, n_units]
-            moved, left = gain @ change, 1 + block.weights @ change  # [Hq, M, n_units]
+            change = own - 1  # [n_units, N]
+            moved, left = _by_unit(gain, change), 1 + _by_unit(block.weights, change)  # [Hq, M, n_units]
         else:
             moved, left = _by_scores(block, gain, own, mode)
         effect = torch.where(left > NOTHING_LEFT, moved / left.clamp_min(NOTHING_LEFT), -at_output)
         total += effect.sum((0, 1))
     return total
+
+
+def _by_unit(x: Tensor, change: Tensor) -> Tensor:
+    """x @ change.T for x [Hq, M, N] and change (n_units, N); without a product where no two units have a key in common.
+
+    Its cost would grow with the units times the keys: a third power of the prompt's length.
+    """
+    touched = change != 0
+    if bool((touched.sum(0) > 1).any()):
+        return x @ change.T
+    unit, key = touched.nonzero().T
+    return x.new_zeros(*x.shape[:2], len(change)).index_add_(2, unit, x[..., key] * change[unit, key])
 
 
 def _by_scores(block: RowBlock, gain: Tensor, factor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
