@@ -95,7 +95,7 @@ def fit_at2(
                 outcome = run_subsets(runner, [question], [~kept], "ablating")
                 responses.append(log_odds(outcome.perturbed[0].double().sum(1)))
                 meter.advance(samples * question.positions)
-    how = {"prompts": len(asked), "samples": samples, "steps": steps, "seed": seed}
+    how: dict[str, object] = {"prompts": len(asked), "samples": samples, "steps": steps, "seed": seed}
     how |= {"suppression": explainer.suppression}
     shape = features[0].shape[1:]
     weights = fitted(torch.stack(features).flatten(2), torch.stack(responses), steps, seed)
