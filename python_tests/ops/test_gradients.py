@@ -1,6 +1,7 @@
 """Gradients of both ops: every backend against autograd through the plain formula in float64."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from gradient_checks import Case, check_gradients, leaves_of, op_of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from atman_kernels.backends.cpu import blocked
+from atman_kernels.backends.cpu import blocked, compiled
 from atman_kernels.ops import suppressed_attention
 
 DENSE = ("grouped", "grouped_by_three", "wide_value", "narrow_value", "causal_more_queries", "decoding",
@@ -262,3 +263,29 @@ def test_sums_have_one_order(name: str, dtype: torch.dtype) -> None:
         for threads in (1, 2, 3):
             for got, exact in zip(found(threads), expected, strict=True):
                 assert_same_bits(got, exact)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "factor"])
+def test_what_nobody_asked_for_is_not_allocated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled backward, which writes each gradient into a tensor of its own."""
+    if not compiled.instruction_sets(torch.float32):
+        pytest.skip("no compiled CPU kernel")
+    shapes = {"query": (1, 4, 64, 32), "key": (1, 2, 64, 32), "value": (1, 2, 64, 24), "factor": (1, 64)}
+    tensors = {of: torch.rand(shape, dtype=torch.float32, device="cpu") for of, shape in shapes.items()}
+    own, made = torch.Tensor.new_empty, []
+
+    def counted(tensor: Tensor, *size: Any, **options: Any) -> Tensor:
+        made.append(own(tensor, *size, **options))
+        return made[-1]
+
+    def bytes_of(wanted: set[str]) -> int:
+        leaves = {of: tensor.clone().requires_grad_(of in wanted) for of, tensor in tensors.items()}
+        output = suppressed_attention(**leaves, is_causal=True, backend="cpu")
+        made.clear()
+        torch.autograd.grad(output, [leaves[of] for of in sorted(wanted)], torch.ones_like(output))
+        return sum(each.nbytes for each in made)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+    assert bytes_of(set(tensors)) >= sum(each.nbytes for each in tensors.values())
+    others = sum(each.nbytes for of, each in tensors.items() if of != name)
+    assert bytes_of({name}) <= bytes_of(set(tensors)) - others
