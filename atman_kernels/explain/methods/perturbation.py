@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from atman_kernels.errors import RankError
 from atman_kernels.explain.methods import MethodContext, MethodOutcome
 from atman_kernels.explain.methods.linear import linear
 from atman_kernels.inputs.objective import Objective
@@ -72,6 +73,8 @@ class Hints:
             for sequence in sequences:
                 try:
                     outcome = linear(self._context, [sequence], whole_answer=True, checkpointing=True)
+                except RankError:  # ends all processes that share the model
+                    raise
                 except RuntimeError as error:  # UnsupportedModelError; weights without a derivative; no memory
                     self.source = f"none: {str(error).partition(chr(10))[0]}"
                     return None
