@@ -183,8 +183,9 @@ def choose(files: tuple[Path, ...], output: Path) -> None:
 def _replay(entry: dict[str, Any], schedule: Schedule, hinted: bool) -> tuple[list[int], int]:
     """The units that a search would have run exactly, and the tokens that it would have put through the model."""
     units = entry["units"]
-    hints = entry["linear"]["scores"] if hinted else None
-    search = Halving(range(units), units, EXACT, hints, schedule)
+    search = Halving(range(units), units, EXACT, schedule)
+    if hinted:
+        search.hint(entry["linear"]["scores"])
     tokens = 2 * units if hinted else 0
     while search.depth is not None:
         scores = entry[f"recompute {search.depth}"]["scores"]

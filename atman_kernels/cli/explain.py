@@ -132,8 +132,9 @@ def command(
         asked: dict[str, Any] = {"include_target": include_target, "chat": chat, "max_new_tokens": max_new_tokens}
         asked |= {"exact": exact, "recompute": recompute, "refine": refine}
         shorter = explainer.task == "text-generation" and method == "atman" and exact is recompute is None
-        # nested units are quick, and their number is not known yet
-        with estimated(shorter, said=not quiet and isinstance(cut, str | list)):
+        # how much a search and nested units will take is not known yet; both are quick
+        said = not quiet and exact is None and isinstance(cut, str | list)
+        with estimated(shorter, said):
             explanation = explainer.explain(text, answer, cut, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
 

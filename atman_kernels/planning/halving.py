@@ -14,6 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from atman_kernels.planning.units import Unit
+
 FEW_UNITS = 40  # up to here all units are exact: a search would save little and could miss one
 
 
@@ -87,7 +89,6 @@ class Halving:
     Args:
         starts: where each unit begins, in tokens.
         prompt_length, exact, schedule: see `rungs`.
-        hints: per unit, its effect as something else than a round estimates it.
 
     Attributes:
         candidates: units that the next round is about.
@@ -106,18 +107,28 @@ class Halving:
         starts: Sequence[int],
         prompt_length: int,
         exact: int,
-        hints: Sequence[float] | None = None,
         schedule: Schedule = SCHEDULE,
     ) -> None:
-        self._exact, self._schedule, self._hints = exact, schedule, hints
+        self._exact, self._schedule = exact, schedule
+        self._hints: Sequence[float] | None = None
         self._rungs = list(rungs(len(starts), prompt_length, exact, schedule))
         order = sorted(range(len(starts)), key=lambda unit: starts[unit])
         self._tail = [unit for unit in order if self._rungs and starts[unit] >= prompt_length - schedule.tail]
         self.candidates = sorted(set(order) - set(self._tail))
         if len(self.candidates) <= exact:  # nothing to choose among
             self._rungs = []
-        self._before: list[int] = [] if hints is None else sorted(self.candidates, key=lambda unit: -hints[unit])
+        self._before: list[int] = []
         self._following = {unit: order[at + 1 : at + 1 + schedule.wake] for at, unit in enumerate(order)}
+
+    @classmethod
+    def over(cls, units: Sequence[Unit], prompt_length: int, exact: int) -> "Halving":
+        """A search among units of a prompt."""
+        return cls([min(unit.token_indices) for unit in units], prompt_length, exact)
+
+    def hint(self, effects: Sequence[float]) -> None:
+        """Before the first round: every unit's effect as something else than a round estimates it."""
+        self._hints = effects
+        self._before = sorted(self.candidates, key=lambda unit: -effects[unit])
 
     @property
     def chosen(self) -> list[int]:

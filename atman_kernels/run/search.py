@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atman_kernels.inputs.objective import Objective
 from atman_kernels.inputs.text_generation import CausalObjective
-from atman_kernels.planning.halving import FEW_UNITS, Halving
+from atman_kernels.planning.halving import Halving
 from atman_kernels.run.runner import Outcome, Packable, Runner, Started
 
 
@@ -45,8 +45,8 @@ def strongest(
         exact: how many rows of each objective.
         found: is told of every exact row; see `Runner.run`.
         estimated: is told likewise of every row in every round.
-        hints: per objective (n_rows,), the falls of its values summed up, as something else estimates them; None if
-            there is nothing. Asked once it is known that there is something to search.
+        hints: of the objectives that it is given, (n_rows,) each, the falls of the values summed up, as something
+            else estimates them; or None. Asked about those in which there is something to search.
         pairs: objectives with the same rows, of which the second's fall is taken off the first's: they are one search.
 
     Raises:
@@ -54,17 +54,15 @@ def strongest(
     """
     started = runner.start(objectives)
     packable = runner.packable(started)
-    fewest, most = (extreme(len(rows) for rows in factors) for extreme in (min, max))
-    if fewest < exact:
-        warnings.warn(f"exact is {exact}, but there are {fewest} units: all of them are exact", stacklevel=2)
-    hinted = hints(packable.sequences) if most > max(FEW_UNITS, exact) else None
+    tell_if_all_are_exact(exact, min(len(rows) for rows in factors))
     seconds = dict(pairs)
     alone = set(range(len(objectives))) - set(seconds.values())
     searches = [
-        _Search((number, seconds[number]) if number in seconds else (number,), packable, hinted, exact)
+        _Search((number, seconds[number]) if number in seconds else (number,), packable, exact)
         for number in sorted(alone)
     ]
     searching = {number: search for search in searches for number in search.objectives}
+    _hint([search for search in searches if search.depth is not None], packable, hints)
     while any(search.depth is not None for search in searches):
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
             _round(runner, started, searching, factors, depth, estimated)
@@ -84,27 +82,28 @@ def strongest(
     return Found(Outcome(outcome.unperturbed, perturbed, outcome.work, outcome.path), flags)
 
 
+def tell_if_all_are_exact(exact: int, n_units: int) -> None:
+    """Warns that there are fewer units than are asked for."""
+    if n_units < exact:
+        warnings.warn(f"exact is {exact}, but there are {n_units} units: all of them are exact", stacklevel=3)
+
+
 class _Search:
     """The candidates of one objective, or of two of which the second's fall is taken off the first's.
 
     Args:
         objectives: their numbers.
         packable: all that is asked.
-        hints: see `strongest`.
         exact: how many are to be exact.
     """
 
-    def __init__(
-        self, objectives: tuple[int, ...], packable: Packable, hints: Sequence[Tensor] | None, exact: int
-    ) -> None:
+    def __init__(self, objectives: tuple[int, ...], packable: Packable, exact: int) -> None:
         self.objectives = objectives
         self._unperturbed = {number: packable.unperturbed[number] for number in objectives}
         objective = packable.sequences[objectives[0]]
         # then those of the deepest round so far
         self.values = {number: own.repeat(len(objective.units), 1) for number, own in self._unperturbed.items()}
-        starts = [min(unit.token_indices) for unit in objective.units]
-        effects = None if hints is None else self._difference([hints[number] for number in objectives]).tolist()
-        self._halving = Halving(starts, objective.prompt_length, exact, effects)
+        self._halving = Halving.over(objective.units, objective.prompt_length, exact)
 
     @property
     def depth(self) -> int | None:
@@ -121,6 +120,10 @@ class _Search:
         """Rows that are to be exact."""
         return self._halving.chosen
 
+    def hint(self, effects: Sequence[Tensor]) -> None:
+        """What the first round may go by, too: per objective (n_rows,)."""
+        self._halving.hint(self._difference(effects).tolist())
+
     def learn(self, values: Sequence[Tensor]) -> None:
         """What a round found out, per objective (n_candidates, m). The weaker candidates are out."""
         for number, own in zip(self.objectives, values, strict=True):
@@ -135,6 +138,20 @@ class _Search:
     def _difference(effects: Sequence[Tensor]) -> Tensor:
         """(n_rows,) the effect on what is searched for: the first objective's, less the second's."""
         return effects[0] if len(effects) == 1 else effects[0] - effects[1]
+
+
+def _hint(
+    searches: Sequence[_Search],
+    packable: Packable,
+    hints: Callable[[Sequence[CausalObjective]], Sequence[Tensor] | None],
+) -> None:
+    """Asks for hints of what is searched for, if anything is."""
+    numbers = [number for search in searches for number in search.objectives]
+    found = hints([packable.sequences[number] for number in numbers]) if numbers else None
+    if found is not None:
+        effects = dict(zip(numbers, found, strict=True))
+        for search in searches:
+            search.hint([effects[number] for number in search.objectives])
 
 
 def _round(

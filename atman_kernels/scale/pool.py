@@ -19,6 +19,7 @@ from atman_kernels.explain.methods import method
 from atman_kernels.inputs.request import Common, Request
 from atman_kernels.inputs.tasks import CAUSAL
 from atman_kernels.planning.halving import Halving
+from atman_kernels.run.search import tell_if_all_are_exact
 from atman_kernels.scale.cluster import Share, cluster
 from atman_kernels.scale.crew import Crew, Died, Task
 from atman_kernels.scale.options import model_name, sorted_options
@@ -103,10 +104,11 @@ class Pool:
         question, depth = self._question(prompt, target, units, exact, options)
         asked = self._ask(question)
         count = len(asked.units)
-        if depth.exact is not None and depth.exact > count:
-            warnings.warn(f"exact is {depth.exact}, but there are {count} units: all of them are exact", stacklevel=2)
-        starts = [min(unit.token_indices) for unit in asked.units]
-        search = Halving(starts, asked.prompt_length, count if depth.exact is None else depth.exact, asked.hints)
+        if depth.exact is not None:
+            tell_if_all_are_exact(depth.exact, count)
+        search = Halving.over(asked.units, asked.prompt_length, count if depth.exact is None else depth.exact)
+        if asked.hints is not None:
+            search.hint(asked.hints)
         every: list[Scored] = []
         scores: Tensor | None = None
         while search.depth is not None:

@@ -12,7 +12,7 @@ from atman_kernels.explain.assembly import origin_of
 from atman_kernels.explain.methods import MethodContext
 from atman_kernels.explain.methods.perturbation import Hints
 from atman_kernels.hf.models.eval_mode import evaluating
-from atman_kernels.planning.halving import FEW_UNITS
+from atman_kernels.planning.halving import Halving
 
 
 class Question(NamedTuple):
@@ -113,11 +113,12 @@ class Begun:
 
     def _hints(self, explainer: Explainer, exact: int | None) -> tuple[list[float] | None, dict[str, Any]]:
         """What a search of these units is told beforehand, where there is one, and what the settings say of that."""
-        if exact is None or len(self._objective.units) <= max(FEW_UNITS, exact):
+        asked = self._objective
+        if exact is None or Halving.over(asked.units, asked.prompt_length, exact).depth is None:
             return None, {}
         explainer.runner.packable(self._started)  # else there is no search
         hints = Hints(MethodContext(explainer.model, explainer.runner))
-        found = hints([self._objective])
+        found = hints([asked])
         self._started.work.add(hints.tokens, 0)
         return None if found is None else found[0].tolist(), {"hints": hints.source}
 

@@ -119,6 +119,30 @@ def test_where_nothing_can_be_differentiated_there_are_no_hints_and_that_is_said
     assert torch.tensor(found.exact)[direct.total[:-TAIL].topk(5).indices].all()
 
 
+def test_the_end_of_a_process_that_has_a_part_of_the_model_is_not_taken_for_a_missing_hint(monkeypatch):
+    def ends(*arguments, **options):
+        raise ak.RankError("rank 1 ended")
+
+    monkeypatch.setattr("atman_kernels.explain.methods.perturbation.linear", ends)
+    with pytest.raises(ak.RankError, match="rank 1 ended"):
+        explainer().explain(WORDS, ANSWER, exact=10)
+
+
+def test_hints_are_asked_for_where_something_is_searched_only(monkeypatch):
+    from atman_kernels.explain.methods import perturbation
+
+    asked, own = [], perturbation.linear
+
+    def counted(context, questions, **options):
+        asked.extend(question.prompt for question in questions)
+        return own(context, questions, **options)
+
+    monkeypatch.setattr(perturbation, "linear", counted)
+    one, short, most_in_the_tail = explainer(), " ".join(WORDS.split()[:9]), " ".join(WORDS.split()[:57])
+    one.explain_batch([WORDS, short, most_in_the_tail], [ANSWER] * 3, exact=10)
+    assert asked == [WORDS]
+
+
 def test_a_search_over_several_prompts_finds_for_each_what_it_finds_alone():
     one, short = explainer(), " ".join(WORDS.split()[:9])
     prompts, targets = [WORDS, short, WORDS[4:] + " w4"], [ANSWER, ANSWER, "w5"]
