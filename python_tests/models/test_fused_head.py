@@ -67,6 +67,38 @@ def test_plain_heads_go_without_logits(family, rows_of_logits, monkeypatch):
     torch.testing.assert_close(found.base_logprobs, plain.base_logprobs, atol=5e-5, rtol=1e-5)
 
 
+def test_a_batch_is_probed_by_no_more_logits_than_it_may_hold(rows_of_logits, monkeypatch):
+    """Full rows of many variants: one row of logits of each, and a copy of one variant's."""
+    made, kept = [], []
+    own, see = logprobs._log_softmax_at, fused_head.FusedHead.see
+
+    def measured(tokens, logits):
+        made.append(tuple(logits.shape[:2]))
+        return own(tokens, logits)
+
+    def seen(self, hidden, logits):
+        see(self, hidden, logits)
+        kept.append(self._seen[1].shape[0])
+
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(logprobs, "_log_softmax_at", measured)
+    monkeypatch.setattr(fused_head.FusedHead, "see", seen)
+    model = tiny_models.build("llama").bfloat16()
+    found = by_full_rows(model)
+    assert {rows for _, rows in made} == {1}
+    assert max(variants for variants, _ in made) > 20
+    assert set(kept) == {1}
+    assert rows_of_logits["fused"] > rows_of_logits["logits"]
+    monkeypatch.setattr(logprobs, "fused_head", lambda *arguments: None)
+    torch.testing.assert_close(found.scores, by_full_rows(model).scores, atol=5e-5, rtol=1e-5)
+
+
+def by_full_rows(model):
+    explainer = ak.Explainer(model, tiny_models.tokenizer(), progress=False)
+    explainer.runner.unpackable = "full rows are wanted"
+    return explainer.explain(PROMPT, ANSWER)
+
+
 SCALED = {
     "gemma2": lambda: tiny_models.build("gemma2"),  # caps its logits
     "cohere": lambda: hf.CohereForCausalLM(hf.CohereConfig(**tiny_models.COMMON, logit_scale=0.5)),

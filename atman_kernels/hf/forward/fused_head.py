@@ -16,7 +16,7 @@ from atman_kernels.hf.replacement import has_hooks, is_rewritten
 from atman_kernels.ops import suppressed_attention
 
 FAST = ("amx", "avx512_bf16")  # instruction sets that multiply bfloat16 as it is
-PROBE_ROWS = 2  # of which the model makes logits, to see that they are its head's product
+PROBE_ROWS = 2  # at most, of which the model makes logits, to see that they are its head's product
 LEAST_ROWS = 16  # below which nothing is gained
 CHOSEN_ROWS = 512  # weights of chosen tokens that are widened at a time
 VALUE_WIDTH = 16  # of values that nobody reads
@@ -34,8 +34,11 @@ class FusedHead:
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def see(self, hidden: Tensor, logits: Tensor) -> None:
-        """A call of the head: (B, R, H), and (B, R, vocabulary) before anybody can have changed them."""
-        self._seen = (hidden, logits.clone())
+        """A call of the head: (B, R, H), and (B, R, vocabulary) before anybody can have changed them.
+
+        Logits of one sequence are kept, since those of a batch of hundreds are large: a model treats all alike.
+        """
+        self._seen = (hidden, logits[:1].clone())
 
     def makes(self, logits: Tensor, states: Tensor) -> bool:
         """Whether logits that a model returned are this head's product of the layers' states, and nothing else.
@@ -48,9 +51,9 @@ class FusedHead:
         """
         if self._seen is None:
             return False
-        hidden, made = self._seen
-        same_shapes = hidden.shape == states.shape and made.shape == logits.shape
-        return same_shapes and torch.equal(hidden, states) and torch.equal(made, logits)
+        (hidden, made), returned = self._seen, logits[:1]
+        same_shapes = hidden.shape == states.shape and made.shape == returned.shape
+        return same_shapes and torch.equal(hidden, states) and torch.equal(made, returned)
 
     def logprobs(self, states: Tensor, tokens: Tensor) -> Tensor:
         """(B, R) float32, of tokens (B, R) after states (B, R, H)."""

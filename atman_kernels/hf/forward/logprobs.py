@@ -64,7 +64,7 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
     fused, ranks = None, ranks_of(model)
     if not keeps or _is_watched_outside_its_layers(model):
         step = max(1, len(rows))
-    elif ranks.size == 1:
+    elif ranks.size == 1 and len(rows) > PROBE_ROWS:
         fused = fused_head(model, targets.numel())
     pieces, first = [], 0
     # tensors of other packages, such as quantised weights, refuse inference_mode
@@ -78,7 +78,7 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
         ranks.logits_staying(),
     ):
         while first < len(rows):
-            chunk = rows[first : first + (PROBE_ROWS if fused else step)]
+            chunk = rows[first : first + (min(PROBE_ROWS, step) if fused else step)]
             keep = {"logits_to_keep": chunk} if keeps else {}
             logits = model(**inputs, use_cache=False, return_dict=True, **keep).logits
             tokens = targets[:, first : first + len(chunk)]
@@ -88,7 +88,7 @@ def logprobs_of(model: PreTrainedModel, inputs: dict[str, Tensor], rows: Tensor,
                 continue
             states = None if fused is None else _plain_states(fused, outputs, chunk, logits)
             pieces.append(_log_softmax_at(tokens, logits if keeps else logits[:, chunk]))
-            if fused is not None and states is not None and first < len(rows):
+            if fused is not None and states is not None:
                 pieces.append(fused.logprobs(states[:, rows[first:]], targets[:, first:]))
                 break
             fused = None
