@@ -65,7 +65,7 @@ def in_pieces(
         try:
             result = run(taken)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or work.ranks.gone is not None:
                 raise
             if work.ranks.size > 1:
                 raise work.ranks.out_of_memory(error) from error

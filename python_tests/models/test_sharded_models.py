@@ -166,6 +166,7 @@ def test_the_smallest_budget_is_everybody_s(two, whole):
 def test_out_of_memory_on_one_rank_ends_all(two):
     first, second = (rank["lost"] for rank in two)
     assert second["said"].startswith("MemoryError: out of memory on rank 1 of 2, in the middle of a forward")
+    assert second["cause"] == "tried to allocate 9 GiB"
     assert second["again"].startswith("RankError: the processes that share this model have to be started anew: rank 1")
     assert first["said"].startswith("RankError: another process that has a part of this model ended or did not answer")
     assert first["again"].startswith("RankError: the processes that share this model have to be started anew")

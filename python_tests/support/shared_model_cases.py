@@ -193,8 +193,17 @@ def out_of_memory_on_one(model: Any) -> dict[str, Any]:
             return own(*args)
 
         module.forward = fails
-    said = error_of(lambda: explainer.explain(PROMPT, " w5 w6"))
-    return {"said": said, "again": error_of(lambda: explainer.explain(PROMPT, " w5 w6"))}
+    causes: list[BaseException | None] = []
+
+    def explain() -> None:
+        try:
+            explainer.explain(PROMPT, " w5 w6")
+        except (MemoryError, ak.RankError) as error:
+            causes.append(error.__cause__)
+            raise
+
+    said = error_of(explain)
+    return {"said": said, "cause": str(causes[0]), "again": error_of(explain)}
 
 
 def three_ranks(folders: dict[str, str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Ranks:
         own, size: this rank's number among them, and how many there are.
         tensor: the same within its tensor-parallel group.
         stage: transformers' pipeline stage of this rank; None where every rank has all layers.
+        gone: why the ranks can do nothing together any more; None as long as they can.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Ranks:
         self.tensor, self.stage = tensor, stage
         self._turn = threading.RLock()
         self._group: Any = None
-        self._gone: str | None = None  # why the ranks can do nothing together any more
+        self.gone: str | None = None
         self._heard: BaseException | None = None  # an error that all of them have
 
     def layers_of(self, decoder: nn.Module) -> int | None:
@@ -162,7 +163,7 @@ class Ranks:
             try:
                 yield
             except BaseException as error:
-                if error is not self._heard and self._gone is None:
+                if error is not self._heard and self.gone is None:
                     self._tell(error)
                 raise
             self.agree(f"the end of {call}")
@@ -185,23 +186,21 @@ class Ranks:
         except BaseException as error:
             ours = type(error).__module__.startswith("atman_kernels")
             alike = isinstance(error, Cancelled | RankError) or (ours and self.stage is None)
-            if alike or self._gone is not None:
+            if alike or self.gone is not None:
                 raise
             if is_out_of_memory(error):
                 raise self.out_of_memory(error) from error
-            self._gone = f"rank {self.own} left a forward that the others are in ({type(error).__name__})"
+            self.gone = f"rank {self.own} left a forward that the others are in ({type(error).__name__})"
             if _is_of_the_group(error):
                 raise self._lost_contact(error) from error
             raise
 
-    def out_of_memory(self, error: BaseException) -> BaseException:
+    def out_of_memory(self, error: BaseException) -> MemoryError:
         """What running out of memory is here: no reason to try again in halves.
 
         The other ranks wait in the middle of the forward, and a collective of the next one would meet theirs.
         """
-        if self._gone is not None:
-            return error
-        self._gone = f"rank {self.own} left a forward that the others are in (out of memory)"
+        self.gone = f"rank {self.own} left a forward that the others are in (out of memory)"
         return MemoryError(
             f"out of memory on rank {self.own} of {self.size}, in the middle of a forward that the others wait in: the "
             "work cannot be halved, and all processes have to be started anew, with a smaller token_budget "
@@ -271,12 +270,12 @@ class Ranks:
 
     @contextmanager
     def _in_contact(self) -> Iterator[None]:
-        if self._gone is not None:
-            raise RankError(f"the processes that share this model have to be started anew: {self._gone}")
+        if self.gone is not None:
+            raise RankError(f"the processes that share this model have to be started anew: {self.gone}")
         try:
             yield
         except RuntimeError as error:
-            self._gone = "another rank did not answer"
+            self.gone = "another rank did not answer"
             raise self._lost_contact(error) from error
 
     def _lost_contact(self, error: BaseException) -> RankError:
