@@ -57,9 +57,9 @@ class Explainer:
         vision: of a model that reads images beside text, suppress a unit's patches in its vision encoder, too, in all
             of its layers. Every variant then sees the image anew, as a full row: see docs/images.md.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
-        progress: show a progress bar for what takes longer than a second; or a function, called with (done, total) in
-            tokens before the first forward and after every other. `atman_kernels.Cancelled`, raised from it, ends the
-            call there, with the model as it was.
+        progress: show a progress bar for what takes longer than a second, of processes that share the model in the
+            first one only; or a function, called with (done, total) in tokens before the first forward and after every
+            other. `atman_kernels.Cancelled`, raised from it, ends the call there, with the model as it was.
 
     Raises:
         InputError: an argument does not fit.

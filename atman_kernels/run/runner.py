@@ -72,7 +72,8 @@ class Runner:
         model: a transformers model, in eval mode.
         perturbation: what a suppression is.
         token_budget: tokens per forward; None takes what memory allows. It is halved when memory runs out.
-        progress: show a progress bar for what takes longer than a second; or who is told, see `Explainer`.
+        progress: show a progress bar for what takes longer than a second, of several ranks on the first; or who is
+            told, see `Explainer`.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class Runner:
         self.model = model
         self.perturbation = perturbation
         self.token_budget = token_budget
-        self.progress = progress
         self.ranks = ranks_of(model)
+        self.progress = progress if callable(progress) else progress and self.ranks.own == 0  # they share a terminal
         self.unpackable: str | None = None  # the reason, once it is known
         self._mixing = why_rows_do_not_mix(model)  # why rows must not share a forward, once it is known
         self._told = False

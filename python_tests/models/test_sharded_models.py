@@ -163,6 +163,11 @@ def test_the_smallest_budget_is_everybody_s(two, whole):
         assert (rank["differences"]["scores"] - expected).abs().max() <= 1e-4
 
 
+def test_one_rank_shows_progress(two):
+    """A function, such as the one that cancels above, is told on every rank."""
+    assert [rank["differences"]["bar"] for rank in two] == [True, False]
+
+
 def test_out_of_memory_on_one_rank_ends_all(two):
     first, second = (rank["lost"] for rank in two)
     assert second["said"].startswith("MemoryError: out of memory on rank 1 of 2, in the middle of a forward")

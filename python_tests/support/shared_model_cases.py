@@ -158,7 +158,7 @@ def differences(model: Any) -> dict[str, Any]:
         with ak.suppress(model, factor, **options):
             pass
 
-    found = {
+    found: dict[str, Any] = {
         "prompt": error_of(lambda: explainer.explain(PROMPT if first else OTHER, " w5")),
         "target": error_of(lambda: explainer.explain_batch([PROMPT, OTHER], [" w5", " w6" if first else None])),
         "settings": error_of(lambda: explainer_of(model, factor=0.5 if first else 0).explain(PROMPT, " w5")),
@@ -171,6 +171,7 @@ def differences(model: Any) -> dict[str, Any]:
     }
     budget = explainer_of(model, token_budget=60 if first else 1000)
     explained = budget.explain(PROMPT, " w5 w6")
+    found |= {"bar": ak.Explainer(model, tokenizer()).runner.progress}
     return found | {"budget": explained.stats["token_budget"], "scores": explained.scores}
 
 
