@@ -14,7 +14,7 @@ import atman_kernels as ak
 from atman_kernels.explain import methods
 
 PROMPT, OTHER = text_of([*range(3, 25)]), text_of([4, 9, *range(30, 44)])
-LONG = text_of([3 + i % 40 for i in range(45)])  # more units than are searched through without a search
+LONG = text_of([3 + i % 40 for i in range(90)])  # more units than are all exact, beside those at its end
 IDS = torch.arange(3, 20)[None]
 TENSOR, PIPELINE = {"tp_size": 2}, {"pp_size": 2}
 HEADS: dict[str, Any] = {**COMMON, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
@@ -67,10 +67,11 @@ def answers(model: Any, heads: int) -> dict[str, Any]:
         halves = explainer.ablate(PROMPT, " w5", masks=lambda units: torch.arange(len(units))[None] % 2 == 0)
     scores = {"one": one.scores, "similar": similar.scores, "shapley": shapley.scores, "ablated": halves.logprobs}
     scores |= {"batch": both[0].scores, "own": both[1].scores, "long": long.scores}
-    scores["search"] = found.scores[found.exact] - long.scores[found.exact]
+    scores["search"] = (found.scores - long.scores)[torch.tensor(found.exact)].abs().max()  # exact is exact
     texts = {"path": one.settings["path"], "answer": both[1].target}
     if getattr(model, "_pp_stage", None) is None:  # a pipeline has no gradients to search by
         texts |= {"hints": found.settings["hints"], "exact": str(found.exact)}
+        scores["estimates"] = found.scores
     return scores | texts | suppressions(model, heads)
 
 
