@@ -10,11 +10,10 @@ from atman_kernels.arguments import integer
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.explain.head_weights import HeadWeights
-from atman_kernels.explain.methods import MOST_DRAWS, OPTIONS, seeded
+from atman_kernels.explain.methods import MOST_DRAWS, OPTIONS, check_sharing, seeded
 from atman_kernels.explain.methods.attention import each_layer
 from atman_kernels.explain.methods.lasso import log_odds
 from atman_kernels.hf.models.eval_mode import evaluating
-from atman_kernels.hf.models.tasks import task_of
 from atman_kernels.inputs.request import Common, batch_of
 from atman_kernels.inputs.tasks import CAUSAL
 from atman_kernels.inputs.text_generation import CausalObjective, ask_all
@@ -59,7 +58,8 @@ def fit_at2(
 
     Raises:
         InputError: an argument does not fit, or in no prompt any set changes the answer.
-        UnsupportedModelError: the model's attention cannot be reached, or its layers have different numbers of heads.
+        UnsupportedModelError: the model's attention cannot be reached, its layers have different numbers of heads, or
+            it is shared among processes.
 
     Example:
         >>> weights = fit_at2(explainer, prompts, answers)                               # doctest: +SKIP
@@ -69,12 +69,15 @@ def fit_at2(
     model = explainer.model
     samples = integer(samples, "samples", least=2, most=MOST_DRAWS)
     steps, seed = integer(steps, "steps", least=1), OPTIONS["seed"](seed)
-    if task_of(model) != CAUSAL:
+    if explainer.task != CAUSAL:
         raise InputError(f"AT2 is for language models; {type(model).__name__} is none")
+    check_sharing("at2", model)
     common = Common.checked(include_target=False, chat=chat, max_new_tokens=32, language="en")
     asked = batch_of(common, prompts, targets, units, None, None)
     if any(request.has_images for request in asked):
         raise InputError("prompts: AT2 is fitted on texts; one of them has images")
+    if any(request.is_nested for request in asked):
+        raise InputError("units: AT2 is fitted on units of one level; those of one of the prompts are nested")
     features, responses = [], []
     runner = Runner(model, explainer.runner.perturbation, explainer.runner.token_budget, False)
     with evaluating(model):
@@ -91,7 +94,7 @@ def fit_at2(
         with Meter(explainer.runner.progress, tokens, "learning from ablations") as meter:
             for number, question in enumerate(questions):
                 kept = _kept(samples, len(question.units), seed + number)
-                features.append(_features(explainer.model, question, kept))
+                features.append(_features(model, question, kept))
                 outcome = run_subsets(runner, [question], [~kept], "ablating")
                 responses.append(log_odds(outcome.perturbed[0].double().sum(1)))
                 meter.advance(samples * question.positions)

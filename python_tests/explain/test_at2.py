@@ -1,6 +1,7 @@
 """AT2: scores against transformers' eager attention, learning against an oracle of its own, files, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -32,14 +33,22 @@ def ids_of(*texts):
     return [torch.tensor(tiny_models.tokenizer()(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def eager(model, ids, mask=None):
-    """(log-probs, per layer the attention weights) of transformers' own eager attention."""
+def eager(model, ids, mask=None, left=0.0):
+    """(log-probs, per layer the attention weights) of transformers' own eager attention.
+
+    Args:
+        mask: tokens whose keys are there; of the others, `left` is left.
+    """
+    if mask is not None:
+        gone = torch.full_like(ids, left, dtype=torch.float32).log()
+        later = torch.full((len(ids), len(ids)), -torch.inf).triu(1)
+        mask = mask[None].long() if left == 0 else (torch.where(mask, 0.0, gone) + later)[None, None]
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.no_grad():
         out = model(
             ids[None],
-            attention_mask=None if mask is None else mask[None].long(),
+            attention_mask=mask,
             position_ids=torch.arange(len(ids))[None],
             output_attentions=True,
             use_cache=False,
@@ -61,7 +70,7 @@ def test_scores_are_the_models_own_attention(family, tmp_path):
     torch.testing.assert_close(found.scores, expected, atol=1e-5, rtol=1e-5)
 
 
-def oracle(model, samples, steps, seed):
+def oracle(model, samples, steps, seed, factor):
     """AT2 from scratch: eager attention, whole forwards under an attention mask, Pearson's correlation, Adam."""
     features, responses = [], []
     for number, (prompt, answer) in enumerate(zip(map(ids_of, PROMPTS), map(ids_of, ANSWERS), strict=True)):
@@ -75,7 +84,7 @@ def oracle(model, samples, steps, seed):
         for kept in there:
             mask = torch.cat([kept, torch.ones(len(ids) - n, dtype=torch.bool)])
             # a suppressed token is seen by none, itself included; no row that counts depends on it
-            p = eager(model, ids, mask)[0][rows, answer].sum()
+            p = eager(model, ids, mask, factor)[0][rows, answer].sum()
             logits.append(p - torch.log(-torch.expm1(p)))
         features.append(torch.where(there, 1.0, -1.0) @ to_token.T)
         responses.append(torch.stack(logits).float())
@@ -91,17 +100,18 @@ def oracle(model, samples, steps, seed):
     return (w / w.abs().sum()).detach()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_what_is_learned_is_what_an_oracle_learns(family):
+@pytest.mark.parametrize(("family", "factor"), [("llama", 0.0), ("gpt2", 0.0), ("llama", 0.4)])
+def test_what_is_learned_is_what_an_oracle_learns(family, factor):
     model = tiny_models.build(family)
-    found = fit_at2(explainer_of(model), PROMPTS, ANSWERS, samples=12, steps=60, seed=5)
-    expected = oracle(model, 12, 60, 5)
+    explainer = ak.Explainer(model, tiny_models.tokenizer(), factor=factor, progress=False)
+    found = fit_at2(explainer, PROMPTS, ANSWERS, samples=12, steps=60, seed=5)
+    expected = oracle(model, 12, 60, 5, factor)
     assert found.weights.shape == (3, 4)
     torch.testing.assert_close(found.weights.flatten(), expected, atol=2e-4, rtol=2e-3)
     assert expected.max() > 1.2 * expected.min(), "it learned something"
     assert found.fit == {
         "prompts": 3, "samples": 12, "steps": 60, "seed": 5,
-        "suppression": {"mode": "log_additive", "factor": 0.0, "similarity_threshold": None, "layers": None},
+        "suppression": {"mode": "log_additive", "factor": factor, "similarity_threshold": None, "layers": None},
     }  # fmt: skip
 
 
@@ -201,6 +211,7 @@ def test_other_files_are_refused_before_the_model_runs(llama, tmp_path, monkeypa
         ({"prompts": PROMPTS, "targets": ANSWERS, "seed": -1}, "seed must be an integer"),
         ({"prompts": PROMPTS, "targets": ANSWERS, "units": ["token"]}, "units has 1 entries for 3 prompts"),
         ({"prompts": [{"input_ids": [[1]]}], "targets": ["w1"]}, "AT2 is fitted on texts"),
+        ({"prompts": PROMPTS[:1], "targets": ["w1"], "units": [("sentence", "word")]}, "fitted on units of one level"),
     ],
 )
 def test_what_learning_refuses(llama, monkeypatch, arguments, message):
@@ -217,6 +228,16 @@ def test_layers_with_different_numbers_of_heads_are_refused(llama, monkeypatch):
     monkeypatch.setattr("atman_kernels.explain.at2_fitting.each_layer", uneven)
     with pytest.raises(ak.UnsupportedModelError, match="layers of LlamaForCausalLM have different numbers of heads"):
         fit_at2(explainer_of(llama), PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize("stage", [None, "the first"])
+def test_a_model_that_is_shared_among_processes_is_refused(llama, monkeypatch, stage):
+    """A rank would learn weights of its own heads alone."""
+    explainer = explainer_of(llama)
+    monkeypatch.setattr("atman_kernels.explain.methods.ranks_of", lambda _: SimpleNamespace(size=2, stage=stage))
+    monkeypatch.setattr(llama, "forward", lambda *a, **k: pytest.fail("the model ran"))
+    with pytest.raises(ak.UnsupportedModelError, match="'at2' needs all heads and layers of LlamaForCausalLM in one"):
+        fit_at2(explainer, PROMPTS, ANSWERS)
 
 
 def test_progress_is_told_in_tokens(llama):

@@ -173,13 +173,7 @@ class Method:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError if an option does not fit the model, UnsupportedModelError if the method does not."""
-        ranks = ranks_of(model)
-        served = WITH_TENSOR_PARALLELISM if ranks.stage is None else IN_A_PIPELINE
-        if ranks.size > 1 and self.name not in served:
-            raise UnsupportedModelError(
-                f"method {self.name!r} needs all heads and layers of {type(model).__name__} in one process, and it is "
-                f"shared among {ranks.size}; there are {', '.join(served)}"
-            )
+        check_sharing(self.name, model)
         layer, layers = self.options.get("layer"), getattr(decoder_of(model).config, "num_hidden_layers", None)
         if layer is not None and layers is not None and not -layers <= layer < layers:
             raise InputError(f"layer must be an index into {layers} layers, got {layer}")
@@ -234,6 +228,17 @@ def method(name: str, options: dict[str, Any]) -> Method:
         if option not in defaults:
             raise InputError(f"method {name!r} has no option {option!r}; it has {', '.join(defaults) or 'none'}")
     return Method(name, measure, {option: OPTIONS[option](x) for option, x in (defaults | options).items()}, function)
+
+
+def check_sharing(name: str, model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError if a method does not serve the way in which a model is shared among processes."""
+    ranks = ranks_of(model)
+    served = WITH_TENSOR_PARALLELISM if ranks.stage is None else IN_A_PIPELINE
+    if ranks.size > 1 and name not in served:
+        raise UnsupportedModelError(
+            f"method {name!r} needs all heads and layers of {type(model).__name__} in one process, and it is shared "
+            f"among {ranks.size}; there are {', '.join(served)}"
+        )
 
 
 def _even(number: int) -> int:
