@@ -12,9 +12,10 @@ import click
 
 from atman_kernels.cli.explain import MODES
 from atman_kernels.cli.model import device_options, load, warnings_as_messages
-from atman_kernels.cli.output import Result, check_destinations, deliver, progress_is_seen, say, shown
+from atman_kernels.cli.output import Result, check_destinations, deliver, progress_is_seen, shown
 from atman_kernels.cli.output import show as show_here
-from atman_kernels.cli.values import LARGEST_FACTOR, SEED, UNITS, Number
+from atman_kernels.cli.squad import chosen_items, squad_options
+from atman_kernels.cli.values import LARGEST_FACTOR, UNITS, Number
 from atman_kernels.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,11 +39,7 @@ COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds"
 
 
 @click.command("quality")
-@click.option("--squad", metavar="FILE", required=True, help="Questions with answer spans, in the format of SQuAD 1.1.")
-@click.option("--model", metavar="ID|FOLDER|smollm2", default="smollm2", show_default=True)
-@click.option("--split", type=click.Choice(["dev", "test", "all"]), default="test", show_default=True)
-@click.option("--items", type=click.IntRange(min=1), help="Only N of them, passage by passage.  [default: all]")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the passages' random order.")
+@squad_options(split="test")
 @click.option(
     "--methods",
     metavar="NAME,NAME",
@@ -119,23 +116,6 @@ def command(
         return table_as_json(header | facts, summaries, ranks)
 
     deliver([Result("--json", json_file, as_json)], lambda: show(summaries))
-
-
-def chosen_items(squad: str, split: str, items: int | None, seed: int) -> "list[Item]":
-    """The file's usable questions of a split, so many of them.
-
-    Raises:
-        InputError: there are none.
-    """
-    from atman_kernels.evaluation.squad import drawn, read_items, split_of, usable
-
-    chosen, left_out = usable(item for item in read_items(squad) if split in ("all", split_of(item)))
-    for line in left_out:
-        say(f"Note: left out {line}")
-    chosen = drawn(chosen, items, seed)
-    if not chosen:
-        raise InputError(f"{squad} holds no usable question of the split {split!r}")
-    return chosen
 
 
 def _header(squad: str, protocol: "EvaluationProtocol", others: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,14 @@
 
 import click
 
-from atman_kernels.cli.bench_quality import chosen_items
 from atman_kernels.cli.model import device_options, load, warnings_as_messages
 from atman_kernels.cli.output import check_destinations, progress_is_seen, say
-from atman_kernels.cli.values import SEED
+from atman_kernels.cli.squad import chosen_items, squad_options
 
 
 @click.command("fit-at2")
-@click.option("--squad", metavar="FILE", required=True, help="Questions with answer spans, in the format of SQuAD 1.1.")
+@squad_options(split="dev", drawn="the random order and the random sets")
 @click.option("--out", metavar="FILE", required=True, help="Where the weights go, as safetensors.")
-@click.option("--model", metavar="ID|FOLDER|smollm2", default="smollm2", show_default=True)
-@click.option("--split", type=click.Choice(["dev", "test", "all"]), default="dev", show_default=True)
-@click.option("--items", type=click.IntRange(min=1), help="Only N of them, passage by passage.  [default: all]")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random order and the random sets.")
 @click.option(
     "--samples", type=click.IntRange(2, 10**6), default=32, show_default=True, help="Random sets of every passage."
 )
