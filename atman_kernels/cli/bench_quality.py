@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 FACTORS = (0.0, 0.1, 0.5)
 THRESHOLDS = (None, 0.7)
-# Slower by a hundred times what they add here, or in need of a file; ask for them by name.
-UNASKED = ("shapley", "lasso", "at2")
 # What has a name of its own here: AtMan for less work, and ContextCite at the numbers of ablations that its paper has.
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "direct": ("atman", {"recompute": 1}),
     "search": ("atman", {"exact": 16}),
     **{f"contextcite_{samples}": ("lasso", {"samples": samples}) for samples in (32, 64, 256)},
 }
+OF_ANY_METHOD = ("recompute", "exact")
+# Slower by a hundred times what they add here; ask for them by name.
+UNASKED = ("shapley", "lasso", "contextcite_32", "contextcite_64", "contextcite_256")
 WITH_INTERVALS = ("mAP", "hit@1", "area")  # in the terminal, where there is not room for all
 WIDTH = 120  # of the table, wherever it goes
 COLUMNS = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "hit@1", "hit@5", "area", "seconds")
@@ -91,8 +92,8 @@ def command(
     atman bench quality --squad dev-v1.1.json --split dev --sweep --items 50
     atman bench quality --squad dev-v1.1.json --methods atman,rollout,attnlrp --json table.json
     """
-    if sweep and methods:
-        raise InputError("--sweep is AtMan alone; leave out --methods")
+    if sweep and (methods or at2_weights):
+        raise InputError("--sweep is AtMan alone; leave out --methods and --at2-weights")
     check_destinations({"--results": results, "--json": json_file}, {"--squad": squad, "--at2-weights": at2_weights})
     from atman_kernels.evaluation.quality import EvaluationProtocol, agreement, summarize
     from atman_kernels.evaluation.results import ResultFile
@@ -167,9 +168,10 @@ def compared(
     from atman_kernels.evaluation.quality import Setting
     from atman_kernels.explain.methods import method, names
 
-    known = (*names(), *NAMED)
-    by_default = [name for name in known if name not in UNASKED and not name.startswith("contextcite")]
-    wanted = methods.split(",") if methods else [*by_default, *(["at2"] if at2_weights else [])]
+    known: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in names()} | NAMED
+    known["at2"] = ("at2", {"weights": at2_weights})
+    unasked = UNASKED if at2_weights is not None else (*UNASKED, "at2")
+    wanted = methods.split(",") if methods else [name for name in known if name not in unasked]
     if at2_weights is not None and "at2" not in wanted:
         raise InputError("--at2-weights are for the method at2, which --methods leaves out")
     asked = {"whole_answer": True, "steps": ig_steps}
@@ -179,8 +181,8 @@ def compared(
             raise InputError(f"--methods: {name!r} is none of {', '.join(known)}")
         if name == "at2" and at2_weights is None:
             raise InputError("--methods: at2 needs --at2-weights FILE, which atman bench fit-at2 writes")
-        of, options = ("at2", {"weights": at2_weights}) if name == "at2" else NAMED.get(name, (name, {}))
-        has = method(of, {"weights": at2_weights} if name == "at2" else {}).options
+        of, options = known[name]
+        has = method(of, {option: x for option, x in options.items() if option not in OF_ANY_METHOD}).options
         settings.append(Setting(name, of, options | {o: asked[o] for o in asked if o in has}, explainer))
     return settings
 

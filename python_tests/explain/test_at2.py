@@ -303,6 +303,7 @@ def test_fitted_and_compared_on_the_command_line(tiny_llama, tmp_path):
         (("--methods", "contextcite_99"), "'contextcite_99' is none of atman, "),
         (("--methods", "atman", "--at2-weights", "w"), "which --methods leaves out"),
         (("--methods", "at2", "--at2-weights", "w"), "'w' is no file"),
+        (("--sweep", "--at2-weights", "w"), "leave out --methods and --at2-weights"),
     ],
 )
 def test_what_the_comparison_refuses(tmp_path, monkeypatch, options, message):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from at2_files import even_weights
 
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.evaluation.quality import EvaluationProtocol, Setting, agreement, locate, measure, summarize
@@ -346,3 +347,19 @@ def test_methods_are_asked_for_the_whole_answer_where_that_is_cheaper():
         {"whole_answer": True, "steps": 5},
     ]
     assert all(setting.explainer == {"factor": 0.1} for setting in found)
+
+
+def test_what_is_compared_unasked(model, tmp_path):
+    """All but what takes a hundred times as long, or a file that was not given."""
+    from atman_kernels.cli.bench_quality import compared
+    from atman_kernels.explain.methods import names
+
+    weights = str(even_weights(model[0], tmp_path))
+
+    def asked(at2_weights=None):
+        return {setting.name: (setting.method, setting.options) for setting in compared(None, {}, 5, at2_weights)}
+
+    assert set(asked()) == {*names(), "direct", "search"} - {"shapley", "lasso", "at2"}
+    assert asked()["direct"] == ("atman", {"recompute": 1})
+    assert asked()["search"] == ("atman", {"exact": 16})
+    assert asked(weights) == asked() | {"at2": ("at2", {"weights": weights})}
