@@ -127,6 +127,17 @@ def integer(
     return found
 
 
+def count_or_none(value: Any, name: str) -> int | None:
+    """A whole number of at least 1, or None.
+
+    >>> count_or_none(0, "recompute")
+    Traceback (most recent call last):
+    ...
+    atman_kernels.errors.InputError: recompute must be an integer >= 1 or None, got 0
+    """
+    return None if value is None else integer(value, name, least=1, expected="an integer >= 1 or None")
+
+
 def real(value: Any, name: str, expected: str, fits: Callable[[float], bool] = math.isfinite) -> float:
     """A number, numpy's and torch's included, that `fits`; `True` is none, nor is a text.
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atman_kernels.adapters.captum_features import features_of
-from atman_kernels.adapters.token_question import checked_recompute, run_rows, suppressing, token_question, unit_factors
-from atman_kernels.arguments import integer, text_or_empty
+from atman_kernels.adapters.token_question import run_rows, suppressing, token_question, unit_factors
+from atman_kernels.arguments import count_or_none, integer, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.models.eval_mode import evaluating
@@ -84,7 +84,7 @@ class SuppressedTextInput(TextTokenInput):
             name = type(explainer.model).__name__
             raise UnsupportedModelError(f"explainer: {name} is no causal language model, which captum's texts are for")
         self.explainer = explainer
-        self.recompute = checked_recompute(recompute)
+        self.recompute = count_or_none(recompute, "recompute")
         self.tokenizer = explainer.tokenizer
         features = features_of(source, explainer.tokenizer, units, language)
         self.units, self.values, self._spread = features.units, features.values, features.spread

@@ -13,8 +13,8 @@ from inseq.attr.feat.perturbation_attribution import PerturbationAttributionRegi
 from inseq.attr.step_functions import probability_fn  # type: ignore[import-untyped, unused-ignore]
 from inseq.data import CoarseFeatureAttributionStepOutput  # type: ignore[import-untyped, unused-ignore]
 
-from atman_kernels.adapters.token_question import checked_recompute, run_rows, token_question, unit_factors
-from atman_kernels.arguments import text_or_empty
+from atman_kernels.adapters.token_question import run_rows, token_question, unit_factors
+from atman_kernels.arguments import count_or_none, text_or_empty
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.planning.units import Unit
@@ -57,7 +57,7 @@ class AtManAttribution(PerturbationAttributionRegistry):
         if unknown:
             raise InputError(f"method 'atman' has no setting {unknown[0]!r}; it has {', '.join(SETTINGS)}")
         self.settings = settings
-        self._explainer(settings)  # refuses what does not fit before anything is attributed
+        self._explaining(settings)  # refuses what does not fit before anything is attributed
         self.is_final_step_method = True  # one step for all generated tokens
         self._first_generated = 1
 
@@ -104,8 +104,7 @@ class AtManAttribution(PerturbationAttributionRegistry):
             token that position q predicts. inseq keeps what precedes the predicted token; padding is 0.
         """
         input_ids, next_ids, _, attention_mask = attribute_fn_main_args["additional_forward_args"][:4]
-        settings = self.settings | (attribution_args or {})
-        explainer = self._explainer(settings)
+        explainer, recompute = self._explaining(self.settings | (attribution_args or {}))
         paddings = [int((row == 0).sum()) for row in attention_mask]  # on the left, of every text
         questions = []
         for ids, next_id, padding in zip(input_ids, next_ids.reshape(-1, 1), paddings, strict=True):
@@ -113,14 +112,16 @@ class AtManAttribution(PerturbationAttributionRegistry):
             units = [Unit("", 0, 0, (position,)) for position in range(len(whole) - 1)]
             questions.append(token_question(explainer, whole, max(1, self._first_generated - padding), units))
         factors = [unit_factors(explainer, question) for question in questions]
-        outcome = run_rows(explainer, questions, factors, checked_recompute(settings.get("recompute")))
+        outcome = run_rows(explainer, questions, factors, recompute)
         length = input_ids.shape[1]
         scores = torch.zeros(len(questions), length, length, dtype=torch.float32, device="cpu")
         for row, padding, before, after in zip(scores, paddings, outcome.unperturbed, outcome.perturbed, strict=True):
             row[padding:, length - len(before) :] = before - after  # rows predict the token after them
         return CoarseFeatureAttributionStepOutput(target_attributions=scores)
 
-    def _explainer(self, settings: dict[str, Any]) -> Explainer:
-        checked_recompute(settings.get("recompute"))
-        own = {name: value for name, value in settings.items() if name != "recompute"}
-        return Explainer(self.attribution_model.model, self.attribution_model.tokenizer, progress=False, **own)
+    def _explaining(self, settings: dict[str, Any]) -> tuple[Explainer, int | None]:
+        """Who explains, and `recompute`."""
+        own = dict(settings)
+        recompute = count_or_none(own.pop("recompute", None), "recompute")
+        model, tokenizer = self.attribution_model.model, self.attribution_model.tokenizer
+        return Explainer(model, tokenizer, progress=False, **own), recompute

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from atman_kernels.arguments import integer
 from atman_kernels.errors import InputError
 from atman_kernels.explain.explainer import Explainer
 from atman_kernels.hf.attention.suppression import suppress
@@ -57,11 +56,6 @@ def run_rows(
     """
     with evaluating(explainer.model):
         return explainer.runner.run(questions, factors, recompute=recompute)
-
-
-def checked_recompute(value: object) -> int | None:
-    """Raises InputError if it is neither None nor an integer >= 1."""
-    return None if value is None else integer(value, "recompute", least=1, expected="an integer >= 1 or None")
 
 
 def suppressing(explainer: Explainer, factors: Tensor) -> AbstractContextManager[None]:

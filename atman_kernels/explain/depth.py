@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from atman_kernels.arguments import integer
+from atman_kernels.arguments import count_or_none
 from atman_kernels.errors import InputError
 from atman_kernels.explain.methods import WITH_RECOMPUTE, Method
 from atman_kernels.hf.models.tasks import Task
@@ -29,15 +29,15 @@ class Depth:
         nested: bool = False,
     ) -> "Depth":
         """Raises InputError if one of them does not fit, or does not go with the rest."""
-        given = {"recompute": recompute, "exact": exact}
-        for name, value in given.items():
-            if value is not None:
-                given[name] = integer(value, name, least=1, expected="an integer >= 1 or None")
-                if task != CAUSAL:
-                    raise InputError(
-                        f"{name} is for causal language models, whose variants share keys and values; with "
-                        f"{task} every variant is a full row"
-                    )
+        depth = cls(
+            count_or_none(recompute, "recompute"), count_or_none(exact, "exact"), count_or_none(refine, "refine")
+        )
+        for name, value in (("recompute", recompute), ("exact", exact)):
+            if value is not None and task != CAUSAL:
+                raise InputError(
+                    f"{name} is for causal language models, whose variants share keys and values; with {task} every "
+                    "variant is a full row"
+                )
         if recompute is not None and exact is not None:
             raise InputError("recompute and exact do not go together: exact units recompute all that changes")
         if recompute is not None and method.name not in WITH_RECOMPUTE:
@@ -48,8 +48,6 @@ class Depth:
             raise InputError(f"method with nested units must be 'atman', got {method.name!r}")
         if nested and exact is not None:
             raise InputError("exact does not go with nested units, which are all exact; refine says how many are cut")
-        if refine is not None:
-            refine = integer(refine, "refine", least=1, expected="an integer >= 1 or None")
-            if not nested:
-                raise InputError("refine is for nested units, such as units=('paragraph', 'sentence', 'word')")
-        return cls(given["recompute"], given["exact"], refine)  # type: ignore[arg-type]
+        if refine is not None and not nested:
+            raise InputError("refine is for nested units, such as units=('paragraph', 'sentence', 'word')")
+        return depth

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from atman_kernels.arguments import choice, described, flag, integer, of_entry
+from atman_kernels.arguments import choice, count_or_none, described, flag, of_entry
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.explain import methods
 from atman_kernels.explain.assembly import errors_of, explanation_of, origin_of, settings_of, stats_of
@@ -91,8 +91,7 @@ class Explainer:
         self.vision = flag(vision, "vision")
         if self.vision:
             _check_vision(model, self.task)
-        if token_budget is not None:
-            token_budget = integer(token_budget, "token_budget", least=1, expected="an integer >= 1 or None")
+        token_budget = count_or_none(token_budget, "token_budget")
         self.model: PreTrainedModel = model
         self._reader = Reader(model, tokenizer, self.task)
         self.processor = self._reader.image_processor
@@ -373,7 +372,7 @@ class Explainer:
             outcome = run_subsets(self.runner, [objective], [rows], "ablating", depth.recompute)
         how = self.suppression | {"path": outcome.path}
         how |= {} if depth.recompute is None else {"recompute": depth.recompute}
-        settings = how | origin_of(self.model, units if units is None or isinstance(units, str) else "spans")
+        settings = how | origin_of(self.model, units if isinstance(units, str) else "spans")
         seconds = {"seconds": time.perf_counter() - started, "answering_seconds": answered - started}
         return Ablation(
             prompt=objective.prompt,

@@ -307,6 +307,16 @@ BAD = {
     ),
     "labels for a classifier": (lambda: explainer(CLASSIFIERS["bert"]()), {"prompt": TEXT, "labels": ["a"]}, "labels"),
     "chat": (lambda: explainer(CLASSIFIERS["bert"]()), {"prompt": TEXT, "chat": True}, "chat"),
+    "a depth": (
+        lambda: explainer(CLASSIFIERS["bert"]()),
+        {"prompt": TEXT, "recompute": 1},
+        "recompute is for causal language models, .*; with text-classification every variant is a full row",
+    ),
+    "a search": (
+        lambda: explainer(VISION_MODELS["vit"][0]()),
+        {"images": torch.zeros(3, 24, 24), "exact": 4},
+        "exact is for causal language models, .*; with image-classification every variant is a full row",
+    ),
     "text for an image model": (lambda: explainer(VISION_MODELS["vit"][0]()), {"prompt": TEXT}, "takes images"),
     "two images": (
         lambda: explainer(VISION_MODELS["vit"][0](), hf.ViTImageProcessor()),
