@@ -11,19 +11,10 @@ from atman_kernels.cli.output import progress_is_seen, say
 from atman_kernels.cli.values import Number
 from atman_kernels.errors import InputError
 
+# what goes with one prompt alone
 _ONE_PROMPT = (
-    "prompt",
-    "file",
-    "squad",
-    "item",
-    "target",
-    "versus",
-    "html",
-    "json_file",
-    "top",
-    "named_spans",
-    "refine",
-)  # what goes with it
+    "prompt", "file", "squad", "item", "target", "versus", "html", "json_file", "top", "named_spans", "refine",
+)  # fmt: skip
 _OF_DATASETS = ("out", "workers", "address", "id_column", "prompt_column", "target_column", "gpus_per_worker")
 _OPTIONS = (
     click.option("--dataset", metavar="FILE|FOLDER", help="Explain every row of it: Parquet, JSON lines, CSV."),

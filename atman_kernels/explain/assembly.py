@@ -47,7 +47,7 @@ def explanation_of(
         measure=method.measure or _measure(objective.value),
         value=objective.value,
         recompute=recompute,
-        levels=getattr(objective, "levels", ()),
+        levels=objective.levels,
         exact=None if outcome.exact is None else tuple(outcome.exact[index].tolist()),
         settings=settings | objective.facts,
         stats=stats,

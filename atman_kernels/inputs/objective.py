@@ -34,6 +34,7 @@ class Objective:
         prompt, target: the texts that are shown.
         units: what gets a score; their token indices are columns of a row of factors.
         target_tokens: (m,) texts to show, one per value.
+        levels: of nested units, see `PromptTokens`; () otherwise.
         own_values: (m,) what the whole model says with its own attention, where that is known already.
         facts: what else a reader should know, for the explanation's settings: JSON types.
     """
@@ -42,6 +43,7 @@ class Objective:
     target: str
     units: tuple[Unit, ...]
     target_tokens: tuple[str, ...]
+    levels: tuple[str, ...] = ()
     own_values: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 

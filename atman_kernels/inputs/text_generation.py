@@ -31,7 +31,7 @@ class CausalObjective(Objective):
     Attributes:
         ids: (n + m,) token ids of prompt and answer.
         prompt_length: n.
-        finer, levels: of nested units, see `PromptTokens`.
+        finer: of nested units, see `PromptTokens`.
         embedded: (n + m - 1,) what the model's decoder reads where images are among the tokens.
         with_pixels: the same with images still to be seen, where they are suppressed in the vision encoder, too.
     """
@@ -39,7 +39,6 @@ class CausalObjective(Objective):
     ids: Tensor
     prompt_length: int
     finer: tuple[tuple[Unit, ...], ...] = ()
-    levels: tuple[str, ...] = ()
     embedded: Embedded | None = None
     with_pixels: WithPixels | None = None
 

@@ -65,7 +65,7 @@ class ToldJob:
                 "target": question.target,
                 "target_tokens": list(question.target_tokens),
                 "units": as_json(question.units),
-                "levels": list(getattr(question, "levels", ())),
+                "levels": list(question.levels),
                 "total_tokens": question.positions,
             },
         )

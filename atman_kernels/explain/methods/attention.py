@@ -103,9 +103,8 @@ def chefer(model: PreTrainedModel, question: CausalObjective, *, checkpointing: 
         UnsupportedModelError: the model's attention cannot be reached, or not every layer is attention; or its layers
             cannot be computed again.
     """
-    relevance = torch.empty(
-        0, dtype=torch.float32, device="cpu"
-    )  # (1, L), of the target whose backward pass is under way
+    # (1, L), of the target whose backward pass is under way
+    relevance = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def follow(call: AttentionCall, output: Tensor, gradient: Tensor) -> None:
         nonlocal relevance
