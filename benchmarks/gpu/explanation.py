@@ -4,17 +4,17 @@
     python -m benchmarks.gpu.explanation --preset tiny --device cpu   # see that it runs
 
 Random weights cost what trained ones do, and need no download. The scores of some spans are compared with a full
-recomputation in float32 first; only if they agree is a time reported.
+recomputation in float32 first; only if they agree is a time reported. Then the strongest units alone are searched for,
+and direct effects explained, which take less.
 """
 
 import argparse
 import copy
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +36,7 @@ FACTOR = 0.1
 TARGET_TOKENS = 4
 WARM_UP_UNITS = 8
 RECOMPUTED_BATCH = 16  # rows per forward of the full recomputation
-SHORTER = {"exact": 16, "recompute": 1}  # what an explainer may be asked for instead of every score exactly
+SHORTER = {"exact": 16, "recompute": 1}  # what may be asked for instead of every score exactly
 
 Span = tuple[int, int]
 
@@ -234,14 +234,14 @@ class Bench:
     def cuda(self) -> bool:
         return self.stopwatch.cuda
 
-    def round(self) -> dict[str, Any]:
-        """One explanation of every token."""
+    def round(self, **depth: Any) -> dict[str, Any]:
+        """One explanation of every token; `depth` as `Explainer.explain` takes it."""
         self._synchronize()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         with attention_calls(self.cuda) as attention:
-            explanation = self.explainer.explain(self.question.prompt, self.question.target)
+            explanation = self.explainer.explain(self.question.prompt, self.question.target, **depth)
             self._synchronize()
         seconds = time.perf_counter() - started
         assert len(explanation.units) == self.question.prompt_tokens
@@ -321,22 +321,14 @@ def memory_record(bench: Bench, rounds: list[dict[str, Any]], rows: int) -> dict
     return {"peak_bytes": peak, "parts": parts, "peak_over_parts": peak / sum(parts.values())}
 
 
-def accepted(function: Callable[..., Any]) -> set[str]:
-    """The names of a function's arguments."""
-    return set(inspect.signature(function).parameters)
-
-
-def shorter(bench: Bench, options: argparse.Namespace, **changed: Any) -> dict[str, Any]:
-    """One round of an explainer that does less, after a small one that compiles what there is to compile."""
-    vocabulary = PRESETS[options.preset].config["vocab_size"]
-    settings = {"factor": FACTOR, "progress": False, **changed}
-    explainer = ak.Explainer(bench.model, word_tokenizer(vocabulary), **settings)
-    other = replace(bench, explainer=explainer)
+def shorter(bench: Bench, **depth: Any) -> dict[str, Any]:
+    """A round that does less, after one that compiles what there is to compile."""
     try:
-        other.warm_up()
-        return other.round()
+        bench.round(**depth)
+        found = bench.round(**depth)
     except Exception as error:  # the exact figures stand without it
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    return {name: found[name] for name in ("seconds", "tokens_through_model", "forwards", "peak_bytes")}
 
 
 def measure(
@@ -374,11 +366,6 @@ def measure(
         rounds.append(bench.round())
         say(f"explained {question.prompt_tokens} tokens in {rounds[-1]['seconds']:.2f} s")
         save(record)
-    for name, value in SHORTER.items():
-        if name in accepted(ak.Explainer) and time.monotonic() < ends:
-            record.setdefault("shorter", {})[f"{name}={value}"] = shorter(bench, options, **{name: value})
-            say(f"{name}={value}: {record['shorter'][f'{name}={value}']}")
-            save(record)
     rows = rounds[-1]["largest_forward"]
     say(f"the layers' own products, and a plain forward, over {rows} tokens")
     linear_rate = bench.linear_rate(rows)
@@ -392,8 +379,14 @@ def measure(
         "memory": memory_record(bench, rounds, rows),
         "recompute_seconds_extrapolated": recompute,
         "faster_than_recompute": recompute / median(entry["seconds"] for entry in rounds),
+        "shorter": {},
     }
     save(record)
+    for name, value in SHORTER.items():
+        if time.monotonic() < ends:
+            say(f"{name}={value}")
+            record["shorter"][f"{name}={value}"] = shorter(bench, **{name: value})
+            save(record)
     return record
 
 
@@ -416,6 +409,9 @@ def summary(record: dict[str, Any]) -> str:
         f"full recomputation, extrapolated from one batch of {RECOMPUTED_BATCH} rows: "
         f"{record['recompute_seconds_extrapolated']:.2f} s, {record['faster_than_recompute']:.2f} times as long",
     ]
+    for name, found in record["shorter"].items():
+        cost = found.get("error") or f"{found['seconds']:.2f} s; {found['tokens_through_model']:,} tokens"
+        lines.append(f"{name}: {cost}")
     if last["attention_share"] is not None:
         lines.append(f"attention: {last['attention_share']:.1%} of the time")
     memory = record["memory"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -886,6 +887,34 @@ def test_explanation(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
         entry["flops"] / entry["seconds"] / record["linear_flops_per_second"]
     )
     assert "path: packed" in capsys.readouterr().out
+
+
+def test_what_takes_less_is_timed_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, record = explained(tmp_path, "--dtype", "float32", "--tokens", "100")
+    assert code == program.PASSED
+    assert set(record["shorter"]) == {"exact=16", "recompute=1"}
+    tokens = {name: entry["tokens_through_model"] for name, entry in record["shorter"].items()}
+    assert tokens["recompute=1"] < tokens["exact=16"] < record["rounds"][0]["tokens_through_model"]
+    assert all(entry["seconds"] > 0 for entry in record["shorter"].values())
+    assert re.search(r"exact=16: \d+\.\d\d s; [\d,]+ tokens\n", capsys.readouterr().out)
+
+
+def test_a_failure_of_what_takes_less_leaves_the_exact_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = explanation.ak.Explainer.explain
+
+    def fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "exact" in kwargs:
+            raise RuntimeError("no\nmore")
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(explanation.ak.Explainer, "explain", fails)
+    code, record = explained(tmp_path, "--dtype", "float32")
+    assert code == program.PASSED
+    assert record["shorter"]["exact=16"] == {"error": "RuntimeError: no"}
+    assert record["shorter"]["recompute=1"]["seconds"] > 0
+    assert "exact=16: RuntimeError: no\n" in capsys.readouterr().out
 
 
 def test_wrong_scores_get_no_time(
