@@ -133,8 +133,7 @@ def command(
         asked |= {"exact": exact, "recompute": recompute, "refine": refine}
         shorter = explainer.task == "text-generation" and method == "atman" and exact is recompute is None
         # how much a search and nested units will take is not known yet; both are quick
-        said = not quiet and exact is None and isinstance(cut, str | list)
-        with estimated(shorter, said):
+        with estimated(shorter, said=not quiet and exact is None and isinstance(cut, str | list)):
             explanation = explainer.explain(text, answer, cut, versus=versus, method=method, **asked, **options)
     report(explanation, html=html, json_file=json_file, top=top, quiet=quiet)
 
