@@ -30,6 +30,7 @@ from benchmarks.prompts import find_squad, passages_of_length
 
 EXACT = 16
 TOPS = (1, 5, 10)
+SHORT = 16  # tokens of a suffix that hints are held against
 SHARES = {100: 4, 250: 4, 500: 2, 1000: 1}  # passages of each length in one turn
 
 
@@ -153,8 +154,9 @@ def report(files: tuple[Path, ...], output: Path) -> None:
 @click.argument("files", nargs=-1, type=Path, required=True)
 @click.option("--output", type=Path, default=RESULTS / "search-recall-dev.json", show_default=True)
 def choose(files: tuple[Path, ...], output: Path) -> None:
-    """Recall and cost of other constants."""
-    entries = [entry for entry in _read(files) if all(f"recompute {k}" in entry for k in (1, 4, 8, 16))]
+    """Recall and cost of other constants, and what hints add."""
+    collected = _read(files)
+    entries = [entry for entry in collected if all(f"recompute {k}" in entry for k in (1, 4, 8, 16))]
     kinds: dict[str, tuple[Schedule, bool]] = {"as it is": (SCHEDULE, True), "without hints": (SCHEDULE, False)}
     changes: dict[str, list[Any]] = {
         "first_depth": [4, 8, 16],
@@ -177,7 +179,31 @@ def choose(files: tuple[Path, ...], output: Path) -> None:
             found[name] = _recall(own, [chosen for chosen, _ in replayed]) | {"part of the tokens": round(cost, 4)}
         return found
 
-    _write(output, {"exact": EXACT, "dtype": entries[0]["dtype"]}, entries, of)
+    hinted = [entry for entry in collected if "linear" in entry and f"recompute {SHORT}" in entry]
+    _write(output, {"exact": EXACT, "dtype": entries[0]["dtype"], "hints": _of_hints(hinted)}, entries, of)
+
+
+def _of_hints(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many of the strongest ten a short suffix ranks too low, and what effects to first order make of these."""
+    missed, found, recall = 0, 0, 0.0
+    for entry in entries:
+        strongest = _ranked(entry["exact"]["scores"])[:10]
+        short, first_order = (_ranked(entry[name]["scores"]) for name in (f"recompute {SHORT}", "linear"))
+        low = set(strongest) - set(short[:EXACT])
+        missed += len(low)
+        found += len(low & set(first_order[:12]))
+        recall += len(set(strongest) & set(first_order[:EXACT])) / len(strongest) / len(entries)
+    return {
+        "questions": len(entries),
+        f"of the strongest 10, not among the first {EXACT} by the last {SHORT} tokens": missed,
+        "of these, among the first 12 to first order": found,
+        f"of the strongest 10, among the first {EXACT} to first order": round(recall, 4),
+    }
+
+
+def _ranked(scores: Sequence[float]) -> list[int]:
+    """Units, the strongest first."""
+    return torch.tensor(scores).argsort(descending=True, stable=True).tolist()
 
 
 def _replay(entry: dict[str, Any], schedule: Schedule, hinted: bool) -> tuple[list[int], int]:
@@ -202,9 +228,7 @@ def _exact_tokens(entry: dict[str, Any], units: Iterable[int]) -> int:
 def _recall(entries: list[dict[str, Any]], chosen: list[list[int]]) -> dict[str, Any]:
     """Which part of the strongest units was among the chosen ones, with 95 % bootstrap intervals."""
     found: dict[str, Any] = {"questions": len(entries)}
-    ranked = [
-        torch.tensor(entry["exact"]["scores"]).argsort(descending=True, stable=True).tolist() for entry in entries
-    ]
+    ranked = [_ranked(entry["exact"]["scores"]) for entry in entries]
     for top in TOPS:
         parts = [len(set(order[:top]) & set(own)) / top for order, own in zip(ranked, chosen, strict=True)]
         values = torch.tensor(parts, dtype=torch.float64)
