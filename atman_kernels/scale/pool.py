@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from atman_kernels.run.search import tell_if_all_are_exact
 from atman_kernels.scale.cluster import Share, cluster
 from atman_kernels.scale.crew import Crew, Died, Task
 from atman_kernels.scale.options import model_name, sorted_options
-from atman_kernels.scale.question import Asked, Question, Scored
+from atman_kernels.scale.question import Asked, Hinted, Question, Scored
 from atman_kernels.scale.shares import deal
 
 # Log-probs of the unperturbed answer may differ so much between processes that run the same model.
@@ -33,9 +33,10 @@ NOISE = {"float64": 1e-6, "float32": 1e-2, "float16": 0.25, "bfloat16": 1.0}
 class Pool:
     """Workers that each hold the model and explain one prompt together.
 
-    A worker runs the whole prompt once, and then its share of the variants, or of each round of a search; shares have
-    nearly the same number of suffix tokens. Scores are those of one `Explainer`. The prompt's own run is there once for
-    every worker, which keeps it until the next prompt: of t tokens that are units each, t of about t² / 2 tokens.
+    A worker runs the whole prompt once, and then its share of the variants, or of each round of a search, whose hints
+    one of them makes during the first round; shares have nearly the same number of suffix tokens. Scores are those of
+    one `Explainer`. The prompt's own run is there once for every worker, which keeps it until the next prompt: of t
+    tokens that are units each, t of about t² / 2 tokens.
 
     Args:
         model: hub id, folder, GGUF file or "smollm2", as `load_model` takes it; workers must find it where they run.
@@ -107,20 +108,15 @@ class Pool:
         if depth.exact is not None:
             tell_if_all_are_exact(depth.exact, count)
         search = Halving.over(asked.units, asked.prompt_length, count if depth.exact is None else depth.exact)
-        if asked.hints is not None:
-            search.hint(asked.hints)
-        every: list[Scored] = []
-        scores: Tensor | None = None
+        rounds: list[_Round] = []
         while search.depth is not None:
-            found, own = self._round(question, asked, search.candidates, search.depth)
-            every += found
-            scores = own.new_zeros(count, own.shape[1]) if scores is None else scores
-            scores[search.candidates] = own
-            search.learn(dict(zip(search.candidates, own.double().sum(1).tolist(), strict=True)))
-        found, own = self._round(question, asked, search.chosen, depth.recompute)
-        scores = own.new_zeros(count, own.shape[1]) if scores is None else scores
-        scores[search.chosen] = own
-        joined = _joined(asked, scores, [*every, *found], self.settled.workers, time.perf_counter() - started)
+            own = self._round(question, asked, search.candidates, search.depth, with_hints=not rounds)
+            if own.hinted is not None and own.hinted.effects is not None:
+                search.hint(own.hinted.effects)
+            search.learn(dict(zip(own.units, own.scores.double().sum(1).tolist(), strict=True)))
+            rounds.append(own)
+        rounds.append(self._round(question, asked, search.chosen, depth.recompute))
+        joined = _joined(asked, rounds, self.settled.workers, time.perf_counter() - started)
         if depth.exact is None:
             return replace(joined, recompute=depth.recompute)
         chosen = set(search.chosen)
@@ -140,7 +136,7 @@ class Pool:
         if target is not None:
             arguments.text(target, "target", expected="a text or None")
         self._questions += 1
-        return Question(self._questions, checked.prompt, target, asking, depth.exact), depth
+        return Question(self._questions, checked.prompt, target, asking), depth
 
     def _ask(self, question: Question) -> Asked:
         """Every worker begins with the question."""
@@ -153,22 +149,34 @@ class Pool:
         return every[0]
 
     def _round(
-        self, question: Question, asked: Asked, units: Sequence[int], recompute: int | None
-    ) -> tuple[list[Scored], Tensor]:
-        """Some units, each suppressed by itself, by all workers together: what each of them said, and (n_units, m)."""
-        dealt = deal(asked.suffix_tokens(units, recompute), self.settled.workers)
-        tasks = [Task("score", (question, [units[i] for i in own], recompute)) for own in dealt if own]
+        self,
+        question: Question,
+        asked: Asked,
+        units: Sequence[int],
+        recompute: int | None,
+        with_hints: bool = False,
+    ) -> "_Round":
+        """Some units, each suppressed by itself, by all workers together; the hints by one of them, meanwhile."""
+        # with hints in smaller shares, of which less are left for the worker that is at the hints
+        shares = self.settled.workers * (2 if with_hints else 1)
+        dealt = deal(asked.suffix_tokens(units, recompute), shares)
+        tasks = [Task("hint", (question,))] if with_hints else []
+        tasks += [Task("score", (question, [units[i] for i in own], recompute)) for own in dealt if own]
         places = {unit: place for place, unit in enumerate(units)}
         found: list[Scored] = []
+        hinted: Hinted | None = None
         scores = torch.empty(0, dtype=torch.float32, device="cpu")
-        for task, scored in self._run(tasks):
-            _tell(scored.messages)
+        for task, outcome in self._run(tasks):
+            _tell(outcome.messages)
+            if isinstance(outcome, Hinted):
+                hinted = outcome
+                continue
             if not found:
-                scores = scored.scores.new_zeros(len(units), scored.scores.shape[1])
-            found.append(scored)
-            scores[[places[unit] for unit in task.arguments[1]]] = scored.scores
+                scores = outcome.scores.new_zeros(len(units), outcome.scores.shape[1])
+            found.append(outcome)
+            scores[[places[unit] for unit in task.arguments[1]]] = outcome.scores
         _check_agree([asked], found)
-        return found, scores
+        return _Round(list(units), found, scores, hinted)
 
     def _run(self, tasks: list[Task]) -> Iterator[tuple[Task, Any]]:
         waiting = list(tasks)
@@ -190,6 +198,22 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Round(NamedTuple):
+    """What all workers together found out about some units.
+
+    Attributes:
+        units: by number.
+        scored: what each of them said.
+        scores: (n_units, m).
+        hinted: where hints were asked for.
+    """
+
+    units: list[int]
+    scored: list[Scored]
+    scores: Tensor
+    hinted: Hinted | None
 
 
 def _tell(messages: Sequence[str]) -> None:
@@ -214,9 +238,14 @@ def _check_agree(asked: Sequence[Asked], scored: Sequence[Scored]) -> None:
             raise InputError(f"workers disagree on the answer's log-probabilities, by {apart:.2g}: their models differ")
 
 
-def _joined(asked: Asked, scores: Tensor, scored: Sequence[Scored], workers: int, seconds: float) -> Explanation:
+def _joined(asked: Asked, rounds: Sequence[_Round], workers: int, seconds: float) -> Explanation:
     """What was found, as one process would tell it; scores are against the run of the process that they come from."""
-    costs = [each.cost for each in scored]
+    scores = rounds[-1].scores.new_zeros(len(asked.units), rounds[-1].scores.shape[1])
+    for each in rounds:
+        scores[each.units] = each.scores
+    scored = [own for each in rounds for own in each.scored]
+    hinted = rounds[0].hinted
+    costs = [each.cost for each in scored] + ([] if hinted is None else [hinted.cost])
     stats: dict[str, Any] = {
         "seconds": seconds,
         "answering_seconds": max(each.asked.seconds for each in scored),
@@ -232,6 +261,11 @@ def _joined(asked: Asked, scores: Tensor, scored: Sequence[Scored], workers: int
         scores=scores.float(),
         target_tokens=asked.target_tokens,
         base_logprobs=scored[-1].base_logprobs.float(),
-        settings={"method": "atman", **asked.settings, "path": scored[-1].path},
+        settings={
+            "method": "atman",
+            **asked.settings,
+            **({} if hinted is None else {"hints": hinted.source}),
+            "path": scored[-1].path,
+        },
         stats=stats,
     )

@@ -12,7 +12,6 @@ from atman_kernels.explain.assembly import origin_of
 from atman_kernels.explain.methods import MethodContext
 from atman_kernels.explain.methods.perturbation import Hints
 from atman_kernels.hf.models.eval_mode import evaluating
-from atman_kernels.planning.halving import Halving
 
 
 class Question(NamedTuple):
@@ -22,24 +21,21 @@ class Question(NamedTuple):
         number: tells it from those before.
         prompt, target: as of `Pool.explain`.
         options: of `Explainer.ablate`, all of them.
-        exact: how many units are searched for; None: none, all are run.
     """
 
     number: int
     prompt: Any
     target: str | None
     options: Mapping[str, Any]
-    exact: int | None = None
 
 
 class Asked(NamedTuple):
-    """What a process made of a question; all make the same of it, but for seconds and the last digits of hints.
+    """What a process made of a question; all make the same of it, but for seconds.
 
     Attributes:
         prompt, target, target_tokens, units, settings: as of `Explanation`.
         prompt_length: n tokens.
         seconds: until the answer was there.
-        hints: of a search, see `Halving`.
     """
 
     prompt: str
@@ -49,13 +45,27 @@ class Asked(NamedTuple):
     prompt_length: int
     settings: dict[str, Any]
     seconds: float
-    hints: list[float] | None = None
 
     def suffix_tokens(self, units: Sequence[int], recompute: int | None) -> list[int]:
         """What the variants of some units cost: the tokens from a unit's first one to the end, or the last of these."""
         length = self.prompt_length + len(self.target_tokens)
         most = length if recompute is None else recompute + len(self.target_tokens)
         return [min(length - min(self.units[unit].token_indices), most) for unit in units]
+
+
+class Hinted(NamedTuple):
+    """What a search of all units is told beforehand.
+
+    Attributes:
+        effects: per unit; None if there are none.
+        source: what they are, or why there are none.
+        cost, messages: as of `Scored`.
+    """
+
+    effects: list[float] | None
+    source: str | None
+    cost: dict[str, int]
+    messages: list[str]
 
 
 class Scored(NamedTuple):
@@ -66,7 +76,7 @@ class Scored(NamedTuple):
         scores: (n_units, m), against that process's own unperturbed run.
         base_logprobs: (m,) of that run.
         path: see `Outcome`.
-        cost: of these units, and with the first of them of what they go on from.
+        cost: since the process was asked for something before; at first with that of the unperturbed run.
         messages: what was warned of.
     """
 
@@ -97,7 +107,6 @@ class Begun:
         seconds = time.perf_counter() - began
         with evaluating(explainer.model):
             self._started = explainer.runner.start([self._objective])
-            hints, settings = self._hints(explainer, question.exact)
         self._explainer, self.question = explainer, question
         self._told: dict[str, int] = {}
         self.asked = Asked(
@@ -106,21 +115,24 @@ class Begun:
             self._objective.target_tokens,
             self._objective.units,
             self._objective.prompt_length,
-            explainer.suppression | settings | origin_of(explainer.model, units),
+            explainer.suppression | origin_of(explainer.model, units),
             seconds,
-            hints,
         )
 
-    def _hints(self, explainer: Explainer, exact: int | None) -> tuple[list[float] | None, dict[str, Any]]:
-        """What a search of these units is told beforehand, where there is one, and what the settings say of that."""
-        asked = self._objective
-        if exact is None or Halving.over(asked.units, asked.prompt_length, exact).depth is None:
-            return None, {}
-        explainer.runner.packable(self._started)  # else there is no search
-        hints = Hints(MethodContext(explainer.model, explainer.runner))
-        found = hints([asked])
+    def hint(self, messages: list[str]) -> Hinted:
+        """What a search of these units is told beforehand; `messages` as of `score`.
+
+        Raises:
+            UnsupportedModelError: there is no search, as variants of the model are full rows.
+        """
+        explainer = self._explainer
+        with evaluating(explainer.model):
+            explainer.runner.packable(self._started)
+            hints = Hints(MethodContext(explainer.model, explainer.runner))
+            found = hints([self._objective])
         self._started.work.add(hints.tokens, 0)
-        return None if found is None else found[0].tolist(), {"hints": hints.source}
+        effects = None if found is None else found[0].tolist()
+        return Hinted(effects, hints.source, self._cost(), messages)
 
     def score(self, units: Sequence[int], recompute: int | None, messages: list[str]) -> Scored:
         """Units by number, each suppressed by itself.
@@ -134,10 +146,11 @@ class Begun:
             factors = explainer.factors_of(self._objective)[list(units)]
             outcome = explainer.runner.run([self._objective], [factors], recompute=recompute, started=self._started)
         (base,), (perturbed,) = outcome.unperturbed, outcome.perturbed
-        total = outcome.work.stats
-        cost = {
-            name: total[name] - self._told.get(name, 0) for name in ("tokens_through_model", "forwards", "variants")
-        }
-        self._told = total
-        cost["token_budget"] = total["token_budget"]
-        return Scored(self.asked, base - perturbed, base, outcome.path, cost, messages)
+        return Scored(self.asked, base - perturbed, base, outcome.path, self._cost(), messages)
+
+    def _cost(self) -> dict[str, int]:
+        """Of what was not told of yet."""
+        total = self._started.work.stats
+        told, self._told = self._told, total
+        cost = {name: total[name] - told.get(name, 0) for name in ("tokens_through_model", "forwards", "variants")}
+        return cost | {"token_budget": total["token_budget"]}

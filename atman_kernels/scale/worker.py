@@ -14,7 +14,7 @@ import atman_kernels
 from atman_kernels import Explainer, load_model
 from atman_kernels.errors import InputError, UnsupportedModelError
 from atman_kernels.hf.models.placement import input_device
-from atman_kernels.scale.question import Asked, Begun, Question, Scored
+from atman_kernels.scale.question import Asked, Begun, Hinted, Question, Scored
 from atman_kernels.scale.results import row_of
 from atman_kernels.scale.source import Row
 
@@ -91,6 +91,11 @@ class Worker:
         """Begins with a question: what became of it, and what was warned of."""
         with _warned() as messages:
             return self._on(question).asked, messages
+
+    def hint(self, question: Question) -> Hinted:
+        """What a search of a question's units is told beforehand."""
+        with _warned() as messages:
+            return self._on(question).hint(messages)
 
     def score(self, question: Question, units: Sequence[int], recompute: int | None) -> Scored:
         """Some units of a question, by number, each suppressed by itself; `recompute` as of `Explainer.explain`."""

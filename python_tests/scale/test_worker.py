@@ -144,8 +144,8 @@ def test_a_pool_s_search_decides_once_for_all(explainer, pooled):
     assert 6 <= sum(whole.exact) < 100
     assert joined.settings == whole.settings
     assert torch.allclose(joined.scores, whole.scores, atol=1e-4)
-    assert calls == ["ask"] * 3 + ["score"] * (len(calls) - 3)
-    assert len(calls) >= 9  # at least one round, and the exact units, by all three
+    assert calls == ["ask"] * 3 + ["hint"] + ["score"] * (len(calls) - 4)
+    assert len(calls) == 4 + 6 + 3  # hints by one; the round in twice as many shares; the exact units, by all three
     everything = explainer.explain(long, " w4 w5").stats["tokens_through_model"]
     assert joined.stats["tokens_through_model"] < everything
 
