@@ -30,12 +30,12 @@ model = AutoModelForCausalLM.from_pretrained(
 explainer = ak.Explainer(model, AutoTokenizer.from_pretrained(folder), progress=False)
 for again in range(2):
     run = scale.explain_part(explainer, source, f"{source}.out/0", target_column="target", prompts_per_task=2)
-    print(run.rows, run.explained, run.failed, flush=True)
+    print(f"{run.rows} {run.explained} {run.failed}\\n", end="", flush=True)  # in one piece: two processes write
 units = "word" if torch.distributed.get_rank() else "token"
 try:
     scale.explain_part(explainer, source, f"{source}.other", units=units)
 except ak.InputError as error:
-    print(error, flush=True)
+    print(f"{error}\\n", end="", flush=True)
 torch.distributed.destroy_process_group()
 """
 
