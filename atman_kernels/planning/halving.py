@@ -126,7 +126,7 @@ class Halving:
         return cls([min(unit.token_indices) for unit in units], prompt_length, exact)
 
     def hint(self, effects: Sequence[float]) -> None:
-        """Before the first round: every unit's effect as something else than a round estimates it."""
+        """Before the first `learn`: every unit's effect as something else than a round estimates it."""
         self._hints = effects
         self._before = sorted(self.candidates, key=lambda unit: -effects[unit])
 

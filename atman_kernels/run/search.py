@@ -46,7 +46,8 @@ def strongest(
         found: is told of every exact row; see `Runner.run`.
         estimated: is told likewise of every row in every round.
         hints: of the objectives that it is given, (n_rows,) each, the falls of the values summed up, as something
-            else estimates them; or None. Asked about those in which there is something to search.
+            else estimates them; or None. Asked about those in which there is something to search, once the first round
+            has told its estimates.
         pairs: objectives with the same rows, of which the second's fall is taken off the first's: they are one search.
 
     Raises:
@@ -62,10 +63,15 @@ def strongest(
         for number in sorted(alone)
     ]
     searching = {number: search for search in searches for number in search.objectives}
-    _hint([search for search in searches if search.depth is not None], packable, hints)
+    unhinted = [search for search in searches if search.depth is not None]
     while any(search.depth is not None for search in searches):
         for depth in sorted({search.depth for search in searches if search.depth is not None}):
-            _round(runner, started, searching, factors, depth, estimated)
+            learned = _round(runner, started, searching, factors, depth, estimated)
+            _hint(unhinted, packable, hints)  # they take longer than the first round, which begins without them
+            unhinted = []
+            for search in searches:
+                if search.depth == depth:
+                    search.learn([learned[number] for number in search.objectives])
     in_order = [searching[number] for number in range(len(objectives))]
     places = [torch.tensor(search.chosen, device="cpu") for search in in_order]
 
@@ -121,7 +127,7 @@ class _Search:
         return self._halving.chosen
 
     def hint(self, effects: Sequence[Tensor]) -> None:
-        """What the first round may go by, too: per objective (n_rows,)."""
+        """What to go by beside the rounds: per objective (n_rows,). Before the first round is learned."""
         self._halving.hint(self._difference(effects).tolist())
 
     def learn(self, values: Sequence[Tensor]) -> None:
@@ -161,11 +167,14 @@ def _round(
     factors: Sequence[Tensor],
     depth: int,
     estimated: Callable[[int, int, Tensor], object],
-) -> None:
+) -> list[Tensor]:
     """One round of the searches that are at a depth, which share packs.
 
     Args:
         searching: the search of each objective.
+
+    Returns:
+        per objective, (n_candidates, m) values; none where its search is at another depth.
     """
     rows = [
         own[searching[number].candidates if searching[number].depth == depth else []]
@@ -175,6 +184,4 @@ def _round(
     def roughly(objective: int, row: int, difference: Tensor) -> None:
         estimated(objective, searching[objective].candidates[row], difference)
 
-    outcome = runner.run(started.objectives, rows, "searching", roughly, recompute=depth, started=started)
-    for search in {id(search): search for search in searching.values() if search.depth == depth}.values():
-        search.learn([outcome.perturbed[number] for number in search.objectives])
+    return runner.run(started.objectives, rows, "searching", roughly, recompute=depth, started=started).perturbed

@@ -10,6 +10,7 @@ from image_text_cases import TEXTS
 
 import atman_kernels as ak
 from atman_kernels.planning.halving import Rung, agreement, kept, promise, rungs
+from atman_kernels.progress import Listener, listening
 
 WORDS = " ".join(f"w{i % 90}" for i in range(110))
 TAIL = 48  # tokens at the end whose units are exact in any case
@@ -141,6 +142,27 @@ def test_hints_are_asked_for_where_something_is_searched_only(monkeypatch):
     one, short, most_in_the_tail = explainer(), " ".join(WORDS.split()[:9]), " ".join(WORDS.split()[:57])
     one.explain_batch([WORDS, short, most_in_the_tail], [ANSWER] * 3, exact=10)
     assert asked == [WORDS]
+
+
+def test_the_first_estimates_are_told_before_the_hints_are_computed(monkeypatch):
+    from atman_kernels.explain.methods import perturbation
+
+    told: list[tuple[int, int]] = []
+    before_hints: list[list[tuple[int, int]]] = []
+
+    class Listening(Listener):
+        def estimated(self, question, unit, scores):
+            told.append((question, unit))
+
+    def noted(*given, own=perturbation.linear, **options):
+        before_hints.append(list(told))
+        return own(*given, **options)
+
+    monkeypatch.setattr(perturbation, "linear", noted)
+    with listening(Listening()):
+        explainer().explain_batch([WORDS, WORDS[4:]], [ANSWER, ANSWER], exact=10)
+    searched = [(0, unit) for unit in range(110 - TAIL)] + [(1, unit) for unit in range(109 - TAIL)]
+    assert [sorted(each) for each in before_hints] == [searched, searched]  # the hints of either
 
 
 def test_a_search_over_several_prompts_finds_for_each_what_it_finds_alone():
