@@ -20,6 +20,7 @@ def entry(item="a", found=(0, 1, 2, 3)):
     rounds = {f"recompute {depth}": {"scores": direct} for depth in (1, 4, 8, 16)}
     search = {"exact": list(found), "tokens": 300, "seconds": 1.0}
     common = {"length": 100, "item": item, "dtype": "bfloat16", "units": UNITS, "linear": {"scores": hints}}
+    common["attnlrp"] = {"scores": [-score for score in exact]}  # its sign is not what speaks
     return common | {"exact": {"scores": exact, "tokens": 600, "seconds": 4.0}, "search": search} | rounds
 
 
@@ -35,13 +36,38 @@ def test_report(tmp_path):
     found = run(tmp_path, "report", entry("a"), entry("b", found=[1, 2, 3, 4]))
     assert (found["questions"], found["passages"]) == (2, 1), "the two cost the same together: they are of one passage"
     assert [found[f"top {top}"]["mean"] for top in (1, 5, 10)] == [0.5, 0.8, 0.4]
+    ten = sum(UNITS - unit for unit in range(10))
+    four, others = ten - sum(UNITS - unit for unit in range(4, 10)), sum(UNITS - unit for unit in (1, 2, 3, 4))
+    assert found["strength of the 10 strongest chosen over that of the 10"]["mean"] == round(
+        (four + others) / 2 / ten, 4
+    )
     assert (found["part of the tokens, together"], found["part of the seconds, together"]) == (0.5, 0.25)
     of_chosen = [sum(UNITS - unit for unit in chosen) + 3 * UNITS for chosen in ([0, 1, 2, 3], [1, 2, 3, 4])]
     assert found["part of the tokens, a question alone"] == round(sum(of_chosen) / (UNITS * (UNITS + 1)), 4)
 
 
+def test_units_of_several_tokens_cost_what_stands_behind_their_first(tmp_path):
+    words = entry() | {"starts": [2 * unit for unit in range(UNITS)], "tokens": 2 * UNITS}
+    found = run(tmp_path, "report", words)
+    of_chosen = sum(2 * (UNITS - unit) for unit in range(4)) + 2 * 2 * UNITS + UNITS
+    assert found["part of the tokens, a question alone"] == round(of_chosen / (UNITS * (UNITS + 1)), 4)
+
+
+def test_rounding(tmp_path):
+    files = [str(tmp_path / name) for name in ("narrow.jsonl", "wide.jsonl")]
+    wide, narrow = entry(), entry()
+    narrow["exact"] = {"scores": [score - 12 * (i == 9) for i, score in enumerate(narrow["exact"]["scores"])]}
+    for file, entries in zip(files, ([narrow, entry("not in the other")], [wide]), strict=True):
+        with open(file, "w") as stream:
+            stream.writelines(json.dumps(each) + "\n" for each in entries)
+    said = json.loads(CliRunner().invoke(search_recall.main, ["rounding", *files], catch_exceptions=False).output)
+    assert (said["questions"], said["top 5"]["mean"], said["top 10"]["mean"]) == (1, 1.0, 0.9)
+    assert said["largest difference"]["mean"] == 12
+
+
 def test_choose(tmp_path):
     found = run(tmp_path, "choose", entry("a"), entry("b"))
+    assert found["relevance of AttnLRP as a hint, too"]["top 10"]["mean"] == 1.0
     assert found["as it is"]["top 10"]["mean"] == 1.0
     blind = found["without hints"]
     assert blind["top 10"]["mean"] == 0.9, "the third, which no round sees"
