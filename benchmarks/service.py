@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", metavar="FOLDER", help="also write service-<processor>.json there")
     options = parser.parse_args()
+    if options.output and not Path(options.output).is_dir():  # not after the minutes that it takes
+        parser.error(f"--output: {options.output} is not a folder")
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

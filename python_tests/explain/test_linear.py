@@ -88,3 +88,42 @@ def test_weak_suppression_is_what_it_says() -> None:
     explainer = ak.Explainer(model, tiny_models.tokenizer(), factor=factor)
     atman, linear = (explainer.explain(PROMPT, ANSWER, units=UNITS, method=m).scores for m in ("atman", "linear"))
     assert_within(linear, atman, 0.02 * atman.abs().max().item())
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "units",
+    ["token", UNITS, [(0, 2), (3, 5), (9, 11)], [(15, 18), (9, 14)]],
+    ids=["every token", "of several tokens", "one token each, with gaps", "late, and out of order"],
+)
+def test_units_that_share_no_key_take_one_pass_with_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch, units: Any, factor: float
+) -> None:
+    """Rows in blocks of four, the first of which stand before some units."""
+    from atman_kernels.explain.methods.linear import TouchedKeys
+    from atman_kernels.hf.attention import weights
+
+    monkeypatch.setattr(weights, "ROWS", 4)
+    model = tiny_models.build("llama").double()
+    explainer = ak.Explainer(model, tiny_models.tokenizer(), factor=factor)
+    in_one_pass = explainer.explain(PROMPT, ANSWER, units=units, method="linear").scores
+    monkeypatch.setattr(TouchedKeys, "of", lambda factor: None)
+    by_product = explainer.explain(PROMPT, ANSWER, units=units, method="linear").scores
+    assert by_product.abs().max() > 1e-2
+    assert_within(in_one_pass, by_product, 1e-10)
+
+
+def test_keys_of_units_in_a_block() -> None:
+    """Which begins where a window does."""
+    from atman_kernels.explain.methods.linear import TouchedKeys
+
+    assert TouchedKeys.of(torch.tensor([[0.0, 0.3, 1.0], [1.0, 0.0, 1.0]])) is None
+    apart = TouchedKeys.of(torch.tensor([[1.0, 1.0, 0.3], [0.0, 1.0, 1.0]]))
+    assert apart is not None
+    assert (apart.key.tolist(), apart.unit.tolist(), apart.single) == ([0, 2], [1, 0], True)
+    place, unit, change = apart.among(slice(1, 3), torch.empty(0))
+    assert (place, unit.tolist(), change.tolist()) == (slice(1, 2), [0], [pytest.approx(-0.7)])
+    place, unit, _ = apart.among(slice(0, 3), torch.empty(0))
+    assert isinstance(place, Tensor)
+    assert (place.tolist(), unit.tolist()) == ([0, 2], [1, 0])
+    assert len(apart.among(slice(1, 2), torch.empty(0))[1]) == 0

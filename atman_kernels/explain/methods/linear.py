@@ -11,6 +11,7 @@ and one backward pass. Weights are made again on the way back, for some rows of 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -82,6 +83,7 @@ class _EffectsRun(Run):
 
     def __init__(self, factor: Tensor, mode: str, layers: LayerSelection) -> None:
         self.factor, self.mode, self.layers = factor, mode, layers
+        self.touched = TouchedKeys.of(factor) if mode == "log_additive" else None
         self._effects: dict[bool, Tensor] = {}  # (n_units,), those of modules of which this rank has some heads apart
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
@@ -96,7 +98,7 @@ class _EffectsRun(Run):
         return noted(output, call, partial(self._add, has_heads_of_its_own(module)))
 
     def _add(self, of_own_heads: bool, call: AttentionCall, output: Tensor, gradient: Tensor) -> None:
-        effects = _effects(call, output, gradient, self.factor.to(output.device), self.mode)
+        effects = _effects(call, output, gradient, self.factor.to(output.device), self.touched, self.mode)
         before = self._effects.get(of_own_heads)
         self._effects[of_own_heads] = effects if before is None else before + effects.to(before.device)
 
@@ -107,7 +109,49 @@ class _EffectsRun(Run):
         return ranks.shared(whole) + ranks.summed(of_own_heads).to(whole.device)
 
 
-def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tensor, mode: str) -> Tensor:
+@dataclass(frozen=True)
+class TouchedKeys:
+    """The keys of units that have none in common: with them a block takes one pass, whatever the number of units.
+
+    Attributes:
+        key: (N,) ascending.
+        unit: (N,) whose each is.
+        change: (N,) w − 1.
+        single: whether every unit has one key.
+    """
+
+    key: Tensor
+    unit: Tensor
+    change: Tensor
+    single: bool
+
+    @classmethod
+    def of(cls, factor: Tensor) -> "TouchedKeys | None":
+        """Of factors (n_units, S) on the CPU; None where two units have a key in common.
+
+        Example:
+            >>> TouchedKeys.of(torch.tensor([[1.0, 0.0, 1.0], [0.5, 1.0, 1.0]])).key.tolist()
+            [0, 1]
+            >>> TouchedKeys.of(torch.tensor([[0.0, 0.0], [0.5, 1.0]]))
+        """
+        key, unit = (factor != 1).T.nonzero().T
+        if len(key.unique()) < len(key):
+            return None
+        return cls(key, unit, factor[unit, key] - 1, single=len(unit.unique()) == len(unit))
+
+    def among(self, keys: slice, like: Tensor) -> "tuple[Tensor | slice, Tensor, Tensor]":
+        """Of a block's keys: where they stand in it, whose they are, and w − 1 in the dtype of another tensor."""
+        first, last = torch.searchsorted(self.key, torch.tensor([keys.start, keys.stop], device="cpu")).tolist()
+        place, unit = self.key[first:last] - keys.start, self.unit[first:last].to(like.device)
+        change = self.change[first:last].to(like)
+        if last > first and int(place[-1] - place[0]) == last - first - 1:  # no gaps: a view will do
+            return slice(int(place[0]), int(place[-1]) + 1), unit, change
+        return place.to(like.device), unit, change
+
+
+def _effects(
+    call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tensor, touched: TouchedKeys | None, mode: str
+) -> Tensor:
     """(n_units,) Σ Δo · dO over rows and heads; output and gradient (1, T, Hq, Dv), factor (n_units, S)."""
     wide = wide_dtype(output.dtype)
     value = call.value[0].to(wide)  # [Hkv, S, Dv]
@@ -115,30 +159,40 @@ def _effects(call: AttentionCall, output: Tensor, gradient: Tensor, factor: Tens
     factor = factor.to(wide)
     total = factor.new_zeros(len(factor), dtype=wide)
     for block in row_blocks(call):
-        d_output, own = gradient[:, block.rows], factor[:, block.keys]
+        d_output = gradient[:, block.rows]
         at_output = (d_output * output[:, block.rows]).sum(-1, keepdim=True)  # [Hq, M, 1]
         gain = by_group(grouped(d_output, call), value[:, block.keys].mT).sub_(at_output)  # [Hq, M, N]
         gain = gain.mul_(block.weights)  # of the answer's log-prob with each weight
+        if touched is not None:
+            place, unit, change = touched.among(block.keys, gain)
+            if len(unit) == 0:
+                continue
+            moved, left = gain[..., place] * change, block.weights[..., place] * change
+            if not touched.single:
+                moved, left = _by_unit(moved, unit, len(factor)), _by_unit(left, unit, len(factor))
+                unit = torch.arange(len(factor), device=unit.device)
+            total.index_add_(0, unit, _at_answer(moved, left.add_(1), at_output))
+            continue
+        own = factor[:, block.keys]
         if mode == "log_additive":
-            change = own - 1  # [n_units, N]
-            moved, left = _by_unit(gain, change), 1 + _by_unit(block.weights, change)  # [Hq, M, n_units]
+            moved, left = gain @ (own - 1).T, 1 + block.weights @ (own - 1).T  # [Hq, M, n_units]
         else:
             moved, left = _by_scores(block, gain, own, mode)
-        effect = torch.where(left > NOTHING_LEFT, moved / left.clamp_min(NOTHING_LEFT), -at_output)
-        total += effect.sum((0, 1))
+        total += _at_answer(moved, left, at_output)
     return total
 
 
-def _by_unit(x: Tensor, change: Tensor) -> Tensor:
-    """x @ change.T for x [Hq, M, N] and change (n_units, N); without a product where no two units have a key in common.
+def _at_answer(moved: Tensor, left: Tensor, at_output: Tensor) -> Tensor:
+    """Δo · dO summed over heads and rows: (N,) for moved and left (Hq, M, N). What has no weight left has no output."""
+    if float(left.amin()) > NOTHING_LEFT:
+        return moved.div_(left).sum((0, 1))
+    return torch.where(left > NOTHING_LEFT, moved / left.clamp_min(NOTHING_LEFT), -at_output).sum((0, 1))
 
-    Its cost would grow with the units times the keys: a third power of the prompt's length.
-    """
-    touched = change != 0
-    if bool((touched.sum(0) > 1).any()):
-        return x @ change.T
-    unit, key = touched.nonzero().T
-    return x.new_zeros(*x.shape[:2], len(change)).index_add_(2, unit, x[..., key] * change[unit, key])
+
+def _by_unit(x: Tensor, unit: Tensor, n_units: int) -> Tensor:
+    """(Hq, M, n_units) sums of x (Hq, M, N) over the keys of each unit."""
+    by_key = x.movedim(-1, 0).contiguous()  # whole rows of memory are added up
+    return x.new_zeros(n_units, *x.shape[:2]).index_add_(0, unit, by_key).movedim(0, -1)
 
 
 def _by_scores(block: RowBlock, gain: Tensor, factor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
