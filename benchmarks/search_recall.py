@@ -4,6 +4,7 @@
     python -m benchmarks.search_recall report test.jsonl         # recall and cost of the search as it is
     python -m benchmarks.search_recall collect --split dev --depths 1,4,8,16 --results dev.jsonl
     python -m benchmarks.search_recall choose dev.jsonl          # the same for other constants of the search
+    python -m benchmarks.search_recall rounding bf16.jsonl f32.jsonl
 
 Questions of a SQuAD-format file over passages filled up to a length, the gold answer. `collect` appends
 each passage's questions to a .jsonl file and goes on where it was interrupted; questions about one passage run
@@ -44,7 +45,9 @@ def main() -> None:
 @click.option("--squad", metavar="FILE")
 @click.option("--split", type=click.Choice(["dev", "test"]), default="test", show_default=True)
 @click.option("--lengths", default="100,250,500,1000", show_default=True, help="Tokens of a prompt.")
-@click.option("--depths", default="", help="In place of the search, all units at these depths, and to first order.")
+@click.option(
+    "--depths", default="", help="In place of the search, all at these depths, to first order and by AttnLRP."
+)
 @click.option("--units", type=click.Choice(["token", "word"]), default="token", show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--seconds", type=int, default=10**6, help="Begin no passage after so long.")
